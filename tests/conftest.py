@@ -1,0 +1,41 @@
+"""What every test shares: the interpreter switch, real photos, seeds, two threads."""
+
+import os
+from pathlib import Path
+
+# Before anything imports triton: without a GPU the kernels run on CPU tensors through Triton's interpreter.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """Real photos in Food-101's layout: $FASTNET_PHOTOS, by default ../shared/data/food101-mini."""
+    folder = Path(os.environ.get("FASTNET_PHOTOS", ROOT.parent / "shared" / "data" / "food101-mini"))
+    if not (folder / "meta").is_dir():
+        pytest.skip(f"no real photos at {folder}: set FASTNET_PHOTOS to a folder in Food-101's layout")
+    return folder
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device("cuda")
