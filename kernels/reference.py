@@ -1,0 +1,86 @@
+"""The same operations in plain PyTorch: the oracle in fp64, and what runs wherever Triton does not.
+
+Nothing here is shared with the Triton kernels. Parameters are fp32 (fp64 for the oracle), `x` may be of lower precision;
+every function returns `x.dtype`. In autocast the two SE products run in the autocast dtype, as `F.linear` does.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def squeeze_excite(
+    x: Tensor, w_reduce: Tensor, b_reduce: Tensor, w_expand: Tensor, b_expand: Tensor
+) -> Tensor:
+    """`x * sigmoid(w_expand @ silu(w_reduce @ mean(x) + b_reduce) + b_expand)`; Hu et al. 2018, eq. 2–4."""
+    pooled = x.mean((2, 3), dtype=w_reduce.dtype)
+    hidden = F.silu(F.linear(pooled, w_reduce, b_reduce))
+    gate = torch.sigmoid(F.linear(hidden, w_expand, b_expand))
+    return x * gate.to(x.dtype)[:, :, None, None]
+
+
+def bn_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """`silu(batch_norm(x))`; in training the running statistics are updated in place as `nn.BatchNorm2d` does."""
+    z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    return F.silu(z, inplace=not z.requires_grad)  # in place costs autograd a clone; without autograd it saves a tensor
+
+
+def bn_silu_squeeze_excite(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    w_reduce: Tensor,
+    b_reduce: Tensor,
+    w_expand: Tensor,
+    b_expand: Tensor,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """`squeeze_excite(bn_silu(x))`."""
+    a = bn_silu(
+        x, weight, bias, running_mean, running_var, training=training, momentum=momentum, eps=eps
+    )
+    return squeeze_excite(a, w_reduce, b_reduce, w_expand, b_expand)
+
+
+def drop_connect_add(x: Tensor, residual: Tensor, scale: Tensor | None) -> Tensor:
+    """`residual + scale[b] * x`; Huang et al. 2016 with the mask and the 1/survival factor both in `scale`."""
+    if scale is None:
+        return x + residual
+    return x * scale.to(x.dtype)[:, None, None, None] + residual
+
+
+def bn_drop_connect_add(
+    x: Tensor,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """`residual + scale[b] * batch_norm(x)`; a missing residual is zero and a missing scale is one."""
+    z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    if residual is not None:
+        return drop_connect_add(z, residual, scale)
+    return z if scale is None else z * scale.to(z.dtype)[:, None, None, None]
