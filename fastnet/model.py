@@ -1,0 +1,431 @@
+"""EfficientNet v1 (Tan & Le 2019) in plain torch, readable as the paper's table 1.
+
+Convolutions are torch's; what lies between them (batch norm, SiLU, squeeze-and-excitation, drop-connect) goes
+through ``kernels``, one public call per convolution. Modules hold parameters and shapes only. Whatever differs
+between two blocks of one shape, such as the survival probability, lives in ``EfficientNet`` and reaches a block
+as a tensor, so that equal blocks share one compiled graph.
+"""
+
+import inspect
+import math
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastnet.scaling import Architecture, Scaling, architecture, round_filters, round_repeats
+from kernels import bn_drop_connect_add, bn_silu, bn_silu_squeeze_excite
+
+Padding = Literal["symmetric", "same"]
+Kernels = Literal["auto", "triton", "torch"]
+
+
+class Stage(NamedTuple):
+    """One row of the paper's table 1, before scaling."""
+
+    expand_ratio: int
+    kernel_size: int
+    stride: int
+    channels: int
+    repeats: int
+
+
+STAGES = (
+    Stage(1, 3, 1, 16, 1),
+    Stage(6, 3, 2, 24, 2),
+    Stage(6, 5, 2, 40, 2),
+    Stage(6, 3, 2, 80, 3),
+    Stage(6, 5, 1, 112, 3),
+    Stage(6, 5, 2, 192, 4),
+    Stage(6, 3, 1, 320, 1),
+)
+STEM_CHANNELS = 32
+HEAD_CHANNELS = 1280
+SE_RATIO = 4
+
+
+class BlockShape(NamedTuple):
+    """What tells one MBConv from another; equal shapes share a compiled graph."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: int
+    stride: int
+    expand_ratio: int
+
+    @property
+    def has_residual(self) -> bool:
+        return self.stride == 1 and self.in_channels == self.out_channels
+
+
+def stage_repeats(depth: float) -> tuple[int, ...]:
+    """Number of blocks in each of the seven stages."""
+    return tuple(round_repeats(stage.repeats, depth) for stage in STAGES)
+
+
+def block_shapes(width: float, depth: float) -> tuple[BlockShape, ...]:
+    """Every MBConv from stem to head."""
+    shapes, channels = [], round_filters(STEM_CHANNELS, width)
+    for stage, repeats in zip(STAGES, stage_repeats(depth), strict=True):
+        for i in range(repeats):
+            out_channels = round_filters(stage.channels, width)
+            stride = stage.stride if i == 0 else 1
+            shapes.append(BlockShape(channels, out_channels, stage.kernel_size, stride, stage.expand_ratio))
+            channels = out_channels
+    return tuple(shapes)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that rebuilds a model: ``EfficientNet(ModelConfig(**dataclasses.asdict(config)))``.
+
+    bn_momentum is torch's: running = (1 − momentum)·running + momentum·batch (TF's 0.99 is 0.01 here).
+    padding: "symmetric" is k // 2 on every side; "same" is TF's, which at stride 2 puts the odd pixel right and
+        below.
+    kernels: which implementation the ``kernels`` package runs.
+    """
+
+    variant: str = "b0"
+    scaling: Scaling = "published"
+    width: float = 1.0
+    depth: float = 1.0
+    num_classes: int = 101
+    dropout: float = 0.2
+    drop_connect_rate: float = 0.2
+    bn_eps: float = 1e-3
+    bn_momentum: float = 0.01
+    padding: Padding = "symmetric"
+    kernels: Kernels = "auto"
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes must be 1 or more, got {self.num_classes}.")
+        for name in ("dropout", "drop_connect_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        if not self.bn_eps > 0:
+            raise ValueError(f"bn_eps must be positive, got {self.bn_eps}.")
+        if not 0 <= self.bn_momentum <= 1:
+            raise ValueError(f"bn_momentum must be in [0, 1], got {self.bn_momentum}.")
+        if self.padding not in get_args(Padding):
+            raise ValueError(
+                f"unknown padding {self.padding!r}: choose one of {', '.join(get_args(Padding))}."
+            )
+        if self.kernels not in get_args(Kernels):
+            raise ValueError(
+                f"unknown kernels {self.kernels!r}: choose one of {', '.join(get_args(Kernels))}."
+            )
+
+
+class Conv2d(nn.Conv2d):
+    """Bias-free convolution with symmetric or TF "SAME" padding."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int,
+        groups: int,
+        padding: Padding,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding=kernel_size // 2,
+            groups=groups,
+            bias=False,
+        )
+        # At stride 1 SAME is symmetric for odd kernels.
+        self.same = padding == "same" and stride > 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.same:
+            return super().forward(x)
+        rows, columns = (
+            same_padding(size, k, s)
+            for size, k, s in zip(x.shape[-2:], self.kernel_size, self.stride, strict=True)
+        )
+        if rows % 2 == 0 and columns % 2 == 0:
+            return F.conv2d(x, self.weight, None, self.stride, (rows // 2, columns // 2), 1, self.groups)
+        x = F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+        return F.conv2d(x, self.weight, None, self.stride, 0, 1, self.groups)
+
+
+def same_padding(size: int, kernel_size: int, stride: int) -> int:
+    """Pixels that TF's "SAME" adds to one axis in all, so that ceil(size / stride) outputs come.
+
+    Half of them (rounded down) go left or above, the rest right or below.
+    """
+    return max((math.ceil(size / stride) - 1) * stride + kernel_size - size, 0)
+
+
+class BatchNorm(nn.Module):
+    """Parameters and running statistics of a batch norm; the kernels compute it with what follows it."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, channels: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
+        self.eps = config.bn_eps
+        self.momentum = config.bn_momentum
+        self.impl = config.kernels
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.weight, self.bias, self.running_mean, self.running_var
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"training": self.training, "momentum": self.momentum, "eps": self.eps, "impl": self.impl}
+
+
+class SqueezeExcite(nn.Module):
+    """Weights of x · σ(expand(silu(reduce(mean(x))))); Hu et al. 2018."""
+
+    def __init__(self, channels: int, squeezed: int) -> None:
+        super().__init__()
+        self.reduce = nn.Linear(channels, squeezed)
+        self.expand = nn.Linear(squeezed, channels)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.reduce.weight, self.reduce.bias, self.expand.weight, self.expand.bias
+
+
+class ConvBNAct(nn.Module):
+    """Convolution, batch norm, SiLU, and squeeze-and-excitation where one is given."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        config: ModelConfig,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+    ) -> None:
+        super().__init__()
+        self.conv = Conv2d(in_channels, out_channels, kernel_size, stride, groups, config.padding)
+        self.bn = BatchNorm(out_channels, config)
+
+    def forward(self, x: Tensor, se: SqueezeExcite | None = None) -> Tensor:
+        """[B, C_in, H, W] → [B, C_out, H/stride, W/stride]."""
+        x = self.conv(x)
+        if se is None:
+            return bn_silu(x, *self.bn.tensors, **self.bn.options)
+        return bn_silu_squeeze_excite(x, *self.bn.tensors, *se.tensors, **self.bn.options)
+
+
+class Project(nn.Module):
+    """MBConv's linear bottleneck, 1×1 convolution and batch norm; scale[b] times that is added to the residual."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.conv = Conv2d(in_channels, out_channels, 1, 1, 1, config.padding)
+        self.bn = BatchNorm(out_channels, config)
+
+    def forward(self, x: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
+        return bn_drop_connect_add(self.conv(x), residual, scale, *self.bn.tensors, **self.bn.options)
+
+
+class MBConv(nn.Module):
+    """Expand 1×1 → depthwise k×k → squeeze-and-excite → project 1×1, + input where the shape allows.
+
+    Paper, section 4. The squeeze is a quarter of the block's input channels (not of the expanded), unrounded.
+    """
+
+    def __init__(self, shape: BlockShape, config: ModelConfig) -> None:
+        super().__init__()
+        self.shape = shape
+        expanded = shape.in_channels * shape.expand_ratio
+        self.expand = ConvBNAct(shape.in_channels, expanded, 1, config) if shape.expand_ratio != 1 else None
+        self.depthwise = ConvBNAct(
+            expanded, expanded, shape.kernel_size, config, stride=shape.stride, groups=expanded
+        )
+        self.se = SqueezeExcite(expanded, max(1, shape.in_channels // SE_RATIO))
+        self.project = Project(expanded, shape.out_channels, config)
+        self.has_residual = shape.has_residual
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """x [B, C_in, H, W], drop-connect scale [B] (None: 1) → [B, C_out, H/stride, W/stride]."""
+        h = x if self.expand is None else self.expand(x)
+        h = self.depthwise(h, self.se)
+        return self.project(h, x if self.has_residual else None, scale)
+
+
+class EfficientNet(nn.Module):
+    """Stem, MBConv blocks, head and classifier, as ``config`` says."""
+
+    survival_prob: Tensor  # [num_blocks]; 1 where there is no residual to fall back on
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        shapes = block_shapes(config.width, config.depth)
+        self.stem = ConvBNAct(3, round_filters(STEM_CHANNELS, config.width), 3, config, stride=2)
+        self.blocks = nn.ModuleList(MBConv(shape, config) for shape in shapes)
+        features = round_filters(HEAD_CHANNELS, config.width)
+        self.head = ConvBNAct(shapes[-1].out_channels, features, 1, config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(features, config.num_classes)
+        # Huang et al. 2016, linear decay as the reference implementation counts: block i of N drops with rate·i/N.
+        drop_prob = [
+            config.drop_connect_rate * i / len(shapes) if shape.has_residual else 0.0
+            for i, shape in enumerate(shapes)
+        ]
+        self.register_buffer("survival_prob", 1 - torch.tensor(drop_prob), persistent=False)
+        self._can_drop = tuple(p > 0 for p in drop_prob)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The reference (TF) initialisation: normal with variance 2 / fan-out, where a convolution's fan-out is
+        that of one group; classifier uniform within ±1/sqrt(out); biases zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+            elif isinstance(module, SqueezeExcite):
+                for linear in (module.reduce, module.expand):
+                    nn.init.normal_(linear.weight, std=math.sqrt(2 / linear.out_features))
+                    nn.init.zeros_(linear.bias)
+        bound = 1 / math.sqrt(self.classifier.out_features)
+        nn.init.uniform_(self.classifier.weight, -bound, bound)
+        nn.init.zeros_(self.classifier.bias)
+
+    def batch_norms(self) -> Iterator[BatchNorm]:
+        """Every batch norm, from the stem to the head."""
+        return (module for module in self.modules() if isinstance(module, BatchNorm))
+
+    def draw_drop_scales(
+        self, batch: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Drop-connect's draw for one step: [num_blocks, batch] fp32 of 0 (dropped) or 1/survival, on the device.
+
+        All ones for blocks that cannot drop: no residual, rate 0, or the first block.
+        """
+        survival = self.survival_prob.to(device, torch.float32)[:, None]
+        draw = torch.rand(len(self.blocks), batch, device=survival.device, generator=generator)
+        return (draw < survival) / survival
+
+    def forward(self, images: Tensor, drop_scales: Tensor | None = None) -> Tensor:
+        """images [B, 3, R, R], normalised → logits [B, num_classes].
+
+        drop_scales [num_blocks, B] are used in training only, and only for the blocks that can drop; drawn here
+        when None. Raises ValueError where their shape does not fit.
+        """
+        scales: list[Tensor | None] = [None] * len(self.blocks)
+        if self.training:
+            # One launch for all layers. The kernels do not count, and only other libraries' files read it.
+            torch._foreach_add_([bn.num_batches_tracked for bn in self.batch_norms()], 1)
+            if any(self._can_drop):
+                if drop_scales is None:
+                    drop_scales = self.draw_drop_scales(images.shape[0], images.device)
+                elif drop_scales.shape != (len(self.blocks), images.shape[0]):
+                    raise ValueError(
+                        f"drop_scales must be [{len(self.blocks)}, {images.shape[0]}] (blocks, batch), "
+                        f"got {list(drop_scales.shape)}."
+                    )
+                rows = drop_scales.unbind()
+                scales = [row if can else None for row, can in zip(rows, self._can_drop, strict=True)]
+        x = self.stem(images)
+        for block, scale in zip(self.blocks, scales, strict=True):
+            x = block(x, scale)
+        return self.classify(x)
+
+    def classify(self, x: Tensor) -> Tensor:
+        """Last feature map [B, C, H, W] → logits [B, num_classes]: head, mean over the map, dropout, classifier."""
+        return self.classifier(self.dropout(self.head(x).mean((2, 3))))
+
+    def compile_regions(self, **options: Any) -> int:
+        """Compile stem, blocks and classification one by one, in place, and return how many programs that makes.
+
+        Blocks of one shape share a program, so cold compilation costs the distinct shapes and not the depth.
+        ``options`` go to torch.compile. Each program has a code object of its own, because Dynamo counts
+        recompilations (past its limit it silently runs eager) and guesses at dynamic sizes per code object:
+        fourteen shapes behind one would exceed the limit and make height and width symbolic.
+        """
+        programs = {
+            shape: _compiled_copy(MBConv.forward, "mbconv_{}to{}_k{}_s{}_e{}".format(*shape), options)
+            for shape in dict.fromkeys(block.shape for block in self._mbconvs())
+        }
+        for block in self._mbconvs():
+            _bind(block, "forward", programs[block.shape])
+        _bind(self.stem, "forward", _compiled_copy(ConvBNAct.forward, "stem", options))
+        _bind(self, "classify", _compiled_copy(EfficientNet.classify, "classify", options))
+        return len(programs) + 2
+
+    def _mbconvs(self) -> Iterator[MBConv]:
+        return (block for block in self.blocks if isinstance(block, MBConv))
+
+
+def _compiled_copy(
+    function: Callable[..., Tensor], name: str, options: dict[str, Any]
+) -> Callable[..., Tensor]:
+    assert inspect.isfunction(function)
+    code = function.__code__.replace(co_name=name)
+    copy = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+    return torch.compile(copy, **options)
+
+
+def _bind(module: nn.Module, method: str, function: Callable[..., Tensor]) -> None:
+    # A bound method, so that copy.deepcopy rebinds it to the copied module.
+    setattr(module, method, types.MethodType(function, module))
+
+
+def efficientnet(
+    variant: str | Architecture = "b0",
+    *,
+    num_classes: int = 101,
+    scaling: Scaling = "published",
+    dropout: float | None = None,
+    drop_connect_rate: float | None = None,
+    bn_eps: float = 1e-3,
+    bn_momentum: float = 0.01,
+    padding: Padding = "symmetric",
+    kernels: Kernels = "auto",
+) -> EfficientNet:
+    """A freshly initialised EfficientNet; None takes the variant's own rate.
+
+    ``variant`` is "b0" … "b7", or an Architecture such as ``CompoundScaler(1.5).architecture()``, which brings
+    its own scaling. Raises ValueError for unknown names and values out of range.
+    """
+    arch = variant if isinstance(variant, Architecture) else architecture(variant, scaling)
+    return EfficientNet(
+        ModelConfig(
+            variant=arch.name,
+            scaling=arch.scaling,
+            width=arch.width,
+            depth=arch.depth,
+            num_classes=num_classes,
+            dropout=arch.dropout if dropout is None else dropout,
+            drop_connect_rate=arch.drop_connect_rate if drop_connect_rate is None else drop_connect_rate,
+            bn_eps=bn_eps,
+            bn_momentum=bn_momentum,
+            padding=padding,
+            kernels=kernels,
+        )
+    )
+
+
+def count_parameters(width: float, depth: float, num_classes: int = 1000) -> int:
+    """Trainable parameters of the model scaled so; built on the meta device, where nothing is allocated."""
+    with torch.device("meta"):
+        model = EfficientNet(ModelConfig(width=width, depth=depth, num_classes=num_classes))
+    return sum(p.numel() for p in model.parameters())
