@@ -1,12 +1,11 @@
 """EfficientNet v1 (Tan & Le 2019) in plain torch, readable as the paper's table 1.
 
 Convolutions are torch's; what lies between them (batch norm, SiLU, squeeze-and-excitation, drop-connect) goes
-through ``kernels``, one public call per convolution. Modules hold parameters and shapes only. Whatever differs
-between two blocks of one shape, such as the survival probability, lives in ``EfficientNet`` and reaches a block
-as a tensor, so that equal blocks share one compiled graph.
+through ``kernels``, one public call per convolution. Modules hold parameters and shapes only. Whatever
+differs between two blocks of one shape, such as the survival probability, lives in ``EfficientNet`` and
+reaches a block as a tensor, so that equal blocks share one compiled graph.
 """
 
-import inspect
 import math
 import types
 from collections.abc import Callable, Iterator
@@ -84,8 +83,7 @@ class ModelConfig:
     """Everything that rebuilds a model: ``EfficientNet(ModelConfig(**dataclasses.asdict(config)))``.
 
     bn_momentum is torch's: running = (1 − momentum)·running + momentum·batch (TF's 0.99 is 0.01 here).
-    padding: "symmetric" is k // 2 on every side; "same" is TF's, which at stride 2 puts the odd pixel right and
-        below.
+    padding: "symmetric" is k // 2 on every side; "same" is TF's, which puts an odd pixel right and below.
     kernels: which implementation the ``kernels`` package runs.
     """
 
@@ -234,7 +232,7 @@ class ConvBNAct(nn.Module):
 
 
 class Project(nn.Module):
-    """MBConv's linear bottleneck, 1×1 convolution and batch norm; scale[b] times that is added to the residual."""
+    """MBConv's linear bottleneck, 1×1 convolution and batch norm; scale[b] times that joins the residual."""
 
     def __init__(self, in_channels: int, out_channels: int, config: ModelConfig) -> None:
         super().__init__()
@@ -285,7 +283,7 @@ class EfficientNet(nn.Module):
         self.head = ConvBNAct(shapes[-1].out_channels, features, 1, config)
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(features, config.num_classes)
-        # Huang et al. 2016, linear decay as the reference implementation counts: block i of N drops with rate·i/N.
+        # Linear decay (Huang et al. 2016) as the reference implementation counts it: rate·i/N from i = 0.
         drop_prob = [
             config.drop_connect_rate * i / len(shapes) if shape.has_residual else 0.0
             for i, shape in enumerate(shapes)
@@ -295,8 +293,8 @@ class EfficientNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The reference (TF) initialisation: normal with variance 2 / fan-out, where a convolution's fan-out is
-        that of one group; classifier uniform within ±1/sqrt(out); biases zero."""
+        """The reference (TF) initialisation: normal with variance 2 / fan-out, where a convolution's fan-out
+        is that of one group; classifier uniform within ±1/sqrt(out); biases zero."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
@@ -316,7 +314,7 @@ class EfficientNet(nn.Module):
     def draw_drop_scales(
         self, batch: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Drop-connect's draw for one step: [num_blocks, batch] fp32 of 0 (dropped) or 1/survival, on the device.
+        """Drop-connect's draw for one step: [num_blocks, batch] fp32, 0 (dropped) or 1/survival, on the device.
 
         All ones for blocks that cannot drop: no residual, rate 0, or the first block.
         """
@@ -327,8 +325,8 @@ class EfficientNet(nn.Module):
     def forward(self, images: Tensor, drop_scales: Tensor | None = None) -> Tensor:
         """images [B, 3, R, R], normalised → logits [B, num_classes].
 
-        drop_scales [num_blocks, B] are used in training only, and only for the blocks that can drop; drawn here
-        when None. Raises ValueError where their shape does not fit.
+        drop_scales [num_blocks, B] are used in training only, and only for the blocks that can drop; drawn
+        here when None. Raises ValueError where their shape does not fit.
         """
         scales: list[Tensor | None] = [None] * len(self.blocks)
         if self.training:
@@ -350,11 +348,11 @@ class EfficientNet(nn.Module):
         return self.classify(x)
 
     def classify(self, x: Tensor) -> Tensor:
-        """Last feature map [B, C, H, W] → logits [B, num_classes]: head, mean over the map, dropout, classifier."""
+        """Last feature map [B, C, H, W] → logits [B, num_classes]: head, mean, dropout, classifier."""
         return self.classifier(self.dropout(self.head(x).mean((2, 3))))
 
     def compile_regions(self, **options: Any) -> int:
-        """Compile stem, blocks and classification one by one, in place, and return how many programs that makes.
+        """Compile stem, blocks and classification one by one, in place; returns the number of programs.
 
         Blocks of one shape share a program, so cold compilation costs the distinct shapes and not the depth.
         ``options`` go to torch.compile. Each program has a code object of its own, because Dynamo counts
@@ -378,7 +376,7 @@ class EfficientNet(nn.Module):
 def _compiled_copy(
     function: Callable[..., Tensor], name: str, options: dict[str, Any]
 ) -> Callable[..., Tensor]:
-    assert inspect.isfunction(function)
+    assert isinstance(function, types.FunctionType)
     code = function.__code__.replace(co_name=name)
     copy = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
     return torch.compile(copy, **options)
@@ -403,8 +401,8 @@ def efficientnet(
 ) -> EfficientNet:
     """A freshly initialised EfficientNet; None takes the variant's own rate.
 
-    ``variant`` is "b0" … "b7", or an Architecture such as ``CompoundScaler(1.5).architecture()``, which brings
-    its own scaling. Raises ValueError for unknown names and values out of range.
+    ``variant`` is "b0" … "b7", or an Architecture such as ``CompoundScaler(1.5).architecture()``, which brings its
+    own scaling. Raises ValueError for unknown names and values out of range.
     """
     arch = variant if isinstance(variant, Architecture) else architecture(variant, scaling)
     return EfficientNet(

@@ -1,8 +1,8 @@
 """Compound scaling (Tan & Le 2019, "EfficientNet: Rethinking Model Scaling for CNNs", section 3.3).
 
-One number phi scales depth by alpha^phi, width by beta^phi and resolution by gamma^phi, with alpha·beta²·gamma²
-≈ 2 so that the arithmetic doubles with each step of phi. The published B1–B7 depart from the pure powers: their
-coefficients are the table below, and they are the default because published weights need them.
+One number phi scales depth by alpha^phi, width by beta^phi and resolution by gamma^phi, with
+alpha·beta²·gamma² ≈ 2 so that the arithmetic doubles with each step of phi. The published B1–B7 depart from
+the pure powers: their coefficients are the table below, and the default, because published weights need them.
 
 ``python -m fastnet.scaling`` prints both families and the commonly quoted rounded coefficients with their
 parameter counts as a Markdown table.
@@ -88,8 +88,8 @@ def round_resolution(resolution: float, multiple: int = 8) -> int:
 class CompoundScaler:
     """The pure rule: depth alpha^phi, width beta^phi, resolution base·gamma^phi, for any real phi ≥ 0.
 
-    The paper's grid search gives alpha 1.2, beta 1.1, gamma 1.15, whose alpha·beta²·gamma² is 1.92; 1.9 to 2.1 is
-    accepted. Raises ValueError otherwise, or where a coefficient is below 1 or phi negative or infinite.
+    The paper's grid search gives alpha 1.2, beta 1.1, gamma 1.15, whose alpha·beta²·gamma² is 1.92; 1.9 to 2.1
+    is accepted. Raises ValueError otherwise, or where a coefficient is below 1 or phi negative or infinite.
     """
 
     phi: float
@@ -143,7 +143,7 @@ def _drop_rate(phi: float) -> float:
 
 
 def architecture(variant: str = "b0", scaling: Scaling = "published") -> Architecture:
-    """B0–B7 by name: published coefficients, or the pure alpha^phi, beta^phi with phi = N (``"compound"``)."""
+    """B0–B7 by name: the published coefficients, or ("compound") the pure powers with phi = 0 … 7."""
     if variant not in PUBLISHED:
         raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(PUBLISHED)}.")
     if scaling not in get_args(Scaling):
