@@ -1,0 +1,54 @@
+# `make train` and `make test` set up all they need in .venv. PYTHON picks the interpreter (3.11 or newer).
+PYTHON ?= python3
+BIN := .venv/bin
+UV_VERSION := $(shell sed -n 's/^uv==\([0-9.]*\).*/\1/p' requirements.lock)
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test test-all check bench lint types format lock clean
+
+help:  ## List the commands.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+install: .venv/installed  ## Create .venv with the locked versions and this project in it.
+
+# uv installs the locked files in parallel; it is itself the first thing that the lock file pins.
+.venv/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11: name a newer one, as in 'make PYTHON=python3.12 $(MAKECMDGOALS)'"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --no-index -e .
+	@touch $@
+
+train: install  ## Train B0 on the generated sample (minutes on two cores) and print what it learnt.
+	$(BIN)/python -m fastnet.train --recipe quick
+
+test: install  ## The tests that continuous integration runs.
+	$(BIN)/python -m pytest tests
+
+test-all: install  ## Every test, the full products of shapes and dtypes too.
+	FASTNET_TEST_ALL=1 $(BIN)/python -m pytest tests
+
+check: install lint types  ## Daily: lint, types and the quick tests (under two minutes).
+	$(BIN)/python -m pytest tests -m "not slow" -q
+
+bench: install  ## Benchmarks against timm and torchvision on this machine.
+	$(BIN)/python -m pytest bench --benchmark-only
+
+lint: install  ## ruff, without changing anything.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install  ## mypy.
+	$(BIN)/mypy
+
+format: install  ## Let ruff put the files in order.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: install  ## Re-resolve requirements.lock (names, versions and hashes; no address).
+	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-header --upgrade -o requirements.lock
+
+clean:  ## Remove the environment and caches.
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,28 @@
+"""fastnet: EfficientNet B0-B7 training engineered for speed.
+
+The names a user needs are imported on first use, so that `import fastnet` and `--help` stay free of torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "CompoundScaler": "fastnet.scaling",
+    "EfficientNet": "fastnet.model",
+    "architecture": "fastnet.scaling",
+    "efficientnet": "fastnet.model",
+    "load_weights": "fastnet.weights",
+    "save_weights": "fastnet.weights",
+}
+
+__all__ = ["CompoundScaler", "EfficientNet", "architecture", "efficientnet", "load_weights", "save_weights"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'fastnet' has no attribute {name!r}")

@@ -1,0 +1,108 @@
+"""Checkpoints: one safetensors file that is replaced atomically, and a readable JSON beside it.
+
+`last.safetensors` holds the weights under their own names and, under `training/`, all that continuing needs; its
+header holds the same JSON as the file beside it, so that tensors and numbers can't come from two moments.
+`best.safetensors` holds weights alone. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fastnet.errors import UserError
+
+FORMAT = 1
+TRAINING_PREFIX = "training/"
+
+
+@dataclass
+class Progress:
+    """Where a run stands. `step` counts finished steps; the loader continues at (epoch, step_in_epoch)."""
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    train_seconds: float = 0.0
+    images_seen: int = 0
+    best_top1: float = -1.0
+    best_epoch: int = -1
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Temporary file, fsync, rename, fsync of the folder: a reader sees the old file or the new one, whole.
+
+    Raises UserError where there is no space or no permission; what was there before stays.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(_write_failure(path, error)) from error
+
+
+def _write_failure(path: Path, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left to write {path}: free some and continue with --resume {path.parent}."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission to write {path}: choose another folder with --out."
+    return f"cannot write {path} ({error.strerror or error}): mend that or choose another folder with --out."
+
+
+def save_checkpoint(
+    path: Path, weights: dict[str, Tensor], training: dict[str, Tensor], metadata: dict[str, Any]
+) -> None:
+    """Write `path` (*.safetensors) and its readable `*.json`. `metadata` must be JSON-serialisable."""
+    tensors = dict(weights) | {TRAINING_PREFIX + name: value for name, value in training.items()}
+    text = json.dumps({"format": FORMAT} | metadata, indent=2)
+    # safetensors stores the elements in logical order only for contiguous tensors; a copy of a channels_last weight.
+    content = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"fastnet": text})
+    write_atomically(path, content)
+    write_atomically(path.with_suffix(".json"), text.encode() + b"\n")
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """(weights, training state, metadata) of a file that `save_checkpoint` wrote, on the CPU; else UserError."""
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("fastnet")
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}: name a run's folder with --resume.") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"checkpoint {path} cannot be read ({error}): restore it from a backup, or start a new run."
+        ) from None
+    if text is None:
+        raise UserError(f"{path} is no fastnet checkpoint: to start from other weights use --pretrained.")
+    metadata = json.loads(text)
+    if metadata["format"] != FORMAT:
+        raise UserError(
+            f"checkpoint {path} has format {metadata['format']}, this version reads {FORMAT}: "
+            "use the version of fastnet that wrote it."
+        )
+    training = {
+        name.removeprefix(TRAINING_PREFIX): value for name, value in tensors.items() if name.startswith(TRAINING_PREFIX)
+    }
+    weights = {name: value for name, value in tensors.items() if not name.startswith(TRAINING_PREFIX)}
+    return weights, training, metadata

@@ -1,0 +1,31 @@
+"""The one kind of error a user is meant to read, and how a command line shows it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one sentence that names the file or flag and the remedy.
+
+    exit_status is 2 where the command line itself is wrong, 1 where the world is (files, space, data).
+    """
+
+    def __init__(self, message: str, *, exit_status: int = 1) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """Run a CLI's body; print a user's error as its one sentence on stderr and return the exit status."""
+    from data_pipeline import DataError
+
+    try:
+        return command()
+    except UserError as error:
+        message, status = str(error), error.exit_status
+    except DataError as error:
+        message, status = str(error), 1
+    print(f"error: {message}", file=sys.stderr)
+    return status

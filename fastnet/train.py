@@ -1,0 +1,139 @@
+"""`python -m fastnet.train`: from the command line to a run. The run itself is in `trainer.py`.
+
+Torch is imported only after the command line has been read, so that `--help` and a wrong flag answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastnet.config import RECIPES, TrainConfig, read_config
+from fastnet.errors import UserError, run_command
+
+RUNS = Path("runs")
+
+# What may change when a run is continued; all else decides what the run computes.
+CHANGEABLE = {
+    "epochs",
+    "workers",
+    "loader",
+    "device",
+    "compile",
+    "kernels",
+    "log_every",
+    "save_every",
+    "out",
+    "resume",
+}
+
+
+def parse_arguments(arguments: list[str]) -> TrainConfig:
+    """The configuration that a command line means: a recipe's or a continued run's, with the given flags on top."""
+    import tyro
+
+    arguments = _complete_compile(arguments)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--recipe", default="food101")
+    early.add_argument("--resume")
+    early.add_argument("--out")
+    known, _ = early.parse_known_args(arguments)
+    # An unknown recipe is left to tyro, which lists the choices.
+    default = RECIPES.get(known.recipe, RECIPES["food101"])
+    folder = find_resumed(known.resume, known.out)
+    if folder is not None:
+        default = read_config(folder / "config.json")
+    config: TrainConfig = tyro.cli(
+        TrainConfig,
+        prog="python -m fastnet.train",
+        description="Train EfficientNet on Food-101, on a folder of images, or on a generated sample.",
+        args=arguments,
+        default=default,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    if folder is not None:
+        _refuse_changes(default, config, folder)
+        return replace(config, run=replace(config.run, resume=str(folder), out=str(folder)))
+    return replace(config, run=replace(config.run, resume=None))
+
+
+def _complete_compile(arguments: list[str]) -> list[str]:
+    """A bare `--compile` means `--compile regional`."""
+    completed = []
+    for position, argument in enumerate(arguments):
+        completed.append(argument)
+        following = arguments[position + 1] if position + 1 < len(arguments) else "--"
+        if argument == "--compile" and following.startswith("-"):
+            completed.append("regional")
+    return completed
+
+
+def find_resumed(resume: str | None, out: str | None) -> Path | None:
+    """The folder that --resume means, or None for a new run."""
+    if resume is None:
+        return None
+    if resume == "auto":
+        if out is not None:
+            return Path(out) if (Path(out) / "last.safetensors").is_file() else None
+        newest = max(RUNS.glob("*/last.safetensors"), key=lambda path: path.stat().st_mtime, default=None)
+        return newest.parent if newest else None
+    folder = Path(resume)
+    if not (folder / "last.safetensors").is_file():
+        raise UserError(f"--resume {folder}: no checkpoint there (last.safetensors); name the folder of a run.")
+    return folder
+
+
+def _refuse_changes(saved: TrainConfig, given: TrainConfig, folder: Path) -> None:
+    def flatten(config: TrainConfig) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name, value in dataclasses.asdict(config).items():
+            values |= value if isinstance(value, dict) else {name: value}
+        return values
+
+    before, now = flatten(saved), flatten(given)
+    for name, value in now.items():
+        if name not in CHANGEABLE and value != before[name]:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{flag} {value} differs from the {before[name]} that {folder} was started with: leave it out to "
+                "continue, or start a new run without --resume.",
+                exit_status=2,
+            )
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """Where the run goes. UserError if another run is there and was not asked to be continued."""
+    if config.run.out is None:
+        from fastnet.scaling import architecture
+
+        resolution = config.model.resolution or architecture(config.model.variant, config.model.scaling).resolution
+        return RUNS / f"{config.model.variant}-{resolution}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(config.run.out)
+    if config.run.resume is None and (folder / "last.safetensors").exists():
+        raise UserError(f"--out {folder} already holds a run: continue it with --resume {folder}, or name another.")
+    return folder
+
+
+def train() -> int:
+    config = parse_arguments(sys.argv[1:])
+    config.validate()
+    folder = run_folder(config)
+
+    from rich.console import Console
+
+    from fastnet.trainer import Trainer
+
+    return Trainer(config, folder, Console()).run()
+
+
+def main() -> None:
+    sys.exit(run_command(train))
+
+
+if __name__ == "__main__":
+    main()
