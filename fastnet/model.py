@@ -110,13 +110,9 @@ class ModelConfig:
         if not 0 <= self.bn_momentum <= 1:
             raise ValueError(f"bn_momentum must be in [0, 1], got {self.bn_momentum}.")
         if self.padding not in get_args(Padding):
-            raise ValueError(
-                f"unknown padding {self.padding!r}: choose one of {', '.join(get_args(Padding))}."
-            )
+            raise ValueError(f"unknown padding {self.padding!r}: choose one of {', '.join(get_args(Padding))}.")
         if self.kernels not in get_args(Kernels):
-            raise ValueError(
-                f"unknown kernels {self.kernels!r}: choose one of {', '.join(get_args(Kernels))}."
-            )
+            raise ValueError(f"unknown kernels {self.kernels!r}: choose one of {', '.join(get_args(Kernels))}.")
 
 
 class Conv2d(nn.Conv2d):
@@ -147,8 +143,7 @@ class Conv2d(nn.Conv2d):
         if not self.same:
             return super().forward(x)
         rows, columns = (
-            same_padding(size, k, s)
-            for size, k, s in zip(x.shape[-2:], self.kernel_size, self.stride, strict=True)
+            same_padding(size, k, s) for size, k, s in zip(x.shape[-2:], self.kernel_size, self.stride, strict=True)
         )
         if rows % 2 == 0 and columns % 2 == 0:
             return F.conv2d(x, self.weight, None, self.stride, (rows // 2, columns // 2), 1, self.groups)
@@ -254,9 +249,7 @@ class MBConv(nn.Module):
         self.shape = shape
         expanded = shape.in_channels * shape.expand_ratio
         self.expand = ConvBNAct(shape.in_channels, expanded, 1, config) if shape.expand_ratio != 1 else None
-        self.depthwise = ConvBNAct(
-            expanded, expanded, shape.kernel_size, config, stride=shape.stride, groups=expanded
-        )
+        self.depthwise = ConvBNAct(expanded, expanded, shape.kernel_size, config, stride=shape.stride, groups=expanded)
         self.se = SqueezeExcite(expanded, max(1, shape.in_channels // SE_RATIO))
         self.project = Project(expanded, shape.out_channels, config)
         self.has_residual = shape.has_residual
@@ -285,8 +278,7 @@ class EfficientNet(nn.Module):
         self.classifier = nn.Linear(features, config.num_classes)
         # Linear decay (Huang et al. 2016) as the reference implementation counts it: rate·i/N from i = 0.
         drop_prob = [
-            config.drop_connect_rate * i / len(shapes) if shape.has_residual else 0.0
-            for i, shape in enumerate(shapes)
+            config.drop_connect_rate * i / len(shapes) if shape.has_residual else 0.0 for i, shape in enumerate(shapes)
         ]
         self.register_buffer("survival_prob", 1 - torch.tensor(drop_prob), persistent=False)
         self._can_drop = tuple(p > 0 for p in drop_prob)
@@ -373,9 +365,7 @@ class EfficientNet(nn.Module):
         return (block for block in self.blocks if isinstance(block, MBConv))
 
 
-def _compiled_copy(
-    function: Callable[..., Tensor], name: str, options: dict[str, Any]
-) -> Callable[..., Tensor]:
+def _compiled_copy(function: Callable[..., Tensor], name: str, options: dict[str, Any]) -> Callable[..., Tensor]:
     assert isinstance(function, types.FunctionType)
     code = function.__code__.replace(co_name=name)
     copy = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
@@ -401,8 +391,8 @@ def efficientnet(
 ) -> EfficientNet:
     """A freshly initialised EfficientNet; None takes the variant's own rate.
 
-    ``variant`` is "b0" … "b7", or an Architecture such as ``CompoundScaler(1.5).architecture()``, which brings its
-    own scaling. Raises ValueError for unknown names and values out of range.
+    ``variant`` is "b0" … "b7", or an Architecture such as ``CompoundScaler(1.5).architecture()``, which brings
+    its own scaling. Raises ValueError for unknown names and values out of range.
     """
     arch = variant if isinstance(variant, Architecture) else architecture(variant, scaling)
     return EfficientNet(

@@ -62,9 +62,7 @@ class Architecture:
 def round_filters(filters: float, width: float, divisor: int = 8) -> int:
     """Channels after width scaling: the nearest multiple of ``divisor``, but not more than 10 % below."""
     if filters <= 0 or width <= 0 or divisor <= 0:
-        raise ValueError(
-            f"filters, width and divisor must be positive, got {filters}, {width} and {divisor}."
-        )
+        raise ValueError(f"filters, width and divisor must be positive, got {filters}, {width} and {divisor}.")
     scaled = filters * width
     rounded = max(divisor, int(scaled + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * scaled else rounded
@@ -88,8 +86,8 @@ def round_resolution(resolution: float, multiple: int = 8) -> int:
 class CompoundScaler:
     """The pure rule: depth alpha^phi, width beta^phi, resolution base·gamma^phi, for any real phi ≥ 0.
 
-    The paper's grid search gives alpha 1.2, beta 1.1, gamma 1.15, whose alpha·beta²·gamma² is 1.92; 1.9 to 2.1
-    is accepted. Raises ValueError otherwise, or where a coefficient is below 1 or phi negative or infinite.
+    The paper's grid search gives alpha 1.2, beta 1.1, gamma 1.15: alpha·beta²·gamma² is 1.92. 1.9 to 2.1 is
+    accepted. Raises ValueError otherwise, or where a coefficient is below 1 or phi negative or infinite.
     """
 
     phi: float
