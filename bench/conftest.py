@@ -1,0 +1,46 @@
+"""What the benchmarks share: the device, and one readable line a benchmark at the end of the run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import pytest
+import torch
+
+from bench.machine import photos_folder
+
+_LINES = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """Real photos in Food-101's layout, or skip."""
+    folder = photos_folder()
+    if folder is None:
+        pytest.skip("no real photos: set FASTNET_PHOTOS to a folder in Food-101's layout")
+    return folder
+
+
+@pytest.fixture
+def tell(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """Lines appended here are printed after the table of timings."""
+    lines: list[str] = []
+    yield lines
+    request.config.stash.setdefault(_LINES, []).extend(lines)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    lines = config.stash.get(_LINES, [])
+    if lines:
+        terminalreporter.section("comparisons")
+        for line in lines:
+            terminalreporter.write_line(line)

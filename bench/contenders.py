@@ -1,0 +1,123 @@
+"""The models that are compared, and a training step of each: same optimizer, loss, batch, precision, regularisation."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.measure import sample, synchronise
+from fastnet.config import OptimizerOptions
+from fastnet.model import efficientnet
+from fastnet.optim import make_optimizer
+from fastnet.scaling import architecture
+from fastnet.step import Amp, TrainStep
+
+NUM_CLASSES = 101
+OURS = "fastnet"
+TIMM, TIMM_TF, TORCHVISION = "timm efficientnet", "timm tf_efficientnet", "torchvision"
+PEERS = (TIMM, TIMM_TF, TORCHVISION)
+FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+
+class Peer(nn.Module):
+    """Another library's model behind our call: it draws its own drop-connect."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor, drop_scales: Tensor | None = None) -> Tensor:
+        logits: Tensor = self.net(images)
+        return logits
+
+
+def available_peers() -> tuple[list[str], list[str]]:
+    """(names that can be built here, sentences about those that can't)."""
+    there, missing = [], []
+    for name in PEERS:
+        package = name.split()[0]
+        if importlib.util.find_spec(package) is None:
+            missing.append(f"{name}: {package} is not installed")
+        else:
+            there.append(name)
+    return there, missing
+
+
+def build(name: str, variant: str = "b0", **options: Any) -> nn.Module:
+    """A freshly initialised model in training mode; `options` go to ours. ImportError where a peer is not installed."""
+    if name == OURS:
+        return efficientnet(variant, num_classes=NUM_CLASSES, **options).train()
+    arch = architecture(variant)
+    if name == TORCHVISION:
+        import torchvision
+
+        make = getattr(torchvision.models, f"efficientnet_{variant}")
+        return Peer(make(num_classes=NUM_CLASSES, dropout=arch.dropout)).train()
+    import timm
+
+    net = timm.create_model(
+        f"{'tf_' if name == TIMM_TF else ''}efficientnet_{variant}",
+        num_classes=NUM_CLASSES,
+        drop_rate=arch.dropout,
+        drop_path_rate=arch.drop_connect_rate,
+    )
+    return Peer(net).train()
+
+
+def make_batch(
+    batch: int, resolution: int, device: torch.device, memory_format: torch.memory_format, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(batch, 3, resolution, resolution, generator=generator)
+    labels = torch.randint(0, NUM_CLASSES, (batch,), generator=generator)
+    return images.to(device, memory_format=memory_format), labels.to(device)
+
+
+class StepRunner:
+    """One training step on one fixed batch, as a call without arguments that does not wait for the device."""
+
+    def __init__(
+        self,
+        name: str,
+        variant: str,
+        resolution: int,
+        batch: int,
+        device: torch.device,
+        *,
+        amp: Amp = "off",
+        memory_format: str = "channels_last",
+        compile_options: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        """compile_options: None is eager; else ours is compiled by regions and a peer whole, with those options."""
+        torch.manual_seed(0)
+        layout = FORMATS[memory_format]
+        model = build(name, variant, **options).to(device).to(memory_format=layout)
+        if compile_options is not None:
+            # Static shapes: what each would choose for training.
+            if name == OURS:
+                model.compile_regions(dynamic=False, **compile_options)  # type: ignore[operator]
+            else:
+                model.compile(dynamic=False, **compile_options)
+        optimizer = make_optimizer(model, OptimizerOptions(), lr=0.064 * batch / 256)
+        self.step = TrainStep(model, optimizer, device=device, amp=amp)
+        self.images, self.labels = make_batch(batch, resolution, device, layout)
+        self.memory_format = memory_format
+
+    def __call__(self) -> Tensor:
+        return self.step(self.images, self.labels)[0]
+
+
+def best_format(make: Callable[[str], StepRunner], device: torch.device, runs: int = 3) -> StepRunner:
+    """The runner in the memory format whose median step is the shorter, each tried on a few steps."""
+    runners = {name: make(name) for name in FORMATS}
+    medians = {
+        name: statistics.median(sample(runner, device, seconds=0.0, least=runs)) for name, runner in runners.items()
+    }
+    synchronise(device)
+    return runners[min(medians, key=lambda name: medians[name])]
