@@ -1,7 +1,7 @@
 """Fused operations around the convolutions of MBConv, forward and backward, each with a plain-PyTorch twin.
 
-Every function takes `impl`: "auto" runs Triton where `x` is on CUDA and PyTorch elsewhere, "triton" never falls back,
-"torch" is `kernels.reference`.
+Every function takes `impl`: "auto" runs Triton where `x` is on CUDA and PyTorch elsewhere, "triton" never falls
+back, "torch" is `kernels.reference`.
 """
 
 from __future__ import annotations

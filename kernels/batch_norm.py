@@ -1,0 +1,262 @@
+"""Batch statistics of an image tensor, and the pieces that every kernel with a batch norm in it shares.
+
+Statistics of x over the N = B*H*W rows of channel c, as Chan, Golub and LeVeque (1979) merge them: for disjoint parts i
+with count n_i, mean m_i and M2_i = Σ (x - m_i)²,
+
+    m = Σ n_i m_i / n        M2 = Σ M2_i + Σ n_i (m_i - m)²        var = M2 / N
+
+at three levels: the eight or thirty-two values that a thread holds, the rows of a program, the programs. No sum of squares
+about a far-away origin is ever taken, and nothing is added atomically, so a result repeats bit for bit. Sums over rows for the
+backward pass take the same road: threads, programs (`partial [K, P, C]`), then `_sum_partials_kernel`.
+
+Bytes: x is read once; P partials of C means and M2s are written and read, some hundredth of x. `F.batch_norm` reads x once more to
+normalise, and cannot do anything else in that pass. Nothing is saved but mean and var, [C] each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kernels import launch as L
+from kernels.launch import tl
+
+MERGE_CHANNELS = 8
+MERGE = {"BLOCK_P": L.MAX_PARTIALS, "BLOCK_C": MERGE_CHANNELS}
+MERGE_WARPS = 8
+
+
+@L.helper
+def tile_at(
+    row, end, c0, channels, UNROLL: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Row numbers [UNROLL, ROWS, 1], 64-bit element offsets and mask of the tile of rows row..end, channels c0..."""
+    rows = row + tl.arange(0, UNROLL)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
+    cols = c0 + tl.arange(0, BLOCK_C)[None, None, :]
+    return rows, rows.to(tl.int64) * channels + cols, (rows < end) & (cols < channels)
+
+
+@L.helper
+def channel_vector(ptr, c0, channels, BLOCK_C: tl.constexpr):
+    """[1, 1, BLOCK_C] of a vector over channels, zero past its end."""
+    cols = c0 + tl.arange(0, BLOCK_C)[None, None, :]
+    return tl.load(ptr + cols, mask=cols < channels, other=0.0)
+
+
+@L.helper
+def store_channels(ptr, value, c0, channels, BLOCK_C: tl.constexpr):
+    cols = c0 + tl.arange(0, BLOCK_C)
+    tl.store(ptr + cols, value, mask=cols < channels)
+
+
+@L.helper
+def inverse_std(var, eps):
+    return 1.0 / tl.sqrt(var + eps)
+
+
+@L.helper
+def sigmoid(z):
+    return 1.0 / (1.0 + tl.exp(-z))
+
+
+@L.jit
+def _stats_kernel(
+    x_ptr,
+    partial_ptr,  # [2, P, C]: means, M2s
+    row_count,
+    rows_per_program,
+    partials,
+    c_vec,
+    VEC: tl.constexpr,
+    UNROLL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    channels = c_vec * VEC
+    blocks = tl.cdiv(channels, BLOCK_C)
+    c0 = (tl.program_id(0) % blocks) * BLOCK_C
+    part = tl.program_id(0) // blocks
+    row = part * rows_per_program
+    end = tl.minimum(row + rows_per_program, row_count)
+    count = tl.zeros([ROWS, 1], tl.float32)
+    mean = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    m2 = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    while row < end:
+        rows, offsets, mask = tile_at(row, end, c0, channels, UNROLL, ROWS, BLOCK_C)
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        n = tl.sum((rows < end).to(tl.float32), axis=0)
+        tile_mean = tl.sum(x, axis=0) * (1.0 / tl.maximum(n, 1.0))
+        deviation = tl.where(mask, x - tile_mean[None, :, :], 0.0)
+        total = count + n
+        share = n / tl.maximum(total, 1.0)
+        delta = tile_mean - mean
+        mean += delta * share
+        m2 += tl.sum(deviation * deviation, axis=0) + delta * delta * (count * share)
+        count = total
+        row += UNROLL * ROWS
+    # The first thread row has seen data; means are merged as distances from its own, which cancels a large common mean.
+    first = tl.sum(tl.where(tl.arange(0, ROWS)[:, None] == 0, mean, 0.0), axis=0)
+    delta = mean - first[None, :]
+    shift = tl.sum(delta * count, axis=0) / tl.sum(count, axis=0)
+    m2 += count * (delta - shift[None, :]) * (delta - shift[None, :])
+    store_channels(partial_ptr + part * channels, first + shift, c0, channels, BLOCK_C)
+    store_channels(partial_ptr + (partials + part) * channels, tl.sum(m2, axis=0), c0, channels, BLOCK_C)
+
+
+@L.jit
+def _merge_stats_kernel(
+    partial_ptr,  # [2, P, C]
+    mean_ptr,
+    var_ptr,
+    row_count,
+    rows_per_program,
+    partials,
+    channels,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    c0 = tl.program_id(0) * BLOCK_C
+    cols = c0 + tl.arange(0, BLOCK_C)[None, :]
+    p = tl.arange(0, BLOCK_P)[:, None]
+    mask = (p < partials) & (cols < channels)
+    count = tl.where(p < partials, tl.minimum(row_count - p * rows_per_program, rows_per_program), 0).to(tl.float32)
+    mean = tl.load(partial_ptr + p * channels + cols, mask=mask, other=0.0)
+    m2 = tl.load(partial_ptr + (partials + p) * channels + cols, mask=mask, other=0.0)
+    first = tl.sum(tl.where(p == 0, mean, 0.0), axis=0)
+    delta = tl.where(mask, mean - first[None, :], 0.0)
+    shift = tl.sum(delta * count, axis=0) / row_count
+    m2 += count * (delta - shift[None, :]) * (delta - shift[None, :])
+    store_channels(mean_ptr, first + shift, c0, channels, BLOCK_C)
+    store_channels(var_ptr, tl.sum(m2, axis=0) / row_count, c0, channels, BLOCK_C)
+
+
+@L.jit
+def _sum_partials_kernel(
+    partial_ptr,  # [K, P, C]
+    sums_ptr,  # [K, C]
+    partials,
+    channels,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    c0 = tl.program_id(0) * BLOCK_C
+    k = tl.program_id(1)
+    cols = c0 + tl.arange(0, BLOCK_C)[None, :]
+    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    start = 0
+    while start < partials:
+        p = start + tl.arange(0, BLOCK_P)[:, None]
+        mask = (p < partials) & (cols < channels)
+        total += tl.load(partial_ptr + (k * partials + p) * channels + cols, mask=mask, other=0.0)
+        start += BLOCK_P
+    store_channels(sums_ptr + k * channels, tl.sum(total, axis=0), c0, channels, BLOCK_C)
+
+
+def sum_partials(partial: Tensor) -> Tensor:
+    """[K, P, C] summed over P in a fixed order."""
+    k, partials, channels = partial.shape
+    sums = L.empty((k, channels), like=partial)
+    L.launch(
+        _sum_partials_kernel, (L.cdiv(channels, MERGE_CHANNELS), k), partial, sums, partials, channels,
+        like=partial, num_warps=MERGE_WARPS, **MERGE,
+    )  # fmt: skip
+    return sums
+
+
+def partial_plan(rows: int, channels: int) -> tuple[L.Tile, int, int, int]:
+    """Tile, channel blocks, rows a program and number of partials of a reduction over all rows."""
+    tile = L.tile_for(channels)
+    blocks = L.cdiv(channels, tile.block_c)
+    step = L.rows_per_program(rows, tile, blocks)
+    return tile, blocks, step, L.cdiv(rows, step)
+
+
+@torch.library.custom_op(
+    "fastnet::batch_stats", mutates_args=(), device_types=("cuda", "cpu"), schema="(Tensor x) -> (Tensor, Tensor)"
+)
+def batch_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of [B, C, H, W] over B, H, W: two fp32 [C]. Not differentiable by itself."""
+    x = L.nhwc(x)
+    channels = x.shape[1]
+    rows = x.numel() // channels
+    tile, blocks, step, partials = partial_plan(rows, channels)
+    vec = L.vector_width(channels)
+    partial = L.empty((2, partials, channels), like=x)
+    mean, var = L.empty((channels,), like=x), L.empty((channels,), like=x)
+    L.launch(
+        _stats_kernel, (blocks * partials,), x, partial, rows, step, partials, channels // vec,
+        like=x, num_warps=tile.num_warps, **tile.constexprs(vec),
+    )  # fmt: skip
+    L.launch(
+        _merge_stats_kernel, (L.cdiv(channels, MERGE_CHANNELS),), partial, mean, var, rows, step, partials, channels,
+        like=x, num_warps=MERGE_WARPS, **MERGE,
+    )  # fmt: skip
+    return mean, var
+
+
+@batch_stats.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    vector = x.new_empty((x.shape[1],), dtype=torch.float32)
+    return vector, torch.empty_like(vector)
+
+
+def statistics(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, training: bool, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """The mean and biased variance to normalise by; in training also moves the running ones, as `nn.BatchNorm2d`."""
+    if not training:
+        return running_mean, running_var
+    mean, var = batch_stats(x.detach())
+    rows = x.numel() // x.shape[1]
+    with torch.no_grad():
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(var * (rows / (rows - 1)), momentum)
+    return mean, var
+
+
+def check_batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    training: bool,
+    **others: tuple[Tensor | None, tuple[int, ...]],
+) -> None:
+    """`launch.check` for the four vectors of a batch norm and `others`."""
+    vector = (x.shape[1],) if x.dim() == 4 else ()
+    L.check(
+        x,
+        weight=(weight, vector),
+        bias=(bias, vector),
+        running_mean=(running_mean, vector),
+        running_var=(running_var, vector),
+        **others,
+    )
+    if training and x.numel() == x.shape[1]:
+        raise ValueError(f"batch statistics need more than one value per channel, got x of shape {tuple(x.shape)}")
+
+
+def aot_specs() -> Iterator[L.KernelSpec]:
+    """Every configuration that a launch in this file can select."""
+    yield from L.tile_specs(_stats_kernel, "reduction", ["x_ptr"])
+    yield L.spec(_merge_stats_kernel, "small", "fp32", dict(MERGE), num_warps=MERGE_WARPS)
+    yield L.spec(_sum_partials_kernel, "small", "fp32", dict(MERGE), num_warps=MERGE_WARPS)
+
+
+def sum_traffic(k: int, partials: int, channels: int) -> int:
+    """Bytes that `_sum_partials_kernel` moves."""
+    return 4 * k * channels * (partials + 1)
+
+
+def traffic(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, int]:
+    """Bytes read and written by each kernel of `batch_stats`."""
+    b, c, h, w = shape
+    rows = b * h * w
+    partials = partial_plan(rows, c)[3]
+    return {
+        "_stats_kernel": rows * c * dtype.itemsize + 8 * partials * c,
+        "_merge_stats_kernel": 8 * partials * c + 8 * c,
+    }

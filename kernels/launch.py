@@ -1,0 +1,249 @@
+"""Which implementation runs, how a tensor is cut into tiles, and launch configurations as data.
+
+Every kernel sees a channels_last tensor `[B, C, H, W]` as the row-major matrix `[B*H*W, C]` and cuts it into tiles
+`[UNROLL, ROWS, BLOCK_C]`. `ROWS * BLOCK_C` is eight elements a thread, so UNROLL loads of 16 bytes are in flight in every
+thread before the first is used, and a sum over UNROLL stays within a thread. Channel counts reach the kernels as
+`c_vec * VEC` with a compile-time VEC, which is how the compiler learns that a row of 24 or 40 channels keeps 16-byte
+accesses aligned without a compilation for every channel count.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    INTERPRETED = bool(triton.knobs.runtime.interpret)
+except ImportError:  # a machine without Triton imports `kernels` all the same and runs the PyTorch twins
+    triton = tl = None
+    INTERPRETED = False
+
+Impl = Literal["auto", "triton", "torch"]
+STORAGE_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def jit(fn: Callable[..., Any]) -> Any:
+    """`triton.jit` that compiles once for all sizes: integers that happen to be 1 or a multiple of 16 change nothing."""
+    if triton is None:
+        return fn
+    names = [name for name, p in inspect.signature(fn).parameters.items() if "constexpr" not in str(p.annotation)]
+    return triton.jit(do_not_specialize=[n for n in names if not n.endswith("_ptr")])(fn)
+
+
+def helper(fn: Callable[..., Any]) -> Any:
+    """`triton.jit` for a function that kernels call."""
+    return fn if triton is None else triton.jit(fn)
+
+
+def resolve(impl: Impl, x: Tensor) -> Literal["triton", "torch"]:
+    """The one rule: "auto" is Triton for fp32, fp16 and bf16 on CUDA and PyTorch elsewhere; "triton" never falls back."""
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"impl must be 'auto', 'triton' or 'torch', got {impl!r}")
+    if impl == "torch":
+        return "torch"
+    if impl == "auto":
+        return "triton" if x.is_cuda and triton is not None and x.dtype in STORAGE_DTYPES else "torch"
+    if triton is None:
+        raise RuntimeError("impl='triton' needs the triton package: install it or pass impl='auto'")
+    if not (x.is_cuda or INTERPRETED):
+        raise RuntimeError(
+            f"impl='triton' cannot run on {x.device.type} tensors: move them to CUDA, pass impl='auto', "
+            "or set TRITON_INTERPRET=1 before importing triton to interpret the kernels"
+        )
+    if x.dtype not in STORAGE_DTYPES:
+        raise TypeError(f"impl='triton' stores float32, float16 or bfloat16, got {x.dtype}: pass impl='torch'")
+    return "triton"
+
+
+def check(x: Tensor, **vectors: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """One sentence for the first bad argument: `x` is [B, C, H, W] floating point, the others fp32 of a given shape."""
+    if x.dim() != 4:
+        raise ValueError(f"x must be [B, C, H, W], got shape {tuple(x.shape)}")
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"x must be floating point, got {x.dtype}")
+    if x.numel() == 0:
+        raise ValueError(f"x must not be empty, got shape {tuple(x.shape)}")
+    for name, (tensor, shape) in vectors.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape} for x of shape {tuple(x.shape)}, got {tuple(tensor.shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move one of them")
+        if tensor.dtype != (torch.float64 if x.dtype == torch.float64 else torch.float32):
+            raise TypeError(f"{name} must be float32 (float64 with a float64 x), got {tensor.dtype} with x {x.dtype}")
+
+
+def check_residual(x: Tensor, residual: Tensor | None) -> None:
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
+        raise ValueError(
+            f"residual must match x in shape, dtype and device: {tuple(residual.shape)} {residual.dtype} on "
+            f"{residual.device} against {tuple(x.shape)} {x.dtype} on {x.device}"
+        )
+
+
+def once_differentiable(op: Any, name: str) -> None:
+    """Make differentiating a backward operation raise one sentence instead of failing in the dispatcher."""
+
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(f"{name} has no second derivative in Triton: pass impl='torch' for double backward")
+
+    op.register_autograd(refuse)
+
+
+def nhwc(x: Tensor) -> Tensor:
+    """`x` in channels_last: itself where it already is, else a copy (a whole extra read and write)."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Every scratch and vector allocation; a test fills them with NaN."""
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def empty_image(like: Tensor) -> Tensor:
+    """An uninitialised channels_last tensor of the shape and dtype of `like`."""
+    return torch.empty_like(like, memory_format=torch.channels_last)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two >= n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile of `unroll * rows` rows by `block_c` channels for four warps."""
+
+    block_c: int
+    rows: int
+    unroll: int = 4
+    num_warps: int = 4
+
+    @property
+    def height(self) -> int:
+        return self.unroll * self.rows
+
+    def constexprs(self, vec: int) -> dict[str, int]:
+        return {"VEC": vec, "UNROLL": self.unroll, "ROWS": self.rows, "BLOCK_C": self.block_c}
+
+
+# Predicted, not measured: a block of 32 channels keeps a row's segment at 64 bytes of a 16-bit type, the unit that HBM
+# transfers; 16 channels are only for tensors that have no more, where rows follow each other without a gap.
+TILES = tuple(Tile(block_c=c, rows=1024 // c) for c in (16, 32, 64, 128))
+
+
+def tile_for(channels: int) -> Tile:
+    """The widest tile that leaves no more than an eighth more lanes idle than the best one."""
+    if channels <= 16:
+        return TILES[0]
+    waste = {t: cdiv(channels, t.block_c) * t.block_c / channels for t in TILES[1:]}
+    best = min(waste.values())
+    return max((t for t in waste if waste[t] <= best * 1.125), key=lambda t: t.block_c)
+
+
+def vector_width(channels: int) -> int:
+    """VEC: 8 where every row starts on 16 bytes of a 16-bit type, else 1 (no published width needs that)."""
+    return 8 if channels % 8 == 0 else 1
+
+
+VECTOR_WIDTHS = (8, 1)
+MAX_ROWS = 2**30  # row numbers are 32-bit in the kernels, element offsets 64-bit
+MAX_PARTIALS = 1024
+
+
+def rows_per_program(rows: int, tile: Tile, lanes: int, most: int = MAX_PARTIALS) -> int:
+    """How many of `rows` one program of a reduction walks, `lanes` such walks going on side by side.
+
+    Predicted, not measured: 1024 programs are some eight for each multiprocessor of a large GPU; past eight tiles a
+    program gains little, a partial being then a hundredth of what was read; and no more than `most` partials are left.
+    """
+    tiles = cdiv(rows, tile.height)
+    steps = min(max(tiles * lanes // 1024, 1), 8)
+    return tile.height * max(steps, cdiv(tiles, most))
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, like: Tensor, num_warps: int, **constexprs: Any) -> None:
+    """Run `kernel` on the device of `like`."""
+    if like.is_cuda:
+        with torch.cuda.device(like.device):
+            kernel[grid](*args, num_warps=num_warps, num_stages=1, **constexprs)
+    elif INTERPRETED:
+        kernel[grid](*args, num_warps=num_warps, num_stages=1, **constexprs)
+    else:
+        raise RuntimeError(
+            f"a fastnet Triton operation was called on {like.device.type} tensors: set TRITON_INTERPRET=1 before "
+            "importing triton, or call the public function with impl='auto'"
+        )
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One configuration that a launch can select, with what `triton.compile(ASTSource(...))` needs to build it.
+
+    `kind` is "elementwise" (reads and writes images), "reduction" (reads images, writes vectors) or "small" (vectors
+    only). `attrs` states 16-byte alignment of every pointer, which holds for whatever PyTorch allocates.
+    """
+
+    name: str
+    fn: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    kind: Literal["elementwise", "reduction", "small"]
+    attrs: dict[tuple[int, ...], list[list[Any]]] = field(default_factory=dict)
+
+
+def spec(
+    fn: Any,
+    kind: Literal["elementwise", "reduction", "small"],
+    dtype: str,
+    constexprs: dict[str, Any],
+    *,
+    images: Iterable[str] = (),
+    num_warps: int = 4,
+) -> KernelSpec:
+    """The specification of one compilation of `fn`: pointers named in `images` have the storage dtype, others fp32."""
+    signature: dict[str, str] = {}
+    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, (name, parameter) in enumerate(inspect.signature(fn.fn).parameters.items()):
+        if name in constexprs:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = f"*{dtype}" if name in set(images) else "*fp32"
+            attrs[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if "float" in str(parameter.annotation) else "i32"
+    label = ",".join(f"{k}={v}" for k, v in constexprs.items())
+    name = f"{fn.fn.__name__.strip('_')}[{dtype},{label}]"
+    return KernelSpec(name, fn, signature, constexprs, num_warps, 1, kind, attrs)
+
+
+def tile_specs(
+    fn: Any,
+    kind: Literal["elementwise", "reduction"],
+    images: Iterable[str],
+    variants: Iterable[dict[str, Any]] = ({},),
+    tiles: Iterable[Tile] = TILES,
+) -> Iterator[KernelSpec]:
+    """Every storage dtype × tile × vector width × variant of a kernel that walks tiles."""
+    tiles, variants, images = tuple(tiles), tuple(variants), tuple(images)
+    for dtype in STORAGE_DTYPES.values():
+        for variant in variants:
+            for tile in tiles:
+                for vec in VECTOR_WIDTHS:
+                    constexprs = {**variant, **tile.constexprs(vec)}
+                    yield spec(fn, kind, dtype, constexprs, images=images, num_warps=tile.num_warps)
