@@ -277,12 +277,14 @@ class EfficientNet(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(features, config.num_classes)
         # Linear decay (Huang et al. 2016) as the reference implementation counts it: rate·i/N from i = 0.
-        drop_prob = [
-            config.drop_connect_rate * i / len(shapes) if shape.has_residual else 0.0 for i, shape in enumerate(shapes)
+        survival = [
+            1 - config.drop_connect_rate * i / len(shapes) if shape.has_residual else 1.0
+            for i, shape in enumerate(shapes)
         ]
-        self.register_buffer("survival_prob", 1 - torch.tensor(drop_prob), persistent=False)
-        self._can_drop = tuple(p > 0 for p in drop_prob)
-        self.reset_parameters()
+        self.register_buffer("survival_prob", torch.tensor(survival), persistent=False)
+        self._can_drop = tuple(p < 1 for p in survival)
+        if not self.classifier.weight.is_meta:
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """The reference (TF) initialisation: normal with variance 2 / fan-out, where a convolution's fan-out
