@@ -1,0 +1,260 @@
+"""What the compiler makes of each kernel, without a GPU: `python -m bench.compile_report`.
+
+Builds every configuration that a launch can select for sm_90, and one of each kernel for sm_80 and sm_100, and reads
+registers, stack, shared memory and access widths from the machine code. It ends with status 1 where a limit is broken:
+
+- nothing spills: no stack frame, no local loads or stores;
+- shared memory within what one block may have;
+- where a row starts on 16 bytes (VEC > 1), a kernel that walks images moves at least nine tenths of its bytes in
+  16-byte accesses (the rest are per-channel vectors and per-image scalars).
+
+`bench/compile_baseline.json` holds registers and shared memory as one Triton version made them; for that version they
+must still be the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+BASELINE = Path(__file__).with_name("compile_baseline.json")
+FULL_ARCH = 90
+ARCHS = (80, 90, 100)
+WIDE_SHARE = 0.9
+# CUDA C++ Programming Guide, "Technical specifications per compute capability": shared bytes of a block and of a
+# multiprocessor. 64 warps, 32 blocks and 65,536 registers are common to all three.
+SHARED_PER_BLOCK = {80: 166_912, 90: 232_448, 100: 232_448}
+SHARED_PER_SM = {80: 167_936, 90: 233_472, 100: 233_472}
+WARPS_PER_SM, BLOCKS_PER_SM, REGISTERS_PER_SM = 64, 32, 65_536
+
+
+@dataclass(frozen=True)
+class Report:
+    """One configuration on one architecture. Widths: bytes of an access a thread -> how many such instructions."""
+
+    name: str
+    arch: int
+    kind: str
+    registers: int
+    stack: int
+    local_accesses: int
+    shared: int
+    num_warps: int
+    occupancy: float
+    loads: dict[int, int]
+    stores: dict[int, int]
+    aligned: bool
+
+    @property
+    def spills(self) -> bool:
+        return bool(self.stack or self.local_accesses)
+
+    def problems(self) -> list[str]:
+        """Sentences about the limits that this configuration breaks."""
+        where = f"{self.name} on sm_{self.arch}"
+        found = []
+        if self.spills:
+            found.append(f"{where} spills: stack {self.stack} bytes, {self.local_accesses} local accesses.")
+        if self.shared > SHARED_PER_BLOCK[self.arch]:
+            found.append(f"{where} wants {self.shared} bytes of shared memory, {SHARED_PER_BLOCK[self.arch]} exist.")
+        if self.aligned and self.kind != "small":
+            checked = [("loads", self.loads)]
+            if self.kind == "elementwise":
+                checked.append(("stores", self.stores))
+            for what, widths in checked:
+                share = wide_share(widths)
+                if share < WIDE_SHARE:
+                    found.append(f"{where}: only {share:.0%} of the bytes of its {what} move 16 at a time: {widths}.")
+        return found
+
+
+def wide_share(widths: dict[int, int]) -> float:
+    """Share of the bytes that 16-byte accesses move; 1 where there are no accesses."""
+    total = sum(width * count for width, count in widths.items())
+    return widths.get(16, 0) * 16 / total if total else 1.0
+
+
+def occupancy(registers: int, shared: int, num_warps: int, arch: int) -> float:
+    """Share of a multiprocessor's warps that fit. Registers are given out in 256 a warp, shared memory in 128 bytes
+    plus the 1 KB of a block that the driver keeps."""
+    registers_per_warp = -(-registers * 32 // 256) * 256
+    by_registers = REGISTERS_PER_SM // registers_per_warp // num_warps
+    by_shared = SHARED_PER_SM[arch] // (-(-shared // 128) * 128 + 1024)
+    blocks = min(BLOCKS_PER_SM, WARPS_PER_SM // num_warps, by_registers, by_shared)
+    return blocks * num_warps / WARPS_PER_SM
+
+
+_ACCESS = re.compile(r"\b(LDG|STG|LDL|STL)(\.[A-Z0-9.]+)?\s")
+_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+
+
+def access_widths(sass: str) -> dict[str, dict[int, int]]:
+    """{"LDG" | "STG" | "LDL" | "STL": {bytes a thread: instructions}} of a disassembly."""
+    found: dict[str, dict[int, int]] = {name: {} for name in ("LDG", "STG", "LDL", "STL")}
+    for name, suffixes in _ACCESS.findall(sass):
+        width = next((_WIDTHS[s] for s in suffixes.split(".") if s in _WIDTHS), 4)
+        found[name][width] = found[name].get(width, 0) + 1
+    return found
+
+
+def _cuobjdump(cubin: Path, *flags: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, *flags, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def _compile(task: tuple[str, int]) -> Report:
+    """In a worker process: build the configuration of that name and read its machine code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    name, arch = task
+    spec = _specs()[name]
+    source = ASTSource(spec.fn, spec.signature, spec.constexprs, spec.attrs)
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _cuobjdump(cubin, "-res-usage")
+        widths = access_widths(_cuobjdump(cubin, "-sass"))
+    registers = max(int(n) for n in re.findall(r"REG:(\d+)", usage))
+    stack = max(int(n) for n in re.findall(r"STACK:(\d+)", usage))
+    shared = int(compiled.metadata.shared)
+    return Report(
+        name=name,
+        arch=arch,
+        kind=spec.kind,
+        registers=registers,
+        stack=stack,
+        local_accesses=sum(widths["LDL"].values()) + sum(widths["STL"].values()),
+        shared=shared,
+        num_warps=spec.num_warps,
+        occupancy=occupancy(registers, shared, spec.num_warps, arch),
+        loads=widths["LDG"],
+        stores=widths["STG"],
+        aligned=spec.constexprs.get("VEC", 1) > 1,
+    )
+
+
+def _specs() -> dict[str, Any]:
+    import kernels.launch
+
+    return {spec.name: spec for spec in kernels.launch.all_specs()}
+
+
+def select(names: Iterable[str], archs: Sequence[int], only: str = "") -> list[tuple[str, int]]:
+    """Every configuration for sm_90, the first of each kernel for the others; `only` keeps names that contain it."""
+    names = [name for name in names if only in name]
+    first = {name.partition("[")[0]: name for name in reversed(names)}
+    return [(name, arch) for arch in archs for name in (names if arch == FULL_ARCH else first.values())]
+
+
+def build(tasks: Sequence[tuple[str, int]], processes: int = 2) -> list[Report]:
+    """Compile in `processes` processes. RuntimeError under TRITON_INTERPRET, where nothing is compiled."""
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise RuntimeError("unset TRITON_INTERPRET: the interpreter compiles nothing")
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(_compile, tasks, chunksize=4))
+
+
+def against_baseline(reports: Sequence[Report], triton_version: str, *, complete: bool) -> list[str]:
+    """Sentences about what differs from the stored figures; none where they are of another Triton version."""
+    stored = json.loads(BASELINE.read_text())
+    if stored["triton"] != triton_version:
+        return []
+    now = {_key(r): [r.registers, r.shared] for r in reports}
+    known: dict[str, list[int]] = stored["configurations"]
+    found = [
+        f"{key}: registers, shared bytes {known[key]} in the baseline, {value} now."
+        for key, value in now.items()
+        if key in known and known[key] != value
+    ]
+    found += [f"{key} is not in the baseline." for key in now if key not in known]
+    if complete:
+        found += [f"{key} is in the baseline but no longer selectable." for key in known if key not in now]
+    return found
+
+
+def _key(report: Report) -> str:
+    return f"sm_{report.arch} {report.name}"
+
+
+def write_baseline(reports: Sequence[Report], triton_version: str) -> None:
+    configurations = {_key(r): [r.registers, r.shared] for r in reports}
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(configurations.items()))
+    BASELINE.write_text(f'{{"triton": {json.dumps(triton_version)}, "configurations": {{\n{lines}\n}}}}\n')
+
+
+def table(reports: Sequence[Report]) -> str:
+    """One line a kernel and architecture, over all its configurations: the worst of each column."""
+    rows: dict[tuple[str, int], list[Report]] = {}
+    for report in reports:
+        rows.setdefault((report.name.partition("[")[0], report.arch), []).append(report)
+    head = (
+        f"{'kernel':<36}{'sm':>4}{'built':>7}{'registers':>12}{'spill':>7}{'shared':>8}{'occupancy':>12}{'16-byte':>9}"
+    )
+    lines = [head]
+    for (kernel, arch), built in rows.items():
+        registers = sorted({r.registers for r in built})
+        aligned = [wide_share(r.loads) for r in built if r.aligned] + [
+            wide_share(r.stores) for r in built if r.aligned and r.kind == "elementwise"
+        ]
+        lines.append(
+            f"{kernel:<36}{arch:>4}{len(built):>7}{f'{registers[0]}-{registers[-1]}':>12}"
+            f"{sum(r.spills for r in built):>7}{max(r.shared for r in built):>8}"
+            f"{min(r.occupancy for r in built):>12.0%}{f'{min(aligned):.0%}' if aligned else '-':>9}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.compile_report", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHS), choices=ARCHS)
+    parser.add_argument("--only", default="", help="configurations whose name contains this")
+    parser.add_argument("--json", type=Path, help="write every configuration's figures to this file")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--update-baseline", action="store_true", help="store what was built as the new baseline")
+    options = parser.parse_args(arguments)
+    complete = not options.only and set(options.arch) == set(ARCHS)
+    if options.update_baseline and not complete:
+        parser.error("--update-baseline needs every configuration: leave out --arch and --only.")
+
+    import triton
+
+    names = list(_specs())
+    tasks = select(names, options.arch, options.only)
+    if not tasks:
+        parser.error(f"no configuration contains {options.only!r}.")
+    reports = build(tasks, options.processes)
+    print(f"triton {triton.__version__}, {len(reports)} builds of {len(names)} configurations\n")
+    print(table(reports))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")
+    if options.update_baseline:
+        write_baseline(reports, triton.__version__)
+    problems = [problem for r in reports for problem in r.problems()]
+    problems += against_baseline(reports, triton.__version__, complete=complete)
+    print(f"\n{len(problems)} problems" + "".join(f"\n  {problem}" for problem in problems))
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

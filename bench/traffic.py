@@ -1,0 +1,96 @@
+"""Bytes that Triton kernels move, counted under the interpreter: every unmasked lane of every load, store and atomic.
+
+What a formula states about a kernel is held to this. Each access counts: what a cache would serve twice counts twice.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+
+
+@dataclass
+class Bytes:
+    """What one kernel moved, over `launches` launches."""
+
+    read: int = 0
+    written: int = 0
+    launches: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.read + self.written
+
+
+@dataclass
+class Traffic:
+    """Per kernel function name."""
+
+    kernels: dict[str, Bytes] = field(default_factory=lambda: defaultdict(Bytes))
+
+    @property
+    def total(self) -> int:
+        return sum(moved.total for moved in self.kernels.values())
+
+
+@contextmanager
+def count_traffic() -> Iterator[Traffic]:
+    """Count what the kernels run inside the block move. RuntimeError where Triton is not interpreting."""
+    import triton
+
+    if not triton.knobs.runtime.interpret:
+        raise RuntimeError("bytes are counted under the interpreter: set TRITON_INTERPRET=1 before importing triton")
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    traffic = Traffic()
+    running = ""
+
+    def lanes(pointers: Any, mask: Any) -> int:
+        count = int(np.count_nonzero(np.broadcast_to(mask.data, pointers.data.shape)))
+        return count * (pointers.get_element_ty().primitive_bitwidth // 8)
+
+    def reading(original: Any) -> Any:
+        def load(pointers: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+            traffic.kernels[running].read += lanes(pointers, mask)
+            return original(pointers, mask, *rest, **options)
+
+        return load
+
+    def writing(original: Any) -> Any:
+        def store(pointers: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+            traffic.kernels[running].written += lanes(pointers, mask)
+            return original(pointers, value, mask, *rest, **options)
+
+        return store
+
+    def updating(original: Any) -> Any:
+        def update(operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
+            traffic.kernels[running].read += lanes(pointers, mask)
+            traffic.kernels[running].written += lanes(pointers, mask)
+            return original(operation, pointers, value, mask, *rest, **options)
+
+        return update
+
+    original_call = interpreter.GridExecutor.__call__
+
+    def call(self: Any, *arguments: Any, **options: Any) -> Any:
+        nonlocal running
+        running = self.fn.__name__
+        traffic.kernels[running].launches += 1
+        return original_call(self, *arguments, **options)
+
+    # Unmasked loads and stores reach these with a mask of ones.
+    with (
+        patch.object(builder, "create_masked_load", reading(builder.create_masked_load)),
+        patch.object(builder, "create_masked_store", writing(builder.create_masked_store)),
+        patch.object(builder, "create_atomic_rmw", updating(builder.create_atomic_rmw)),
+        patch.object(interpreter.GridExecutor, "__call__", call),
+    ):
+        yield traffic
