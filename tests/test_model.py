@@ -348,8 +348,8 @@ def test_regional_compilation_keeps_its_gradients_through_aot_autograd() -> None
     torch.testing.assert_close(train_once(model, x, scales), train_once(eager, x, scales))
     for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
-    for ours, theirs in zip(model.buffers(), eager.buffers(), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for our_buffer, their_buffer in zip(model.buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(our_buffer, their_buffer)
 
 
 def test_every_published_variant_builds() -> None:

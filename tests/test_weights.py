@@ -32,7 +32,7 @@ from fastnet.weights import (
 )
 
 STYLES: tuple[Style, ...] = ("torchvision", "timm", "timm_tf")
-SLOW = ("b2", "b3", "b4", "b5", "b6", "b7")
+SLOW = ("b1", "b2", "b3", "b4", "b5", "b6", "b7")
 VARIANTS = [pytest.param(v, marks=pytest.mark.slow) if v in SLOW else v for v in PUBLISHED]
 
 
