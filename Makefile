@@ -24,13 +24,13 @@ train: install  ## Train B0 on the generated sample (minutes on two cores) and p
 	$(BIN)/python -m fastnet.train --recipe quick
 
 test: install  ## The tests that continuous integration runs.
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -m "not full"
 
 test-all: install  ## Every test, the full products of shapes and dtypes too.
-	FASTNET_TEST_ALL=1 $(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests
 
 check: install lint types  ## Daily: lint, types and the quick tests (under two minutes).
-	$(BIN)/python -m pytest tests -m "not slow" -q
+	$(BIN)/python -m pytest tests -m "not slow and not full" -q
 
 bench: install  ## Benchmarks against timm and torchvision on this machine.
 	$(BIN)/python -m pytest bench --benchmark-only

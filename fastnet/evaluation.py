@@ -85,7 +85,8 @@ def reestimate_batch_norm(
     """
     norms = list(model.batch_norms())
     momenta = [norm.momentum for norm in norms]
-    used = 0
+    used, training = 0, model.training
+    model.train()
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), autocast(device, amp):
             for images, _ in islice(batches, count):
@@ -98,6 +99,7 @@ def reestimate_batch_norm(
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+        model.train(training)
     return used
 
 

@@ -1,0 +1,136 @@
+"""The command line: quick to answer, grouped, and one sentence for each mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastnet.config import FOOD101, QUICK, RECIPES, config_from_dict, read_config
+from fastnet.errors import UserError
+from fastnet.train import parse_arguments, run_folder
+
+
+def saved_run(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(QUICK.to_json())
+    (folder / "last.safetensors").write_bytes(b"")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meaning"),
+    [
+        ([], "off"),
+        (["--compile"], "regional"),
+        (["--compile", "--variant", "b1"], "regional"),
+        (["--compile", "whole"], "whole"),
+        (["--variant", "b1", "--compile"], "regional"),
+    ],
+)
+def test_compile_may_stand_bare(arguments: list[str], meaning: str) -> None:
+    assert parse_arguments(arguments).run.compile == meaning
+
+
+def test_flags_are_flat_and_reach_their_place() -> None:
+    config = parse_arguments(
+        ["--variant", "b3", "--lr", "0.5", "--data", "x", "--amp", "bf16", "--hue", "9", "--loader", "torch"]
+    )
+    assert config.model.variant == "b3"
+    assert config.peak_lr == 0.5
+    assert config.data.data == "x"
+    assert config.run.amp == "bf16"
+    assert config.augment.hue == 9
+    assert config.data.loader == "torch"
+
+
+def test_the_recipe_gives_the_defaults_and_flags_win() -> None:
+    assert parse_arguments(["--recipe", "quick"]) == QUICK
+    assert parse_arguments(["--recipe", "quick", "--epochs", "3"]).optimizer.epochs == 3
+    assert parse_arguments([]) == FOOD101
+
+
+def test_the_default_learning_rate_follows_the_batch() -> None:
+    assert parse_arguments(["--batch-size", "512"]).peak_lr == pytest.approx(0.128)
+
+
+def test_torch_is_not_needed_for_help() -> None:
+    code = "import sys; from fastnet.train import parse_arguments\ntry: parse_arguments(['--help'])\n" + (
+        "except SystemExit as e: assert e.code == 0\nassert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for group in ("model options", "data options", "augment options", "optimizer options", "run options"):
+        assert group in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--epochs", "0"], "--epochs 0 must lie between"),
+        (["--resolution", "8"], "--resolution 8 must lie between"),
+        (["--label-smoothing", "1"], "--label-smoothing"),
+        (["--weights-style", "timm"], "--weights-style needs --pretrained"),
+    ],
+)
+def test_values_out_of_range(arguments: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        parse_arguments(arguments).validate()
+    assert caught.value.exit_status == 2
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("arguments", [["--variant", "b9"], ["--nonsense"], ["--epochs", "many"]])
+def test_words_that_do_not_parse_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(arguments)
+    assert caught.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_config_survives_json(recipe: str) -> None:
+    config = RECIPES[recipe]
+    assert config_from_dict(json.loads(config.to_json()), Path("x")) == config
+
+
+def test_a_setting_from_a_newer_version_is_named(tmp_path: Path) -> None:
+    values = dataclasses.asdict(FOOD101)
+    values["model"]["flux"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="flux"):
+        read_config(tmp_path / "config.json")
+
+
+def test_resume_takes_the_runs_settings_and_lets_some_change(tmp_path: Path) -> None:
+    run = saved_run(tmp_path / "run")
+    config = parse_arguments(["--resume", str(run), "--epochs", "20"])
+    assert config.optimizer == dataclasses.replace(QUICK.optimizer, epochs=20)
+    assert config.model == QUICK.model
+    assert run_folder(config) == run
+    with pytest.raises(UserError, match="--batch-size 7 differs from the 32") as caught:
+        parse_arguments(["--resume", str(run), "--batch-size", "7"])
+    assert caught.value.exit_status == 2
+
+
+def test_resume_auto_means_out_or_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse_arguments(["--resume", "auto"]).run.resume is None
+    Path("runs").mkdir()
+    run = saved_run(Path("runs/a"))
+    assert parse_arguments(["--resume", "auto"]).run.resume == str(run)
+    assert parse_arguments(["--resume", "auto", "--out", "elsewhere"]).run.resume is None
+
+
+def test_resume_without_a_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint there"):
+        parse_arguments(["--resume", str(tmp_path)])
+
+
+def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    run = saved_run(tmp_path / "run")
+    with pytest.raises(UserError, match="already holds a run"):
+        run_folder(parse_arguments(["--out", str(run)]))
