@@ -1,20 +1,23 @@
 """Fused operations around the convolutions of MBConv, forward and backward, each with a plain-PyTorch twin.
 
 Every function takes `impl`: "auto" runs Triton where `x` is on CUDA and PyTorch elsewhere, "triton" never falls
-back, "torch" is `kernels.reference`.
+back, "torch" is `kernels.reference`. A Triton operation can be differentiated once.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
-from torch import Tensor
-
-from kernels import reference
-
-Impl = Literal["auto", "triton", "torch"]
+from kernels import batch_norm, batch_norm_silu, drop_connect, excite
+from kernels import squeeze_excite as _squeeze_excite_file
+from kernels.batch_norm_silu import bn_silu
+from kernels.batch_norm_silu_squeeze_excite import bn_silu_squeeze_excite
+from kernels.drop_connect import bn_drop_connect_add, drop_connect_add
+from kernels.launch import Impl, KernelSpec
+from kernels.squeeze_excite import squeeze_excite
 
 __all__ = [
+    "Impl",
+    "KernelSpec",
+    "all_specs",
     "bn_drop_connect_add",
     "bn_silu",
     "bn_silu_squeeze_excite",
@@ -22,71 +25,9 @@ __all__ = [
     "squeeze_excite",
 ]
 
-
-def squeeze_excite(
-    x: Tensor, w_reduce: Tensor, b_reduce: Tensor, w_expand: Tensor, b_expand: Tensor, *, impl: Impl = "auto"
-) -> Tensor:
-    return reference.squeeze_excite(x, w_reduce, b_reduce, w_expand, b_expand)
+_KERNEL_FILES = (batch_norm, batch_norm_silu, excite, _squeeze_excite_file, drop_connect)
 
 
-def bn_silu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    *,
-    training: bool,
-    momentum: float,
-    eps: float,
-    impl: Impl = "auto",
-) -> Tensor:
-    return reference.bn_silu(
-        x, weight, bias, running_mean, running_var, training=training, momentum=momentum, eps=eps
-    )
-
-
-def bn_silu_squeeze_excite(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    w_reduce: Tensor,
-    b_reduce: Tensor,
-    w_expand: Tensor,
-    b_expand: Tensor,
-    *,
-    training: bool,
-    momentum: float,
-    eps: float,
-    impl: Impl = "auto",
-) -> Tensor:
-    return reference.bn_silu_squeeze_excite(
-        x, weight, bias, running_mean, running_var, w_reduce, b_reduce, w_expand, b_expand,
-        training=training, momentum=momentum, eps=eps,
-    )  # fmt: skip
-
-
-def drop_connect_add(x: Tensor, residual: Tensor, scale: Tensor | None, *, impl: Impl = "auto") -> Tensor:
-    return reference.drop_connect_add(x, residual, scale)
-
-
-def bn_drop_connect_add(
-    x: Tensor,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    *,
-    training: bool,
-    momentum: float,
-    eps: float,
-    impl: Impl = "auto",
-) -> Tensor:
-    return reference.bn_drop_connect_add(
-        x, residual, scale, weight, bias, running_mean, running_var,
-        training=training, momentum=momentum, eps=eps,
-    )  # fmt: skip
+def all_specs() -> list[KernelSpec]:
+    """Every kernel configuration that a launch can select, for ahead-of-time compilation."""
+    return [spec for file in _KERNEL_FILES for spec in file.aot_specs()]

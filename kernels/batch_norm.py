@@ -1,17 +1,21 @@
 """Batch statistics of an image tensor, and the pieces that every kernel with a batch norm in it shares.
 
-Statistics of x over the N = B*H*W rows of channel c, as Chan, Golub and LeVeque (1979) merge them: for disjoint parts i
-with count n_i, mean m_i and M2_i = Σ (x - m_i)²,
+Statistics of x over the N = B*H*W rows of channel c, as Chan, Golub and LeVeque (1979) merge them: for disjoint
+parts i with count n_i, mean m_i and M2_i = Σ (x - m_i)²,
 
     m = Σ n_i m_i / n        M2 = Σ M2_i + Σ n_i (m_i - m)²        var = M2 / N
 
-at three levels: the eight or thirty-two values that a thread holds, the rows of a program, the programs. No sum of squares
-about a far-away origin is ever taken, and nothing is added atomically, so a result repeats bit for bit. Sums over rows for the
-backward pass take the same road: threads, programs (`partial [K, P, C]`), then `_sum_partials_kernel`.
+at three levels: the eight or thirty-two values that a thread holds, the rows of a program, the programs. No sum of
+squares about a far-away origin is ever taken, and nothing is added atomically, so a result repeats bit for bit.
+Sums over rows for the backward pass take the same road: threads, programs (`partial [K, P, C]`), then
+`_sum_partials_kernel`.
 
-Bytes: x is read once; P partials of C means and M2s are written and read, some hundredth of x. `F.batch_norm` reads x once more to
-normalise, and cannot do anything else in that pass. Nothing is saved but mean and var, [C] each.
+Bytes: x is read once; P partials of C means and M2s are written and read, some hundredth of x. `F.batch_norm` reads
+x once more to normalise, and cannot do anything else in that pass. Nothing is saved but mean and var, [C] each.
 """
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton's kernels take no annotations but constexpr.)
 
 from __future__ import annotations
 
@@ -29,19 +33,30 @@ MERGE_WARPS = 8
 
 
 @L.helper
-def tile_at(
-    row, end, c0, channels, UNROLL: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Row numbers [UNROLL, ROWS, 1], 64-bit element offsets and mask of the tile of rows row..end, channels c0..."""
-    rows = row + tl.arange(0, UNROLL)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
-    cols = c0 + tl.arange(0, BLOCK_C)[None, None, :]
-    return rows, rows.to(tl.int64) * channels + cols, (rows < end) & (cols < channels)
+def locate(channels, BLOCK_C: tl.constexpr):
+    """Which part of the rows this program takes and its first channel; the blocks of a row run side by side."""
+    blocks = tl.cdiv(channels, BLOCK_C)
+    return tl.program_id(0) // blocks, (tl.program_id(0) % blocks) * BLOCK_C
+
+
+@L.helper
+def tile_at(row, end, c0, channels, HEIGHT: tl.constexpr, BLOCK_C: tl.constexpr):
+    """64-bit element offsets and mask [HEIGHT, BLOCK_C] of the tile of rows row..end and channels c0..."""
+    rows = row + tl.arange(0, HEIGHT)[:, None]
+    cols = c0 + tl.arange(0, BLOCK_C)[None, :]
+    return rows.to(tl.int64) * channels + cols, (rows < end) & (cols < channels)
+
+
+@L.helper
+def fold(x, UNROLL: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[UNROLL * ROWS, BLOCK_C] summed over UNROLL, whose values share a thread: no data moves."""
+    return tl.sum(tl.reshape(x, [UNROLL, ROWS, BLOCK_C]), axis=0)
 
 
 @L.helper
 def channel_vector(ptr, c0, channels, BLOCK_C: tl.constexpr):
-    """[1, 1, BLOCK_C] of a vector over channels, zero past its end."""
-    cols = c0 + tl.arange(0, BLOCK_C)[None, None, :]
+    """[1, BLOCK_C] of a vector over channels, zero past its end."""
+    cols = c0 + tl.arange(0, BLOCK_C)[None, :]
     return tl.load(ptr + cols, mask=cols < channels, other=0.0)
 
 
@@ -57,8 +72,26 @@ def inverse_std(var, eps):
 
 
 @L.helper
+def bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C: tl.constexpr):
+    """mean, 1 / sqrt(var + eps), weight and bias of a channel block."""
+    mean = channel_vector(mean_ptr, c0, channels, BLOCK_C)
+    rstd = inverse_std(channel_vector(var_ptr, c0, channels, BLOCK_C), eps)
+    weight = channel_vector(weight_ptr, c0, channels, BLOCK_C)
+    bias = channel_vector(bias_ptr, c0, channels, BLOCK_C)
+    return mean, rstd, weight, bias
+
+
+@L.helper
 def sigmoid(z):
     return 1.0 / (1.0 + tl.exp(-z))
+
+
+@L.helper
+def silu_and_slope(z):
+    """SiLU and its derivative s + z s (1 - s), s the sigmoid."""
+    s = sigmoid(z)
+    a = z * s
+    return a, s + a * (1.0 - s)
 
 
 @L.jit
@@ -75,20 +108,20 @@ def _stats_kernel(
     BLOCK_C: tl.constexpr,
 ):
     channels = c_vec * VEC
-    blocks = tl.cdiv(channels, BLOCK_C)
-    c0 = (tl.program_id(0) % blocks) * BLOCK_C
-    part = tl.program_id(0) // blocks
+    part, c0 = locate(channels, BLOCK_C)
     row = part * rows_per_program
     end = tl.minimum(row + rows_per_program, row_count)
+    lane = tl.arange(0, ROWS)[:, None]
     count = tl.zeros([ROWS, 1], tl.float32)
     mean = tl.zeros([ROWS, BLOCK_C], tl.float32)
     m2 = tl.zeros([ROWS, BLOCK_C], tl.float32)
     while row < end:
-        rows, offsets, mask = tile_at(row, end, c0, channels, UNROLL, ROWS, BLOCK_C)
+        offsets, mask = tile_at(row, end, c0, channels, UNROLL * ROWS, BLOCK_C)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        n = tl.sum((rows < end).to(tl.float32), axis=0)
-        tile_mean = tl.sum(x, axis=0) * (1.0 / tl.maximum(n, 1.0))
-        deviation = tl.where(mask, x - tile_mean[None, :, :], 0.0)
+        n = tl.minimum(tl.maximum((end - row - lane + ROWS - 1) // ROWS, 0), UNROLL).to(tl.float32)
+        tile_mean = fold(x, UNROLL, ROWS, BLOCK_C) * (1.0 / tl.maximum(n, 1.0))
+        deviation = tl.reshape(x, [UNROLL, ROWS, BLOCK_C]) - tile_mean[None, :, :]
+        deviation = tl.where(tl.reshape(mask, [UNROLL, ROWS, BLOCK_C]), deviation, 0.0)
         total = count + n
         share = n / tl.maximum(total, 1.0)
         delta = tile_mean - mean
@@ -97,7 +130,7 @@ def _stats_kernel(
         count = total
         row += UNROLL * ROWS
     # The first thread row has seen data; means are merged as distances from its own, which cancels a large common mean.
-    first = tl.sum(tl.where(tl.arange(0, ROWS)[:, None] == 0, mean, 0.0), axis=0)
+    first = tl.sum(tl.where(lane == 0, mean, 0.0), axis=0)
     delta = mean - first[None, :]
     shift = tl.sum(delta * count, axis=0) / tl.sum(count, axis=0)
     m2 += count * (delta - shift[None, :]) * (delta - shift[None, :])

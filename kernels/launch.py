@@ -1,14 +1,15 @@
 """Which implementation runs, how a tensor is cut into tiles, and launch configurations as data.
 
 Every kernel sees a channels_last tensor `[B, C, H, W]` as the row-major matrix `[B*H*W, C]` and cuts it into tiles
-`[UNROLL, ROWS, BLOCK_C]`. `ROWS * BLOCK_C` is eight elements a thread, so UNROLL loads of 16 bytes are in flight in every
-thread before the first is used, and a sum over UNROLL stays within a thread. Channel counts reach the kernels as
-`c_vec * VEC` with a compile-time VEC, which is how the compiler learns that a row of 24 or 40 channels keeps 16-byte
-accesses aligned without a compilation for every channel count.
+`[UNROLL, ROWS, BLOCK_C]`. `ROWS * BLOCK_C` is eight elements a thread, so UNROLL loads of 16 bytes are in flight in
+every thread before the first is used, and a sum over UNROLL stays within a thread. Channel counts reach the kernels
+as `c_vec * VEC` with a compile-time VEC, which is how the compiler learns that a row of 24 or 40 channels keeps
+16-byte accesses aligned without a compilation for every channel count.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -31,7 +32,8 @@ STORAGE_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: 
 
 
 def jit(fn: Callable[..., Any]) -> Any:
-    """`triton.jit` that compiles once for all sizes: integers that happen to be 1 or a multiple of 16 change nothing."""
+    """`triton.jit` that compiles once for all sizes: integers that happen to be 1 or a multiple of 16 change
+    nothing."""
     if triton is None:
         return fn
     names = [name for name, p in inspect.signature(fn).parameters.items() if "constexpr" not in str(p.annotation)]
@@ -44,7 +46,8 @@ def helper(fn: Callable[..., Any]) -> Any:
 
 
 def resolve(impl: Impl, x: Tensor) -> Literal["triton", "torch"]:
-    """The one rule: "auto" is Triton for fp32, fp16 and bf16 on CUDA and PyTorch elsewhere; "triton" never falls back."""
+    """The one rule: "auto" is Triton for fp32, fp16 and bf16 on CUDA and PyTorch elsewhere; "triton" never falls
+    back."""
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl must be 'auto', 'triton' or 'torch', got {impl!r}")
     if impl == "torch":
@@ -71,11 +74,15 @@ def check(x: Tensor, **vectors: tuple[Tensor | None, tuple[int, ...]]) -> None:
         raise TypeError(f"x must be floating point, got {x.dtype}")
     if x.numel() == 0:
         raise ValueError(f"x must not be empty, got shape {tuple(x.shape)}")
+    if x.numel() // x.shape[1] > MAX_ROWS:
+        raise ValueError(f"x must have at most 2**30 pixels in a batch, got shape {tuple(x.shape)}")
     for name, (tensor, shape) in vectors.items():
         if tensor is None:
             continue
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape} for x of shape {tuple(x.shape)}, got {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{name} must have shape {shape} for x of shape {tuple(x.shape)}, got {tuple(tensor.shape)}"
+            )
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move one of them")
         if tensor.dtype != (torch.float64 if x.dtype == torch.float64 else torch.float32):
@@ -136,6 +143,10 @@ class Tile:
     def height(self) -> int:
         return self.unroll * self.rows
 
+    def halved(self) -> Tile:
+        """Half the rows, for a kernel that holds two images."""
+        return dataclasses.replace(self, unroll=self.unroll // 2)
+
     def constexprs(self, vec: int) -> dict[str, int]:
         return {"VEC": vec, "UNROLL": self.unroll, "ROWS": self.rows, "BLOCK_C": self.block_c}
 
@@ -145,8 +156,13 @@ class Tile:
 TILES = tuple(Tile(block_c=c, rows=1024 // c) for c in (16, 32, 64, 128))
 
 
+RAGGED_TILE = TILES[1]  # where no access is wider than an element: no published architecture has such channel counts
+
+
 def tile_for(channels: int) -> Tile:
     """The widest tile that leaves no more than an eighth more lanes idle than the best one."""
+    if vector_width(channels) == 1:
+        return RAGGED_TILE
     if channels <= 16:
         return TILES[0]
     waste = {t: cdiv(channels, t.block_c) * t.block_c / channels for t in TILES[1:]}
@@ -155,23 +171,23 @@ def tile_for(channels: int) -> Tile:
 
 
 def vector_width(channels: int) -> int:
-    """VEC: 8 where every row starts on 16 bytes of a 16-bit type, else 1 (no published width needs that)."""
+    """VEC: 8 where every row of a 16-bit type starts on 16 bytes, else 1."""
     return 8 if channels % 8 == 0 else 1
 
 
-VECTOR_WIDTHS = (8, 1)
 MAX_ROWS = 2**30  # row numbers are 32-bit in the kernels, element offsets 64-bit
 MAX_PARTIALS = 1024
+PROGRAMS = 1024  # wanted of a reduction: some eight for each multiprocessor of a large GPU
+MAX_STEPS = 8  # tiles a program; a partial is then a hundredth of what was read
 
 
 def rows_per_program(rows: int, tile: Tile, lanes: int, most: int = MAX_PARTIALS) -> int:
     """How many of `rows` one program of a reduction walks, `lanes` such walks going on side by side.
 
-    Predicted, not measured: 1024 programs are some eight for each multiprocessor of a large GPU; past eight tiles a
-    program gains little, a partial being then a hundredth of what was read; and no more than `most` partials are left.
+    Predicted, not measured: PROGRAMS before MAX_STEPS, and never more than `most` partials.
     """
     tiles = cdiv(rows, tile.height)
-    steps = min(max(tiles * lanes // 1024, 1), 8)
+    steps = min(max(tiles * lanes // PROGRAMS, 1), MAX_STEPS)
     return tile.height * max(steps, cdiv(tiles, most))
 
 
@@ -193,8 +209,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, like: Tensor, num_war
 class KernelSpec:
     """One configuration that a launch can select, with what `triton.compile(ASTSource(...))` needs to build it.
 
-    `kind` is "elementwise" (reads and writes images), "reduction" (reads images, writes vectors) or "small" (vectors
-    only). `attrs` states 16-byte alignment of every pointer, which holds for whatever PyTorch allocates.
+    `kind` is "elementwise" (reads and writes images), "reduction" (reads images, writes vectors) or "small"
+    (vectors only). `attrs` states 16-byte alignment of every pointer, which holds for whatever PyTorch allocates.
     """
 
     name: str
@@ -219,15 +235,15 @@ def spec(
     """The specification of one compilation of `fn`: pointers named in `images` have the storage dtype, others fp32."""
     signature: dict[str, str] = {}
     attrs: dict[tuple[int, ...], list[list[Any]]] = {}
-    for i, (name, parameter) in enumerate(inspect.signature(fn.fn).parameters.items()):
+    for i, name in enumerate(inspect.signature(fn.fn).parameters):
         if name in constexprs:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             signature[name] = f"*{dtype}" if name in set(images) else "*fp32"
             attrs[(i,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "fp32" if "float" in str(parameter.annotation) else "i32"
-    label = ",".join(f"{k}={v}" for k, v in constexprs.items())
+            signature[name] = "fp32" if name == "eps" or name.startswith("inverse_") else "i32"
+    label = ",".join(f"{k}={v}" for k, v in constexprs.items() if v is not None)
     name = f"{fn.fn.__name__.strip('_')}[{dtype},{label}]"
     return KernelSpec(name, fn, signature, constexprs, num_warps, 1, kind, attrs)
 
@@ -240,10 +256,11 @@ def tile_specs(
     tiles: Iterable[Tile] = TILES,
 ) -> Iterator[KernelSpec]:
     """Every storage dtype × tile × vector width × variant of a kernel that walks tiles."""
-    tiles, variants, images = tuple(tiles), tuple(variants), tuple(images)
+    shapes = [(tile, 8) for tile in tiles]
+    shapes += [(tile, 1) for tile, _ in shapes if tile.block_c == RAGGED_TILE.block_c]
+    variants, images = tuple(variants), tuple(images)
     for dtype in STORAGE_DTYPES.values():
         for variant in variants:
-            for tile in tiles:
-                for vec in VECTOR_WIDTHS:
-                    constexprs = {**variant, **tile.constexprs(vec)}
-                    yield spec(fn, kind, dtype, constexprs, images=images, num_warps=tile.num_warps)
+            for tile, vec in shapes:
+                constexprs = {**variant, **tile.constexprs(vec)}
+                yield spec(fn, kind, dtype, constexprs, images=images, num_warps=tile.num_warps)

@@ -1,7 +1,8 @@
 """The same operations in plain PyTorch: the oracle in fp64, and what runs wherever Triton does not.
 
-Nothing here is shared with the Triton kernels. Parameters are fp32 (fp64 for the oracle), `x` may be of lower precision;
-every function returns `x.dtype`. In autocast the two SE products run in the autocast dtype, as `F.linear` does.
+Nothing here is shared with the Triton kernels. Parameters are fp32 (fp64 for the oracle), `x` may be of lower
+precision; every function returns `x.dtype`. In autocast the two SE products run in the autocast dtype, as
+`F.linear` does.
 """
 
 from __future__ import annotations
@@ -11,9 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def squeeze_excite(
-    x: Tensor, w_reduce: Tensor, b_reduce: Tensor, w_expand: Tensor, b_expand: Tensor
-) -> Tensor:
+def squeeze_excite(x: Tensor, w_reduce: Tensor, b_reduce: Tensor, w_expand: Tensor, b_expand: Tensor) -> Tensor:
     """`x * sigmoid(w_expand @ silu(w_reduce @ mean(x) + b_reduce) + b_expand)`; Hu et al. 2018, eq. 2–4."""
     pooled = x.mean((2, 3), dtype=w_reduce.dtype)
     hidden = F.silu(F.linear(pooled, w_reduce, b_reduce))
@@ -53,9 +52,7 @@ def bn_silu_squeeze_excite(
     eps: float,
 ) -> Tensor:
     """`squeeze_excite(bn_silu(x))`."""
-    a = bn_silu(
-        x, weight, bias, running_mean, running_var, training=training, momentum=momentum, eps=eps
-    )
+    a = bn_silu(x, weight, bias, running_mean, running_var, training=training, momentum=momentum, eps=eps)
     return squeeze_excite(a, w_reduce, b_reduce, w_expand, b_expand)
 
 
