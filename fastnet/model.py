@@ -334,7 +334,8 @@ class EfficientNet(nn.Module):
                         f"drop_scales must be [{len(self.blocks)}, {images.shape[0]}] (blocks, batch), "
                         f"got {list(drop_scales.shape)}."
                     )
-                rows = drop_scales.unbind()
+                # The kernels compute in fp32, and in fp64 for a model that was moved there.
+                rows = drop_scales.to(torch.promote_types(self.survival_prob.dtype, torch.float32)).unbind()
                 scales = [row if can else None for row, can in zip(rows, self._can_drop, strict=True)]
         x = self.stem(images)
         for block, scale in zip(self.blocks, scales, strict=True):

@@ -231,6 +231,7 @@ def test_drop_scales_reach_the_blocks_and_evaluation_ignores_them() -> None:
     zeros_of_one[:, 1] = 0
     model.train()
     assert torch.equal(model(x, ones), model(x, ones))
+    assert model(x).dtype == torch.float64  # its own draw fits the precision too
     full, dropped = model(x, ones), model(x, zeros_of_one)
     assert not torch.allclose(full[1], dropped[1])
     model.eval()
