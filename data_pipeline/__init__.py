@@ -1,0 +1,32 @@
+"""From files to a batch on the device: `build_index`, then `make_loader`, then `Loader.batches(epoch)`.
+
+Names load on first use, so that `import data_pipeline.augment` (which the command line is built from) needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data_pipeline.augment import Augmentation
+    from data_pipeline.errors import DataError
+    from data_pipeline.food101 import Index, Split, build_index
+    from data_pipeline.loader import Batch, Loader, make_loader
+
+__all__ = ["Augmentation", "Batch", "DataError", "Index", "Loader", "Split", "build_index", "make_loader"]
+
+_HOME = {
+    "Augmentation": "augment",
+    "Batch": "loader",
+    "DataError": "errors",
+    "Index": "food101",
+    "Loader": "loader",
+    "Split": "food101",
+    "build_index": "food101",
+    "make_loader": "loader",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,330 @@
+"""Folders of photos as an index: every image that can be decoded, its label, its oriented size.
+
+Three forms of data: Food-101's official layout (images/<class>/<id>.jpg with meta/train.json and meta/test.json, or the
+same as .txt), a plain train/<class>/* with val/<class>/* (or test/), and "sample", which is generated.
+
+Every file is decoded once, at an eighth of its size, which reads all of its bytes; files that fail are left out and
+counted. The result is remembered in the user's cache folder by path, size and modification time.
+"""
+
+import hashlib
+import json
+import os
+import struct
+import tempfile
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from data_pipeline.errors import DataError
+from data_pipeline.sample import make_sample, user_cache_folder
+
+SAMPLE = "sample"
+_FORMATS = {"JPEG", "MPO", "PNG", "WEBP"}  # what both decoders read
+_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp"}
+_EXIF_ORIENTATION = 0x0112
+_CACHE_VERSION = 1
+_LAYOUTS = "images/<class>/*.jpg with meta/train.json and meta/test.json (Food-101's layout), or train/<class>/* and val/<class>/*"
+_OFFLINE = "`--data sample` works without any photos"
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split; row i of every field is image i."""
+
+    paths: tuple[str, ...]
+    labels: NDArray[np.int64]
+    """[N]: position of the class in `Index.classes`."""
+    sizes: NDArray[np.int32]
+    """[N, 2]: width and height in pixels, after EXIF rotation."""
+    orientations: NDArray[np.uint8]
+    """[N]: EXIF orientation, 1 to 8; 1 is upright."""
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a folder of photos holds."""
+
+    root: Path
+    classes: tuple[str, ...]
+    splits: dict[str, Split]
+    """"train" and "val"."""
+    excluded: tuple[tuple[str, str], ...]
+    """(path, reason) of every file that was left out."""
+    fingerprint: str
+    """Hash of classes, relative paths, labels and sizes: equal where a run can be resumed."""
+
+
+class _Probe(NamedTuple):
+    """What decoding a file told; `reason` is None where it went well."""
+
+    width: int
+    height: int
+    orientation: int
+    reason: str | None
+
+
+class _Listing(NamedTuple):
+    classes: list[str]
+    files: dict[str, list[tuple[str, int]]]
+    """split -> (path relative to the root, label)."""
+
+
+def probe_image(path: str) -> tuple[int, int, int]:
+    """Width, height (both after rotation) and EXIF orientation of an image.
+
+    Raises:
+        DataError: the file cannot be decoded; the message is the reason alone.
+    """
+    found = _probe(path)
+    if found.reason is not None:
+        raise DataError(found.reason)
+    return found.width, found.height, found.orientation
+
+
+def _probe(path: str) -> _Probe:
+    try:
+        # Opened here: it says "is a directory" and the like in the system's words, and a pipe cannot block.
+        if not os.path.isfile(path):
+            with open(path, "rb"):
+                return _Probe(0, 0, 1, "not a regular file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's remarks on metadata and size
+            with Image.open(path) as image:
+                if image.format not in _FORMATS:
+                    return _Probe(0, 0, 1, f"{image.format} is not supported, only JPEG, PNG and WebP")
+                if image.format == "WEBP" and _is_extended_webp(path):
+                    return _Probe(0, 0, 1, "WebP with alpha, animation or metadata is not supported")
+                orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+                width, height = image.size
+                # A JPEG at an eighth of its size skips most of the arithmetic and still reads every byte.
+                image.draft(None, (max(1, width // 8), max(1, height // 8)))
+                image.load()
+    except Image.DecompressionBombError:
+        return _Probe(0, 0, 1, "too many pixels")
+    except Image.UnidentifiedImageError:
+        return _Probe(0, 0, 1, "empty file" if os.path.getsize(path) == 0 else "not an image")
+    except OSError as error:
+        return _Probe(0, 0, 1, error.strerror.lower() if error.strerror else str(error) or "cannot be read")
+    except (ValueError, SyntaxError, IndexError, TypeError, EOFError, struct.error) as error:
+        # What PIL's parsers raise on damaged headers.
+        return _Probe(0, 0, 1, f"damaged: {error}" if str(error) else "damaged")
+    orientation = orientation if orientation in range(1, 9) else 1
+    if orientation >= 5:
+        width, height = height, width
+    return _Probe(width, height, orientation, None)
+
+
+def _is_extended_webp(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(16)[12:16] == b"VP8X"
+
+
+def _names(path: Path) -> list[str]:
+    """Sorted entries of a folder, hidden ones left out."""
+    return sorted(name for name in os.listdir(path) if not name.startswith("."))
+
+
+def _listed_in_metadata(root: Path) -> _Listing:
+    """Food-101's layout: meta/{train,test}.json, {class: ["class/id", ...]}, or .txt, one "class/id" a line."""
+    entries: dict[str, list[str]] = {}
+    for split, stem in (("train", "train"), ("val", "test")):
+        as_json, as_text = root / "meta" / f"{stem}.json", root / "meta" / f"{stem}.txt"
+        if as_json.is_file():
+            try:
+                listed = json.loads(as_json.read_text(encoding="utf-8"))
+                entries[split] = [str(entry) for group in listed.values() for entry in group]
+            except (ValueError, AttributeError, TypeError) as error:
+                raise DataError(f'{as_json} is not of the form {{"class": ["class/id", ...]}}: {error}.') from error
+        elif as_text.is_file():
+            try:
+                entries[split] = [line.strip() for line in as_text.read_text("utf-8").splitlines() if line.strip()]
+            except UnicodeDecodeError as error:
+                raise DataError(f"{as_text} is not UTF-8 text: {error}.") from error
+        else:
+            raise DataError(f"{root} has no meta/{stem}.json or meta/{stem}.txt; expected {_LAYOUTS}.")
+    for split, listed in entries.items():
+        for entry in listed:
+            if entry.count("/") != 1 or entry.startswith("/") or ".." in entry.split("/"):
+                raise DataError(f'meta lists "{entry}" for {split} in {root}, which is not of the form class/id.')
+    classes = sorted({entry.split("/")[0] for listed in entries.values() for entry in listed})
+    named = root / "meta" / "classes.txt"
+    if named.is_file():
+        # A class that the list names but no photo has keeps its place, so that labels stay those of the full set.
+        classes = sorted({*classes, *(line.strip() for line in named.read_text("utf-8").splitlines() if line.strip())})
+    label = {name: number for number, name in enumerate(classes)}
+    files = {
+        split: [(f"images/{entry}.jpg", label[entry.split("/")[0]]) for entry in listed]
+        for split, listed in entries.items()
+    }
+    return _Listing(classes, files)
+
+
+def _listed_in_folders(root: Path, val: str) -> _Listing:
+    """train/<class>/* and val/<class>/*; classes are the folders of train."""
+    folders = {"train": root / "train", "val": root / val}
+    found = {split: [name for name in _names(path) if (path / name).is_dir()] for split, path in folders.items()}
+    classes = found["train"]
+    if unknown := sorted(set(found["val"]) - set(classes)):
+        raise DataError(
+            f'{folders["val"]} has the class "{unknown[0]}", which {folders["train"]} does not have: '
+            "both need the same class folders."
+        )
+    files = {
+        split: [
+            (f"{path.name}/{name}/{file}", label)
+            for label, name in enumerate(classes)
+            if (path / name).is_dir()
+            for file in _names(path / name)
+            if os.path.splitext(file)[1].lower() in _SUFFIXES
+        ]
+        for split, path in folders.items()
+    }
+    return _Listing(classes, files)
+
+
+def _list(root: Path) -> _Listing:
+    if not root.exists():
+        raise DataError(f"There is no folder {root}: expected {_LAYOUTS}; {_OFFLINE}.")
+    if not root.is_dir():
+        raise DataError(f"{root} is a file, not a folder: expected {_LAYOUTS}; {_OFFLINE}.")
+    if not any(root.iterdir()):
+        raise DataError(f"The folder {root} is empty: expected {_LAYOUTS}; {_OFFLINE}.")
+    if (root / "meta").is_dir() and (root / "images").is_dir():
+        return _listed_in_metadata(root)
+    if (root / "train").is_dir():
+        for val in ("val", "test"):
+            if (root / val).is_dir():
+                return _listed_in_folders(root, val)
+        raise DataError(f"{root} has train/ but neither val/ nor test/: expected {_LAYOUTS}.")
+    raise DataError(f"{root} holds no data set that is known here: expected {_LAYOUTS}; {_OFFLINE}.")
+
+
+def _cache_file(root: Path, cache: Path) -> Path:
+    return cache / "index" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:24]}.json"
+
+
+def _read_cache(file: Path) -> dict[str, list]:
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        return stored["files"] if stored["version"] == _CACHE_VERSION else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # absent or damaged: it is only a cache
+
+
+def _write_cache(file: Path, files: dict[str, list]) -> None:
+    """Atomic, and silent where the cache folder cannot be written to: the run goes on without it."""
+    scratch = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(prefix=".index-", dir=file.parent)
+        with open(handle, "w", encoding="utf-8") as out:
+            json.dump({"version": _CACHE_VERSION, "files": files}, out)
+        os.replace(scratch, file)
+    except OSError:
+        if scratch is not None and os.path.exists(scratch):
+            os.unlink(scratch)
+
+
+def _stamp(path: str) -> list[int]:
+    """Size and modification time: what tells a changed file; zeros where it cannot be read."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return [0, 0]
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _probe_all(root: Path, names: Iterable[str], cache: Path) -> dict[str, _Probe]:
+    """Every file's probe by relative path, from the cache where the file has not changed since."""
+    file = _cache_file(root, cache)
+    known, fresh = _read_cache(file), {}
+    stamps = {name: _stamp(f"{root}/{name}") for name in names}
+    probes: dict[str, _Probe] = {}
+    unknown = []
+    for name, stamp in stamps.items():
+        entry = known.get(name)
+        # Failures are looked at again: what was unreadable may have been repaired without a trace.
+        if isinstance(entry, list) and len(entry) == 5 and entry[:2] == stamp:
+            probes[name] = _Probe(*entry[2:], reason=None)
+        else:
+            unknown.append(name)
+    if unknown:
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            found = pool.map(_probe, (f"{root}/{name}" for name in unknown))
+            probes.update(zip(unknown, found, strict=True))
+        for name, stamp in stamps.items():
+            probe = probes[name]
+            if probe.reason is None:
+                fresh[name] = [*stamp, probe.width, probe.height, probe.orientation]
+        if fresh != known:
+            _write_cache(file, fresh)
+    return probes
+
+
+def _split(root: Path, listed: list[tuple[str, int]], probes: dict[str, _Probe]) -> Split:
+    kept = [(name, label) for name, label in listed if probes[name].reason is None]
+    found = [probes[name] for name, _ in kept]
+    return Split(
+        paths=tuple(f"{root}/{name}" for name, _ in kept),
+        labels=np.array([label for _, label in kept], np.int64),
+        sizes=np.array([(probe.width, probe.height) for probe in found], np.int32).reshape(-1, 2),
+        orientations=np.array([probe.orientation for probe in found], np.uint8),
+    )
+
+
+def _check(root: Path, listing: _Listing, splits: dict[str, Split], excluded: list[tuple[str, str]]) -> None:
+    if len(listing.classes) < 2:
+        raise DataError(f"{root} has {len(listing.classes)} class(es), and a classifier needs two or more.")
+    for split, found in splits.items():
+        if len(found) == 0:
+            why = f" ({excluded[0][0]}: {excluded[0][1]})" if excluded else ""
+            raise DataError(f"No {split} image of {root} can be read{why}: check that the photos are complete.")
+    counts = np.bincount(splits["train"].labels, minlength=len(listing.classes))
+    if (counts == 0).any():
+        name = listing.classes[int(counts.argmin())]
+        raise DataError(f'The class "{name}" of {root} has no readable training image: add some or remove the class.')
+
+
+def build_index(data: str | Path, *, cache_dir: str | Path | None = None) -> Index:
+    """The index of a folder of photos, or of the generated "sample".
+
+    Files that cannot be decoded, and files that the metadata names but are missing, are left out and listed in `excluded`.
+    `cache_dir` (default: the user's cache folder) remembers what was found; where it cannot be written, the index is built anew each time.
+
+    Raises:
+        DataError: no folder, no images, a class without images, damaged metadata, no permission.
+    """
+    cache = user_cache_folder() if cache_dir is None else Path(cache_dir)
+    root = make_sample(cache) if str(data) == SAMPLE else Path(data).expanduser()
+    root = Path(os.path.abspath(root))
+    try:
+        listing = _list(root)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or root} cannot be read ({error.strerror or error}): check its permissions."
+        ) from error
+    names = list(dict.fromkeys(name for listed in listing.files.values() for name, _ in listed))
+    probes = _probe_all(root, names, cache)
+    excluded = [(f"{root}/{name}", reason) for name in names if (reason := probes[name].reason) is not None]
+    splits = {split: _split(root, listed, probes) for split, listed in listing.files.items()}
+    _check(root, listing, splits, excluded)
+    content = [
+        listing.classes,
+        {
+            split: [[name, label, *probes[name][:2]] for name, label in listed if probes[name].reason is None]
+            for split, listed in listing.files.items()
+        },
+    ]
+    fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return Index(root, tuple(listing.classes), splits, tuple(excluded), fingerprint)
