@@ -81,7 +81,7 @@ def check(x: Tensor, **vectors: tuple[Tensor | None, tuple[int, ...]]) -> None:
             continue
         if tuple(tensor.shape) != shape:
             raise ValueError(
-                f"{name} must have shape {shape} for x of shape {tuple(x.shape)}, got {tuple(tensor.shape)}"
+                f"{name} must have shape {tuple(shape)} for x of shape {tuple(x.shape)}, got {tuple(tensor.shape)}"
             )
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move one of them")
@@ -243,7 +243,7 @@ def spec(
             attrs[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if name == "eps" or name.startswith("inverse_") else "i32"
-    label = ",".join(f"{k}={v}" for k, v in constexprs.items() if v is not None)
+    label = ",".join(f"no_{k.removesuffix('_ptr')}" if v is None else f"{k}={v}" for k, v in constexprs.items())
     name = f"{fn.fn.__name__.strip('_')}[{dtype},{label}]"
     return KernelSpec(name, fn, signature, constexprs, num_warps, 1, kind, attrs)
 

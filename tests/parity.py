@@ -1,0 +1,212 @@
+"""The tolerance rule, the operations under test and the ragged cases that every kernel has to pass.
+
+A kernel passes when, tensor by tensor and in the maximum norm,
+
+    |kernel - oracle|  <=  2 |pytorch - oracle|  +  one rounding of the output type
+
+where the oracle is `kernels.reference` in fp64 on the very values the kernel was given, pytorch is
+`kernels.reference` in the kernel's own storage type, and one rounding is half a unit in the last place at the
+largest value of the oracle, a whole unit for bfloat16 in Triton's interpreter, which truncates. No tolerance is
+chosen by hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import launch
+
+NORM = ("weight", "bias", "running_mean", "running_var")
+EXCITE = ("w_reduce", "b_reduce", "w_expand", "b_expand")
+ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "squeeze_excite": ("x", *EXCITE),
+    "bn_silu": ("x", *NORM),
+    "bn_silu_squeeze_excite": ("x", *NORM, *EXCITE),
+    "drop_connect_add": ("x", "residual", "scale"),
+    "bn_drop_connect_add": ("x", "residual", "scale", *NORM),
+}
+CONSTANT = ("scale", "running_mean", "running_var")
+NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    dtype: torch.dtype
+    shape: tuple[int, int, int, int]
+    squeeze: int = 4
+    mode: Literal["train", "eval", "plain"] = "plain"
+    absent: tuple[str, ...] = ()  # optional arguments passed as None
+    walk: bool = False  # make each program of a reduction walk several tiles
+    device: str = "cpu"
+
+    def __str__(self) -> str:
+        parts = [self.op, NAMES[self.dtype], "x".join(map(str, self.shape)), f"s{self.squeeze}", self.mode]
+        parts += [f"no_{name}" for name in self.absent] + ["walk"] * self.walk
+        return "-".join(parts)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        if self.mode == "plain":
+            return {}
+        return {"training": self.mode == "train", "momentum": 0.1, "eps": 1e-3}
+
+
+# B, C, H, W and squeeze width. C = 24, 8, 48 and 112 select the four aligned tiles; the others are ragged.
+SHAPES = (
+    ((3, 10, 7, 7), 4),
+    ((1, 24, 15, 15), 58),
+    ((3, 6, 15, 7), 6),
+    ((1, 144, 7, 7), 10),
+    ((3, 58, 7, 15), 22),
+    ((1, 22, 15, 7), 10),
+    ((3, 4, 7, 15), 4),
+    ((3, 8, 7, 7), 6),
+    ((1, 48, 7, 15), 4),
+    ((1, 112, 7, 7), 22),
+)
+WALK = (3, 24, 15, 15)  # six tiles: two programs of three
+QUICK = {torch.float32: SHAPES[:4], torch.float16: SHAPES[:2], torch.bfloat16: SHAPES[:2]}
+
+
+def cases(op: str) -> list[Any]:
+    """Parameters for pytest: the quick cases, and the rest of the product marked slow."""
+    modes: tuple[Any, ...] = ("train", "eval") if op.startswith("bn") else ("plain",)
+    optional = [name for name in ("residual", "scale") if name in ARGUMENTS[op]]
+    if op == "drop_connect_add":
+        optional.remove("residual")
+    made = []
+    for dtype, quick in QUICK.items():
+        for mode in modes:
+            for i, (shape, squeeze) in enumerate(SHAPES):
+                case = Case(op, dtype, shape, squeeze, mode)
+                fast = i < (1 if mode == "eval" else len(quick))
+                made.append((case, fast))
+                if i == 0:
+                    made.append(
+                        (replace(case, shape=WALK, walk=True), fast and mode != "eval" and dtype == torch.float32)
+                    )
+                made += [(replace(case, absent=(name,)), fast and i == 0 and mode != "eval") for name in optional]
+    return [pytest.param(case, id=str(case), marks=() if fast else pytest.mark.slow) for case, fast in made]
+
+
+def inputs(case: Case, seed: int = 0) -> dict[str, Tensor | None]:
+    """Arguments of the operation by name, and "dy"; images are channels_last, parameters fp32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    b, c, _, _ = case.shape
+    s = case.squeeze
+    values = {
+        "x": normal(*case.shape) + normal(c)[:, None, None],
+        "residual": normal(*case.shape),
+        "dy": normal(*case.shape) + 0.3,  # a common part, so that a lost mean shows
+        "scale": torch.tensor([1.25, 0.0, 1.25, 1.25])[torch.arange(b) % 4],
+        "weight": 1 + 0.3 * normal(c),
+        "bias": 0.3 * normal(c),
+        "running_mean": 0.5 * normal(c),
+        "running_var": 1 + torch.rand(c, generator=generator),
+        "w_reduce": normal(s, c) / c**0.5,
+        "b_reduce": 0.3 * normal(s),
+        "w_expand": normal(c, s) / s**0.5,
+        "b_expand": 0.3 * normal(c),
+    }
+    result: dict[str, Tensor | None] = {}
+    for name, value in values.items():
+        if value.dim() == 4:
+            value = value.to(case.dtype).contiguous(memory_format=torch.channels_last)
+        result[name] = None if name in case.absent else value.to(case.device)
+    return result
+
+
+def as_double(values: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    return {name: None if value is None else value.double() for name, value in values.items()}
+
+
+@contextlib.contextmanager
+def nan_allocations() -> Iterator[None]:
+    """Every buffer the kernels allocate starts as NaN, so what they forget to write shows."""
+    empty, empty_image = launch.empty, launch.empty_image
+
+    def filled(make: Any) -> Any:
+        return lambda *args, **kwargs: make(*args, **kwargs).fill_(float("nan"))
+
+    with (
+        mock.patch.object(launch, "empty", filled(empty)),
+        mock.patch.object(launch, "empty_image", filled(empty_image)),
+    ):
+        yield
+
+
+def call(
+    op: str, values: dict[str, Tensor | None], impl: launch.Impl, options: dict[str, Any], wrap: Any = None
+) -> Tensor:
+    function = getattr(kernels, op)
+    if wrap is not None:
+        function = wrap(function)
+    return function(*(values[name] for name in ARGUMENTS[op]), impl=impl, **options)
+
+
+def run(
+    case: Case, impl: launch.Impl, values: dict[str, Tensor | None] | None = None, wrap: Any = None
+) -> dict[str, Tensor]:
+    """Output "y", moved statistics, and gradients as "d<name>"; in fp64 when `values` are."""
+    values = inputs(case) if values is None else values
+    fresh = {n: None if v is None else v.detach().clone(memory_format=torch.preserve_format) for n, v in values.items()}
+    leaves = {n: v for n, v in fresh.items() if v is not None and n in ARGUMENTS[case.op] and n not in CONSTANT}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    programs = 2 if case.walk else launch.PROGRAMS
+    with nan_allocations(), mock.patch.object(launch, "PROGRAMS", programs):
+        y = call(case.op, fresh, impl, case.options, wrap)
+        gradients = torch.autograd.grad(y, list(leaves.values()), fresh["dy"])
+    result = {"y": y.detach()}
+    result |= {f"d{name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
+    result |= {n: v for n in CONSTANT[1:] if n in ARGUMENTS[case.op] and (v := fresh[n]) is not None}
+    return result
+
+
+@functools.cache
+def outcome(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """The kernel's results, PyTorch's and the oracle's."""
+    values = inputs(case)
+    return run(case, "triton", values), run(case, "torch", values), run(case, "torch", as_double(values))
+
+
+def rounding(dtype: torch.dtype, oracle: Tensor, device: torch.device) -> float:
+    """The error of one rounding to `dtype` at the oracle's largest value."""
+    truncates = dtype == torch.bfloat16 and device.type == "cpu"
+    return torch.finfo(dtype).eps * oracle.abs().max().item() * (1.0 if truncates else 0.5)
+
+
+def assert_close(kernel: Tensor, pytorch: Tensor, oracle: Tensor, name: str = "") -> None:
+    """The tolerance rule for one tensor."""
+    assert kernel.shape == oracle.shape, name
+    assert kernel.dtype == pytorch.dtype, name
+    assert torch.isfinite(kernel).all(), f"{name} has NaN or inf: something was not written"
+    error = (kernel.double() - oracle).abs().max().item()
+    allowed = 2 * (pytorch.double() - oracle).abs().max().item() + rounding(kernel.dtype, oracle, kernel.device)
+    assert error <= allowed, f"{name}: error {error:.3e} against {allowed:.3e} allowed"
+
+
+def check(case: Case, direction: str) -> None:
+    """Hold the case's forward results (output, moved statistics) or its gradients to the rule, and their strides."""
+    kernel, pytorch, oracle = outcome(case)
+    names = [n for n in kernel if n.startswith("d") == (direction == "backward")]
+    assert names
+    for name in names:
+        assert_close(kernel[name], pytorch[name], oracle[name], name)
+        if kernel[name].dim() == 4:
+            assert kernel[name].is_contiguous(memory_format=torch.channels_last), f"{name} is not channels_last"
