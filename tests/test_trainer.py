@@ -1,0 +1,225 @@
+"""A run on a handful of images: files, metrics, stopping, continuing to the same bits, and one-sentence failures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastnet.config import FOOD101, TrainConfig
+from fastnet.errors import UserError
+from fastnet.evaluation import evaluate_run, reestimate_batch_norm
+from fastnet.metrics import Clock, Sums, format_seconds
+from fastnet.model import efficientnet
+from fastnet.trainer import Trainer, seed_step
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 3)):
+        for label, name in enumerate(("dark", "bright")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 100, (40, 48, 3), dtype=np.uint8) + 120 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.jpg")
+    return root
+
+
+def tiny(folder: Path, **run: Any) -> TrainConfig:
+    return replace(
+        FOOD101,
+        model=replace(FOOD101.model, resolution=32),
+        data=replace(FOOD101.data, data=str(folder), loader="torch", workers=0),
+        optimizer=replace(FOOD101.optimizer, epochs=2, batch_size=4, warmup_epochs=1.0),
+        run=replace(FOOD101.run, device="cpu", log_every=2, deterministic=True, **run),
+    )
+
+
+def train(config: TrainConfig, out: Path, stop_at: int | None = None) -> tuple[int, str, Trainer]:
+    text = StringIO()
+    trainer = Trainer(config, out, Console(file=text, width=200))
+    inner = trainer.step
+
+    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if trainer.progress.step + 1 == stop_at:
+            trainer.stop.signal = 2
+        return inner(images, labels)
+
+    step.__dict__.update(optimizer=inner.optimizer, scaler=inner.scaler)
+    trainer.step = step  # type: ignore[assignment]
+    return trainer.run(), text.getvalue(), trainer
+
+
+@pytest.fixture(autouse=True)
+def _nondeterministic_again() -> Any:
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("run") / "a"
+    status, text, _ = train(tiny(folder), out)
+    assert status == 0
+    return out, text
+
+
+def without_times(path: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        for key in ("images_per_s", "data_wait", "memory_gb"):
+            line.pop(key, None)
+    return lines
+
+
+def test_a_run_leaves_its_files_and_says_how_to_go_on(finished: tuple[Path, str]) -> None:
+    out, text = finished
+    assert {p.name for p in out.iterdir()} == {
+        "best.json", "best.safetensors", "config.json", "last.json", "last.safetensors", "metrics.jsonl",
+    }  # fmt: skip
+    kinds = [line["kind"] for line in without_times(out / "metrics.jsonl")]
+    assert kinds == ["train", "eval", "train", "train", "eval"]
+    for words in ("top-1", "top-5", "excluded files", f"fastnet.evaluate {out}", f"--resume {out}"):
+        assert words in text
+    assert json.loads((out / "last.json").read_text())["progress"]["step"] == 6
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 5])
+def test_stopped_and_continued_ends_in_the_same_bits(
+    folder: Path, tmp_path: Path, finished: tuple[Path, str], stop_at: int
+) -> None:
+    out = tmp_path / "b"
+    status, text, _ = train(tiny(folder), out, stop_at)
+    assert status == 130
+    assert f"stopped at step {stop_at}" in text
+    torch.manual_seed(999)  # whatever the process did before
+    assert train(tiny(folder), out)[0] == 0
+    expected, found = (load_file(run / "last.safetensors") for run in (finished[0], out))
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert without_times(out / "metrics.jsonl") == without_times(finished[0] / "metrics.jsonl")
+
+
+def test_fp16_keeps_its_loss_scale_over_a_stop(folder: Path, tmp_path: Path) -> None:
+    config = tiny(folder, amp="fp16")
+    assert train(config, tmp_path / "a", 3)[0] == 130
+    saved = json.loads((tmp_path / "a" / "last.json").read_text())["scaler"]
+    trainer = Trainer(config, tmp_path / "a", Console(file=StringIO()))
+    trainer.restore()
+    assert trainer.step.scaler.get_scale() == saved["scale"]
+    assert saved["scale"] > 0
+
+
+def test_save_every_writes_between_epochs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    original = Trainer.save
+    monkeypatch.setattr(Trainer, "save", lambda self: (steps.append(self.progress.step), original(self))[1])
+    train(tiny(folder, save_every=2), tmp_path / "a")
+    assert steps == [0, 2, 3, 4, 6, 6]
+
+
+def test_evaluating_a_run_repeats_its_result(finished: tuple[Path, str]) -> None:
+    out, _ = finished
+    lines = [line for line in without_times(out / "metrics.jsonl") if line["kind"] == "eval"]
+    best = max(lines, key=lambda line: line["top1"])
+    result = evaluate_run(out, None, None, 4, "torch", 0, "cpu", "off")
+    assert result.images == 6
+    assert result.top1 == best["top1"]
+    assert result.loss == pytest.approx(best["loss"], rel=1e-5)
+
+
+def test_other_data_is_refused_when_continuing(folder: Path, finished: tuple[Path, str], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    for path in folder.rglob("*.jpg"):
+        target = other / path.relative_to(folder)
+        target = target.with_name(target.name).parent.with_name(target.parent.name + "X") / target.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    config = tiny(folder)
+    with pytest.raises(UserError, match="--pretrained"):
+        train(replace(config, data=replace(config.data, data=str(other))), finished[0])
+
+
+def test_a_batch_larger_than_the_data_is_named(folder: Path, tmp_path: Path) -> None:
+    config = tiny(folder)
+    with pytest.raises(UserError, match="--batch-size 13 is more than the 12 training images"):
+        Trainer(replace(config, optimizer=replace(config.optimizer, batch_size=13)), tmp_path, Console(file=StringIO()))
+
+
+def test_pretrained_gets_a_new_head_aloud(folder: Path, tmp_path: Path) -> None:
+    from fastnet.weights import save_weights
+
+    source = efficientnet("b0", num_classes=5, padding="same", bn_eps=1e-5)
+    save_weights(tmp_path / "w.safetensors", source)
+    config = tiny(folder)
+    config = replace(config, model=replace(config.model, pretrained=str(tmp_path / "w.safetensors")))
+    text = StringIO()
+    trainer = Trainer(config, tmp_path / "a", Console(file=text, width=200))
+    assert "knows 5 classes, the data has 2" in text.getvalue()
+    assert trainer.model.config.padding == "same"
+    assert trainer.model.config.bn_eps == 1e-5
+    assert torch.equal(trainer.model.stem.conv.weight, source.stem.conv.weight)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path) -> None:
+    trainer = Trainer(tiny(folder), tmp_path / "a", Console(file=StringIO()))
+    torch.nn.init.constant_(trainer.model.classifier.bias, float("nan"))
+    with pytest.raises(UserError, match=r"not finite at step 2: lower --lr"):
+        trainer.run()
+    assert json.loads((tmp_path / "a" / "last.json").read_text())["progress"]["step"] == 0
+
+
+def test_reestimated_statistics_are_plain_means() -> None:
+    model = efficientnet("b0", num_classes=2)
+    batches = [(torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)) for _ in range(3)]
+    used = reestimate_batch_norm(model, batches, 3, amp="off", device=torch.device("cpu"))  # type: ignore[arg-type]
+    assert used == 3
+    raw = [model.stem.conv(images) for images, _ in batches]
+    torch.testing.assert_close(
+        model.stem.bn.running_mean, torch.stack([r.mean((0, 2, 3)) for r in raw]).mean(0), rtol=1e-4, atol=1e-6
+    )
+    torch.testing.assert_close(
+        model.stem.bn.running_var, torch.stack([r.var((0, 2, 3)) for r in raw]).mean(0), rtol=1e-4, atol=1e-6
+    )
+    assert {norm.momentum for norm in model.batch_norms()} == {0.01}
+
+
+def test_a_steps_randomness_depends_on_seed_and_step_alone() -> None:
+    draws = {}
+    for seed, step in ((0, 0), (0, 1), (1, 0), (0, 0)):
+        seed_step(seed, step)
+        draws.setdefault((seed, step), []).append(torch.rand(3).tolist())
+    assert draws[0, 0][0] == draws[0, 0][1]
+    assert len({tuple(values[0]) for values in draws.values()}) == 3
+
+
+def test_sums_weigh_by_images() -> None:
+    sums = Sums(torch.device("cpu"))
+    sums.add(torch.tensor(1.0), torch.tensor(1), 2)
+    sums.add(torch.tensor(4.0), torch.tensor(4), 4)
+    assert sums.read() == (3.0, pytest.approx(100 * 5 / 6))
+    assert sums.read() == (0.0, 0.0)
+
+
+def test_the_clock_leaves_out_its_first_steps() -> None:
+    clock = Clock(warmup=2)
+    for seconds in (100.0, 50.0, 2.0, 2.0):
+        clock.step(seconds, 0.5, 8)
+    assert clock.rates() == (4.0, 25.0)
+    assert clock.train_seconds == 154.0
+
+
+def test_seconds_are_readable() -> None:
+    assert (format_seconds(75), format_seconds(3700)) == ("1:15", "1:01:40")
