@@ -116,9 +116,7 @@ def _fallback_windows(sizes: NDArray[np.int64], ratio: tuple[float, float]) -> N
     return np.stack([(width - w) // 2, (height - h) // 2, w, h], axis=1)
 
 
-def _random_windows(
-    draws: NDArray[np.float64], sizes: NDArray[np.int64], aug: Augmentation
-) -> NDArray[np.int64]:
+def _random_windows(draws: NDArray[np.float64], sizes: NDArray[np.int64], aug: Augmentation) -> NDArray[np.int64]:
     """[N, 4]: crops of random area and log-uniform aspect; the first of ten that fits, else the centred fallback."""
     width, height = sizes[:, :1], sizes[:, 1:]
     area, aspect, along_x, along_y = np.moveaxis(draws.reshape(-1, _ATTEMPTS, 4), 2, 0)
@@ -140,7 +138,8 @@ def color_matrices(
 ) -> NDArray[np.float32]:
     """[N, 3, 4] affine maps of 8-bit RGB, as DALI's `color_twist` defines its arguments (hue in degrees).
 
-    M = brightness * contrast * YIQ⁻¹ · rotate(hue) · scale(saturation) · YIQ, offset = brightness * (128 - 128 * contrast).
+    M = brightness * contrast * YIQ⁻¹ · rotate(hue) · scale(saturation) · YIQ,
+    offset = brightness * (128 - 128 * contrast).
     """
     b, c, s, angle = (np.atleast_1d(np.asarray(v, np.float64)) for v in (brightness, contrast, saturation, hue))
     radians = np.deg2rad(angle)
@@ -155,9 +154,7 @@ def color_matrices(
     return affine.astype(np.float32)
 
 
-def train_params(
-    aug: Augmentation, seed: int, epoch: int, indices: ArrayLike, sizes: ArrayLike
-) -> Params:
+def train_params(aug: Augmentation, seed: int, epoch: int, indices: ArrayLike, sizes: ArrayLike) -> Params:
     """The random changes to images `indices` ([N]) of oriented `sizes` ([N, 2]: width, height) in one epoch."""
     indices, sizes = np.asarray(indices, np.int64), np.asarray(sizes, np.int64)
     draws = _uniform(seed, epoch, indices)
@@ -166,16 +163,17 @@ def train_params(
     if aug.changes_color:
         signed = [2 * draw - 1 for draw in color]
         strengths = (aug.brightness, aug.contrast, aug.saturation)
-        factors = [1 + strength * draw for strength, draw in zip(strengths, signed[:3], strict=True)]
-        colors = color_matrices(*factors, aug.hue * signed[3])
+        brightness, contrast, saturation = (1 + s * draw for s, draw in zip(strengths, signed[:3], strict=True))
+        colors = color_matrices(brightness, contrast, saturation, aug.hue * signed[3])
     return Params(_random_windows(crops, sizes, aug).astype(np.int32), flip < aug.hflip, colors)
 
 
 def eval_params(sizes: ArrayLike, crop_fraction: float = CROP_FRACTION) -> Params:
     """The centre of each image, for oriented `sizes` [N, 2].
 
-    The square of `crop_fraction` of the short side, which is then resized: the same view as resizing the short side to
-    resolution / crop_fraction and cropping the centre, to half a source pixel, without decoding or resizing what the crop throws away.
+    The square of `crop_fraction` of the short side, which is then resized: to half a source pixel the same view as
+    resizing the short side to resolution / crop_fraction and cropping the centre, without resizing what the crop
+    throws away.
     """
     sizes = np.asarray(sizes, np.int64)
     side = np.maximum(1, np.rint(crop_fraction * sizes.min(axis=1))).astype(np.int64)

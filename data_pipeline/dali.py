@@ -1,11 +1,13 @@
 """The loader on NVIDIA DALI: the GPU decodes where there is one, DALI's CPU threads elsewhere.
 
 Order, windows and flips are ours and go in through `external_source`; so the pipeline has no state of its own, and
-one built anew at any position continues exactly.
+starts at any position.
 """
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,103 +15,140 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
-from nvidia.dali.plugin.pytorch import feed_ndarray
 from torch import Tensor
 
-from data_pipeline.errors import DataError
-from data_pipeline.loader import Batch, Loader, finish
+from data_pipeline.errors import DataError, went_bad
+from data_pipeline.food101 import probe_image
+from data_pipeline.loader import Batch, Loader, Plan, Step
 
 PREFETCH = 2
 
 
 class _Source:
-    """Feeds DALI one batch of (file name, anchor, shape, flip) after another, from position (epoch, start)."""
+    """Feeds DALI one batch of (file names, anchors, shapes, flips) after another, and remembers which are under way."""
 
-    def __init__(self, loader: DaliLoader, epoch: int, start: int) -> None:
-        self.loader, self.epoch, self.next = loader, epoch, start
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.positions: deque[tuple[int, int]] = deque()
+        self.under_way: deque[Step] = deque()
 
     def __call__(self) -> tuple[list[NDArray[Any]], ...]:
-        loader = self.loader
-        if self.next >= loader.steps_per_epoch:
+        if not self.positions:
             raise StopIteration
-        indices = loader.indices(self.epoch, self.next)
-        params = loader.params(self.epoch, indices)
-        self.next += 1
-        names = [np.frombuffer(loader.split.paths[i].encode("utf-8", "surrogateescape"), np.uint8) for i in indices]
+        step = self.plan.step(*self.positions.popleft())
+        self.under_way.append(step)
+        names = [np.frombuffer(os.fsencode(self.plan.split.paths[index]), np.uint8) for index in step.indices]
         # DALI counts rows first.
-        anchors = [np.array([y, x], np.int32) for x, y, _, _ in params.windows]
-        shapes = [np.array([height, width], np.int32) for _, _, width, height in params.windows]
-        return names, anchors, shapes, [np.array(flip, np.int32) for flip in params.flips]
+        anchors = list(np.ascontiguousarray(step.params.windows[:, 1::-1]))
+        shapes = list(np.ascontiguousarray(step.params.windows[:, :1:-1]))
+        return names, anchors, shapes, list(step.params.flips.astype(np.int32))
 
 
 def decoded_windows(names: Any, anchors: Any, shapes: Any, flips: Any, *, side: int, device: str) -> Any:
-    """Graph: the window of each upright image, resized to [side, side, 3] 8-bit pixels with antialiasing, flipped.
+    """Graph: 8-bit pixels [3, side, side] of a window of each upright image, resized with antialiasing, flipped.
 
     device: "mixed" decodes on the GPU, "cpu" on DALI's threads.
     """
     files = fn.io.file.read(names)
     images = fn.decoders.image_slice(
-        files, anchors, shapes, axis_names="HW", device=device, output_type=types.RGB, normalized_anchor=False,
-        normalized_shape=False,
-    )  # fmt: skip
+        files, start=anchors, shape=shapes, axis_names="HW", device=device, output_type=types.RGB
+    )
     images = fn.resize(images, size=[side, side], interp_type=types.INTERP_LINEAR, antialias=True)
-    return fn.flip(images, horizontal=flips)
+    return fn.crop_mirror_normalize(images, mirror=flips, dtype=types.UINT8, output_layout="CHW", mean=[0.0], std=[1.0])
 
 
-@pipeline_def(enable_conditionals=False)
+@pipeline_def
 def _pipeline(source: _Source, side: int, device: str) -> Any:
     fed = fn.external_source(
-        source=source, num_outputs=4, batch=True, dtype=[types.UINT8, types.INT32, types.INT32, types.INT32],
-        ndim=[1, 1, 1, 0],
-    )  # fmt: skip
+        source=source, num_outputs=4, dtype=[types.UINT8, types.INT32, types.INT32, types.INT32], ndim=[1, 1, 1, 0]
+    )
     return decoded_windows(*fed, side=side, device=device)
 
 
 class DaliLoader(Loader):
-    """DALI on `workers` threads, on the GPU for device "cuda"."""
+    """DALI on `workers` threads (at least one), on the GPU for a CUDA device."""
 
     backend = "dali"
 
-    def _build(self, epoch: int, start: int) -> Any:
-        gpu = self.device.type == "cuda"
-        pipeline = _pipeline(
-            _Source(self, epoch, start),
-            self.resolution,
-            "mixed" if gpu else "cpu",
-            batch_size=self.batch_size,
+    def __init__(self, plan: Plan, device: str | torch.device, workers: int) -> None:
+        super().__init__(plan, device, workers)
+        self._source = _Source(plan)
+        self._pipe: Any = None
+
+    def _start(self) -> Any:
+        on_gpu = self.device.type == "cuda"
+        pipe = _pipeline(
+            self._source,
+            self.plan.resolution,
+            "mixed" if on_gpu else "cpu",
+            batch_size=self.plan.batch_size,
             num_threads=max(1, self.workers),
-            device_id=torch.cuda.current_device() if gpu else None,
+            device_id=(self.device.index or 0) if on_gpu else None,
             prefetch_queue_depth=PREFETCH,
             seed=0,
         )
         try:
-            pipeline.build()
+            pipe.build()
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise DataError(f"DALI cannot start on {self.device} ({reason}): use --loader torch.") from error
-        return pipeline
+        return pipe
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        pipeline = self._build(epoch, start)
-        for batch in range(start, self.steps_per_epoch):
-            indices = self.indices(epoch, batch)
+    def _produce(self, epoch: int, start: int) -> Iterator[Batch]:
+        if self._pipe is None:
+            self._pipe = self._start()
+        else:
+            self._rewind()
+        source = self._source
+        source.positions.extend((epoch, batch) for batch in range(start, self.steps_per_epoch))
+        for _ in range(start, self.steps_per_epoch):
+            pixels = self._run()
+            yield self._batch(pixels, source.under_way.popleft())
+
+    def _run(self) -> Tensor:
+        """The next batch of 8-bit pixels [B, 3, R, R]; on a CPU it is DALI's buffer, valid until the next call."""
+        try:
+            if self.device.type == "cpu":
+                (output,) = self._pipe.run()
+                return torch.from_dlpack(output.as_tensor())
+            # In the order of torch's stream, and copied there, because DALI fills the buffer again.
+            (output,) = self._pipe.run(torch.cuda.current_stream(self.device))
+            return torch.from_dlpack(output.as_tensor()).clone()
+        except RuntimeError as error:
+            # A file that cannot be decoded ends the pipeline object: the next pass builds another.
+            failed = list(self._source.under_way)
+            self.close()
+            raise DataError(self._explain(failed, error)) from error
+
+    def _rewind(self) -> None:
+        """Drop what an unfinished pass left under way, a few batches at most, and start over."""
+        self._source.positions.clear()
+        try:
+            while True:
+                self._pipe.run()
+        except StopIteration:
+            self._pipe.reset()
+            self._source.under_way.clear()
+        except RuntimeError:  # what was under way holds a bad file, and nobody asks for it any more
+            self.close()
+            self._pipe = self._start()
+
+    def _explain(self, steps: list[Step], error: RuntimeError) -> str:
+        """DALI does not name the file: find it among those under way."""
+        split = self.plan.split
+        for index in (index for step in steps for index in step.indices):
+            path, (width, height) = split.paths[index], split.sizes[index]
             try:
-                (output,) = pipeline.run()
-            except RuntimeError as error:
-                raise DataError(_name_the_file(error)) from error
-            colors = self.params(epoch, indices).colors
-            labels = torch.from_numpy(self.split.labels[indices])
-            images = finish(self._take(output, len(indices)), colors, self.device)
-            yield Batch(images, labels.to(self.device, non_blocking=True))
+                now = probe_image(path)[:2]
+                changed = f"it was {width} x {height} pixels and is {now[0]} x {now[1]} now"
+                reason = "" if now == (width, height) else changed
+            except DataError as found:
+                reason = str(found)
+            if reason:
+                return went_bad(path, reason)
+        return f"DALI stopped ({' '.join(str(error).split())[:300]}): use --loader torch, which names the file."
 
-    def _take(self, output: Any, count: int) -> Tensor:
-        """Copy DALI's buffer, which it will fill again, into a tensor [B, R, R, 3]."""
-        pixels = torch.empty(count, self.resolution, self.resolution, 3, dtype=torch.uint8, device=self.device)
-        stream = torch.cuda.current_stream() if self.device.type == "cuda" else None
-        feed_ndarray(output.as_tensor(), pixels, cuda_stream=stream)
-        return pixels
-
-
-def _name_the_file(error: RuntimeError) -> str:
-    text = " ".join(str(error).split())
-    return f"DALI cannot decode a file any more: restore or remove it and continue with --resume ({text[:300]})."
+    def close(self) -> None:
+        self._pipe = None
+        self._source.positions.clear()
+        self._source.under_way.clear()

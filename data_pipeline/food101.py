@@ -31,7 +31,10 @@ _FORMATS = {"JPEG", "MPO", "PNG", "WEBP"}  # what both decoders read
 _SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp"}
 _EXIF_ORIENTATION = 0x0112
 _CACHE_VERSION = 1
-_LAYOUTS = "images/<class>/*.jpg with meta/train.json and meta/test.json (Food-101's layout), or train/<class>/* and val/<class>/*"
+_LAYOUTS = (
+    "images/<class>/*.jpg with meta/train.json and meta/test.json (Food-101's layout), "
+    "or train/<class>/* and val/<class>/*"
+)
 _OFFLINE = "`--data sample` works without any photos"
 
 
@@ -256,7 +259,8 @@ def _probe_all(root: Path, names: Iterable[str], cache: Path) -> dict[str, _Prob
         entry = known.get(name)
         # Failures are looked at again: what was unreadable may have been repaired without a trace.
         if isinstance(entry, list) and len(entry) == 5 and entry[:2] == stamp:
-            probes[name] = _Probe(*entry[2:], reason=None)
+            width, height, orientation = entry[2:]
+            probes[name] = _Probe(width, height, orientation, None)
         else:
             unknown.append(name)
     if unknown:
@@ -299,8 +303,9 @@ def _check(root: Path, listing: _Listing, splits: dict[str, Split], excluded: li
 def build_index(data: str | Path, *, cache_dir: str | Path | None = None) -> Index:
     """The index of a folder of photos, or of the generated "sample".
 
-    Files that cannot be decoded, and files that the metadata names but are missing, are left out and listed in `excluded`.
-    `cache_dir` (default: the user's cache folder) remembers what was found; where it cannot be written, the index is built anew each time.
+    Files that cannot be decoded, and files that the metadata names but are missing, are left out and listed in
+    `excluded`. `cache_dir` (default: the user's cache folder) remembers what was found; where it cannot be written,
+    the index is built anew each time.
 
     Raises:
         DataError: no folder, no images, a class without images, damaged metadata, no permission.

@@ -1,6 +1,7 @@
 """A small generated data set in Food-101's layout: the default that a newcomer runs offline.
 
-Ten classes of pattern in random colours, sizes, positions and contrast, so that the shapes carry the label and the colours don't.
+Ten classes of pattern in random colours, sizes, positions and contrast, so that the shapes carry the label and the
+colours don't.
 """
 
 import json
@@ -22,7 +23,7 @@ VERSION = 1
 TRAIN_PER_CLASS, VAL_PER_CLASS = 150, 30
 _SHORT_SIDE, _LONGEST = (96, 150), 200
 
-Field = NDArray[np.float32]
+Field = NDArray[np.floating]
 
 
 def user_cache_folder() -> Path:

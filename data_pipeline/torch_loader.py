@@ -1,4 +1,4 @@
-"""The loader on torchvision: decode and resize in worker processes, a whole batch each, colours on the device."""
+"""The loader on torchvision: worker processes decode and resize, a whole batch each; colours on the device."""
 
 from __future__ import annotations
 
@@ -14,50 +14,49 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms.v2 import functional as F
 
-from data_pipeline.errors import DataError
-from data_pipeline.loader import Batch, Loader, finish
+from data_pipeline.errors import DataError, went_bad
+from data_pipeline.loader import Batch, Loader, Plan, Step
 
 
 class _Prepared(NamedTuple):
-    """What a worker hands over: 8-bit pixels [B, R, R, 3], labels [B], colour matrices; or the error that it met."""
+    """What a worker hands over: 8-bit pixels [B, 3, R, R] and what they are; or the error that it met."""
 
     pixels: Tensor
-    labels: Tensor
-    colors: NDArray[np.float32] | None
+    step: Step
     error: str
 
 
 class _Batches(Dataset[_Prepared]):
     """Maps (epoch, batch) to a prepared batch."""
 
-    def __init__(self, loader: TorchLoader) -> None:
-        self.loader = loader
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
 
     def __getitem__(self, position: tuple[int, int]) -> _Prepared:
-        loader, (epoch, batch) = self.loader, position
-        indices = loader.indices(epoch, batch)
-        params = loader.params(epoch, indices)
-        labels = torch.from_numpy(loader.split.labels[indices])
-        side = loader.resolution
-        pixels = torch.empty(len(indices), side, side, 3, dtype=torch.uint8)
-        for row, index in enumerate(indices):
+        split, side = self.plan.split, self.plan.resolution
+        step = self.plan.step(*position)
+        pixels = torch.empty(len(step.indices), 3, side, side, dtype=torch.uint8)
+        for row, index in enumerate(step.indices):
             try:
-                image = _view(loader.split.paths[index], loader.split.sizes[index], params.windows[row], side)
+                view = window(split.paths[index], split.sizes[index], step.params.windows[row], side)
             except (RuntimeError, OSError) as error:
-                reason = f"{loader.split.paths[index]} cannot be decoded any more ({str(error).splitlines()[0]})"
-                return _Prepared(pixels, labels, None, reason)
-            if params.flips[row]:
-                image = image.flip(-1)
-            pixels[row] = image.permute(1, 2, 0)
-        return _Prepared(pixels, labels, params.colors, "")
+                # Handed over, not raised: DataLoader would wrap the sentence in the worker's traceback.
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                return _Prepared(pixels, step, went_bad(split.paths[index], reason))
+            pixels[row] = view.flip(-1) if step.params.flips[row] else view
+        return _Prepared(pixels, step, "")
 
 
-def _view(path: str, size: NDArray[np.int64], window: NDArray[np.int32], side: int) -> Tensor:
-    """[3, side, side] uint8: the window of the upright image, resized with antialiasing."""
+def window(path: str, size: NDArray[np.int32], box: NDArray[np.int32], side: int) -> Tensor:
+    """[3, side, side] uint8: `box` (x, y, width, height) of the upright image, resized with antialiasing.
+
+    Raises:
+        RuntimeError: the file cannot be decoded, or its `size` (width, height) is another one now.
+    """
     image = decode_image(read_file(path), mode=ImageReadMode.RGB, apply_exif_orientation=True)
-    if tuple(image.shape[:0:-1]) != tuple(size):
-        raise RuntimeError(f"its size is {image.shape[2]} x {image.shape[1]} now")
-    x, y, width, height = window.tolist()
+    if image.shape[2] != size[0] or image.shape[1] != size[1]:
+        raise RuntimeError(f"it was {size[0]} x {size[1]} pixels and is {image.shape[2]} x {image.shape[1]} now")
+    x, y, width, height = box.tolist()
     return F.resize(image[:, y : y + height, x : x + width], [side, side], antialias=True)
 
 
@@ -75,24 +74,31 @@ class _Positions(Sampler[tuple[int, int]]):
 
 
 def _start_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the trainer decides
-    torch.set_num_threads(1)
+    # Ctrl-C reaches every process of the terminal: the trainer decides, workers end with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _as_it_is(prepared: Any) -> Any:
+    return prepared
 
 
 class TorchLoader(Loader):
-    """torchvision's decoder on `workers` processes that live as long as the loader."""
+    """torchvision's decoder on `workers` processes that live until `close`."""
 
     backend = "torch"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, plan: Plan, device: str | torch.device, workers: int) -> None:
+        super().__init__(plan, device, workers)
         self._positions = _Positions()
-        self._loader: DataLoader[_Prepared] | None = DataLoader(
-            _Batches(self),
+        self._loader: DataLoader[_Prepared] | None = None
+
+    def _start(self) -> DataLoader[_Prepared]:
+        return DataLoader(
+            _Batches(self.plan),
             batch_size=None,
             sampler=self._positions,
             num_workers=self.workers,
-            collate_fn=lambda prepared: prepared,
+            collate_fn=_as_it_is,
             pin_memory=self.device.type == "cuda",
             persistent_workers=self.workers > 0,
             worker_init_fn=_start_worker if self.workers else None,
@@ -100,14 +106,23 @@ class TorchLoader(Loader):
             generator=torch.Generator(),
         )
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        assert self._loader is not None, "the loader is closed"
+    def _produce(self, epoch: int, start: int) -> Iterator[Batch]:
+        if self._loader is None:
+            self._loader = self._start()
         self._positions.positions = [(epoch, batch) for batch in range(start, self.steps_per_epoch)]
-        for prepared in self._loader:
+        passing = iter(self._loader)
+        for _ in range(len(self._positions)):
+            try:
+                prepared = next(passing)
+            except RuntimeError as error:
+                self.close()
+                raise DataError(
+                    f"A data loading worker died ({str(error).splitlines()[0]}): the usual reason is too little memory "
+                    "or /dev/shm, so use fewer --workers or a smaller --batch-size."
+                ) from error
             if prepared.error:
-                raise DataError(f"{prepared.error}: restore or remove it and continue with --resume.")
-            images = finish(prepared.pixels, prepared.colors, self.device)
-            yield Batch(images, prepared.labels.to(self.device, non_blocking=True))
+                raise DataError(prepared.error)
+            yield self._batch(prepared.pixels, prepared.step)
 
     def close(self) -> None:
-        self._loader = None  # drops the worker processes
+        self._loader = None  # the last reference: its worker processes end
