@@ -5,8 +5,9 @@ registers, stack, shared memory and access widths from the machine code. It ends
 
 - nothing spills: no stack frame, no local loads or stores;
 - shared memory within what one block may have;
-- where a row starts on 16 bytes (VEC > 1), a kernel that walks images moves at least nine tenths of its bytes in
-  16-byte accesses (the rest are per-channel vectors and per-image scalars).
+- where a row starts on 16 bytes (VEC > 1), a kernel that walks images makes as many 16-byte accesses as a thread's
+  share of each image's tile needs, and stores nothing of an image in narrower ones; no access anywhere is narrower
+  than four bytes (per-channel vectors and per-sample scales are fp32 and may come in fours).
 
 `bench/compile_baseline.json` holds registers and shared memory as one Triton version made them; for that version they
 must still be the same.
@@ -15,6 +16,7 @@ must still be the same.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -33,7 +35,6 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 BASELINE = Path(__file__).with_name("compile_baseline.json")
 FULL_ARCH = 90
 ARCHS = (80, 90, 100)
-WIDE_SHARE = 0.9
 # CUDA C++ Programming Guide, "Technical specifications per compute capability": shared bytes of a block and of a
 # multiprocessor. 64 warps, 32 blocks and 65,536 registers are common to all three.
 SHARED_PER_BLOCK = {80: 166_912, 90: 232_448, 100: 232_448}
@@ -56,7 +57,8 @@ class Report:
     occupancy: float
     loads: dict[int, int]
     stores: dict[int, int]
-    aligned: bool
+    wide_needed: tuple[int, int] | None = None
+    """16-byte loads and stores of images that a thread must make; None where rows don't start on 16 bytes."""
 
     @property
     def spills(self) -> bool:
@@ -70,14 +72,14 @@ class Report:
             found.append(f"{where} spills: stack {self.stack} bytes, {self.local_accesses} local accesses.")
         if self.shared > SHARED_PER_BLOCK[self.arch]:
             found.append(f"{where} wants {self.shared} bytes of shared memory, {SHARED_PER_BLOCK[self.arch]} exist.")
-        if self.aligned and self.kind != "small":
-            checked = [("loads", self.loads)]
-            if self.kind == "elementwise":
-                checked.append(("stores", self.stores))
-            for what, widths in checked:
-                share = wide_share(widths)
-                if share < WIDE_SHARE:
-                    found.append(f"{where}: only {share:.0%} of the bytes of its {what} move 16 at a time: {widths}.")
+        if self.wide_needed is not None:
+            for what, widths, needed in zip(
+                ("loads", "stores"), (self.loads, self.stores), self.wide_needed, strict=True
+            ):
+                if widths.get(16, 0) < needed or min(widths, default=16) < 4:
+                    found.append(f"{where} needs {needed} {what} of 16 bytes and none under 4, but has {widths}.")
+            if self.kind == "elementwise" and set(self.stores) != {16}:
+                found.append(f"{where} stores an image in pieces: {self.stores}.")
         return found
 
 
@@ -148,21 +150,45 @@ def _compile(task: tuple[str, int]) -> Report:
         occupancy=occupancy(registers, shared, spec.num_warps, arch),
         loads=widths["LDG"],
         stores=widths["STG"],
-        aligned=spec.constexprs.get("VEC", 1) > 1,
+        wide_needed=_wide_needed(spec),
     )
 
 
+def _wide_needed(spec: Any) -> tuple[int, int] | None:
+    """A thread's share of a tile in 16-byte accesses, for each image that is read and for the one written, if any."""
+    if spec.kind == "small" or spec.constexprs["VEC"] == 1:
+        return None
+    # Pointers of a 16-bit type in some configuration are images; those missing here are constants (None).
+    of_kernel = [s for s in _specs().values() if s.fn is spec.fn]
+    images = {name for s in of_kernel for name, kind in s.signature.items() if kind in ("*fp16", "*bf16")}
+    present = images - set(spec.constexprs)
+    c = spec.constexprs
+    size = {"*fp16": 2, "*bf16": 2, "*fp32": 4}[spec.signature[next(iter(present))]]
+    each = c["UNROLL"] * c["ROWS"] * c["BLOCK_C"] * size // (spec.num_warps * 32 * 16)
+    written = 1 if spec.kind == "elementwise" else 0
+    return (len(present) - written) * each, written * each
+
+
+@functools.cache
 def _specs() -> dict[str, Any]:
-    import kernels.launch
+    import kernels
 
-    return {spec.name: spec for spec in kernels.launch.all_specs()}
+    return {_label(spec): spec for spec in kernels.all_specs()}
 
 
-def select(names: Iterable[str], archs: Sequence[int], only: str = "") -> list[tuple[str, int]]:
-    """Every configuration for sm_90, the first of each kernel for the others; `only` keeps names that contain it."""
+def _label(spec: Any) -> str:
+    """The configuration's name, with the pointers that it is built without."""
+    absent = [name.removesuffix("_ptr") for name, value in spec.constexprs.items() if value is None]
+    return f"{spec.name} without {' '.join(absent)}" if absent else str(spec.name)
+
+
+def select(names: Iterable[str], archs: Sequence[int], only: str = "", *, quick: bool = False) -> list[tuple[str, int]]:
+    """Every configuration for sm_90, the first of each kernel in bf16 (if it has one) for the others and if `quick`;
+    `only` keeps names that contain it."""
     names = [name for name in names if only in name]
-    first = {name.partition("[")[0]: name for name in reversed(names)}
-    return [(name, arch) for arch in archs for name in (names if arch == FULL_ARCH else first.values())]
+    order = sorted(names, key=lambda name: "[bf16" not in name)
+    first = {name.partition("[")[0]: name for name in reversed(order)}
+    return [(name, arch) for arch in archs for name in (names if arch == FULL_ARCH and not quick else first.values())]
 
 
 def build(tasks: Sequence[tuple[str, int]], processes: int = 2) -> list[Report]:
@@ -175,6 +201,8 @@ def build(tasks: Sequence[tuple[str, int]], processes: int = 2) -> list[Report]:
 
 def against_baseline(reports: Sequence[Report], triton_version: str, *, complete: bool) -> list[str]:
     """Sentences about what differs from the stored figures; none where they are of another Triton version."""
+    if not BASELINE.exists():
+        return [f"{BASELINE.name} is missing: make it with --update-baseline."]
     stored = json.loads(BASELINE.read_text())
     if stored["triton"] != triton_version:
         return []
@@ -212,9 +240,7 @@ def table(reports: Sequence[Report]) -> str:
     lines = [head]
     for (kernel, arch), built in rows.items():
         registers = sorted({r.registers for r in built})
-        aligned = [wide_share(r.loads) for r in built if r.aligned] + [
-            wide_share(r.stores) for r in built if r.aligned and r.kind == "elementwise"
-        ]
+        aligned = [wide_share(r.loads) for r in built if r.wide_needed is not None]
         lines.append(
             f"{kernel:<36}{arch:>4}{len(built):>7}{f'{registers[0]}-{registers[-1]}':>12}"
             f"{sum(r.spills for r in built):>7}{max(r.shared for r in built):>8}"
@@ -229,18 +255,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHS), choices=ARCHS)
     parser.add_argument("--only", default="", help="configurations whose name contains this")
+    parser.add_argument("--quick", action="store_true", help="one configuration of each kernel on each architecture")
     parser.add_argument("--json", type=Path, help="write every configuration's figures to this file")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--update-baseline", action="store_true", help="store what was built as the new baseline")
     options = parser.parse_args(arguments)
-    complete = not options.only and set(options.arch) == set(ARCHS)
+    complete = not options.only and not options.quick and set(options.arch) == set(ARCHS)
     if options.update_baseline and not complete:
-        parser.error("--update-baseline needs every configuration: leave out --arch and --only.")
+        parser.error("--update-baseline needs every configuration: leave out --arch, --only and --quick.")
 
     import triton
 
     names = list(_specs())
-    tasks = select(names, options.arch, options.only)
+    tasks = select(names, options.arch, options.only, quick=options.quick)
     if not tasks:
         parser.error(f"no configuration contains {options.only!r}.")
     reports = build(tasks, options.processes)

@@ -1,7 +1,7 @@
 """The shapes that each fused operation sees in a variant at a resolution, taken from the model itself.
 
-The model is built and run on the meta device, where nothing is computed, while every call of a `kernels` function is
-written down. Nothing here is listed by hand.
+The model runs once on two random images while every call of a `kernels` function is written down; nothing is listed by
+hand.
 """
 
 from __future__ import annotations
@@ -62,15 +62,14 @@ def model_shapes(variant: str = "b0", resolution: int = 224, batch: int = 128) -
                 squeezed = args[4].shape[0]  # w_reduce [S, C], after batch norm's four vectors
             elif op == "bn_drop_connect_add":
                 residual, scaled = args[0] is not None, args[1] is not None
-            b, c, h, w = x.shape
-            calls[OpShape(op, b, c, h, w, squeezed, residual, scaled)] += 1
+            _, c, h, w = x.shape
+            calls[OpShape(op, batch, c, h, w, squeezed, residual, scaled)] += 1
             return original(x, *args, **options)
 
         return record
 
-    with torch.device("meta"):
-        model = efficientnet(variant, kernels="torch").train()
-        images = torch.empty(batch, 3, resolution, resolution)
+    model = efficientnet(variant, kernels="torch").train()
+    images = torch.randn(2, 3, resolution, resolution)
     replaced = {op: recorder(op, getattr(kernels, op)) for op in CALLED_BY_MODEL}
     with torch.no_grad(), patch.dict(vars(fastnet.model), replaced):
         model(images)
@@ -104,9 +103,8 @@ def activations(variant: str = "b0", resolution: int = 224) -> int:
         nonlocal total
         total += output.numel()
 
-    with torch.device("meta"):
-        model = efficientnet(variant, num_classes=1000).eval()
-        images = torch.empty(1, 3, resolution, resolution)
+    model = efficientnet(variant, num_classes=1000, kernels="torch").eval()
+    images = torch.randn(1, 3, resolution, resolution)
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(count)

@@ -5,7 +5,7 @@ What a formula states about a kernel is held to this. Each access counts: what a
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,15 +17,14 @@ import numpy as np
 
 @dataclass
 class Bytes:
-    """What one kernel moved, over `launches` launches."""
+    """What one kernel moved, over `launches` launches; `by_size`: element size -> bytes."""
 
-    read: int = 0
-    written: int = 0
     launches: int = 0
+    by_size: Counter[int] = field(default_factory=Counter)
 
     @property
     def total(self) -> int:
-        return self.read + self.written
+        return self.by_size.total()
 
 
 @dataclass
@@ -37,6 +36,10 @@ class Traffic:
     @property
     def total(self) -> int:
         return sum(moved.total for moved in self.kernels.values())
+
+    def of_size(self, size: int) -> int:
+        """Bytes of elements of that many bytes."""
+        return sum(moved.by_size[size] for moved in self.kernels.values())
 
 
 @contextmanager
@@ -52,28 +55,28 @@ def count_traffic() -> Iterator[Traffic]:
     traffic = Traffic()
     running = ""
 
-    def lanes(pointers: Any, mask: Any) -> int:
-        count = int(np.count_nonzero(np.broadcast_to(mask.data, pointers.data.shape)))
-        return count * (pointers.get_element_ty().primitive_bitwidth // 8)
+    def count(pointers: Any, mask: Any, times: int = 1) -> None:
+        lanes = int(np.count_nonzero(np.broadcast_to(mask.data, pointers.data.shape)))
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        traffic.kernels[running].by_size[size] += times * lanes * size
 
     def reading(original: Any) -> Any:
         def load(pointers: Any, mask: Any, *rest: Any, **options: Any) -> Any:
-            traffic.kernels[running].read += lanes(pointers, mask)
+            count(pointers, mask)
             return original(pointers, mask, *rest, **options)
 
         return load
 
     def writing(original: Any) -> Any:
         def store(pointers: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
-            traffic.kernels[running].written += lanes(pointers, mask)
+            count(pointers, mask)
             return original(pointers, value, mask, *rest, **options)
 
         return store
 
     def updating(original: Any) -> Any:
         def update(operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
-            traffic.kernels[running].read += lanes(pointers, mask)
-            traffic.kernels[running].written += lanes(pointers, mask)
+            count(pointers, mask, 2)
             return original(operation, pointers, value, mask, *rest, **options)
 
         return update

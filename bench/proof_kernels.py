@@ -1,0 +1,298 @@
+"""Stages of the proof about single operations: parity, copy bandwidth, each against PyTorch, the choice of tiles."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from bench.cases import DIRECTIONS, OpCase, image_bytes, kernel_names, timed_shapes
+from bench.contenders import OURS, TIMM, TORCHVISION, available_peers
+from bench.machine import ROOT
+from bench.measure import ColdCache, copy_bandwidth, sample, summarise, synchronise
+from bench.proof_steps import CacheFiller, Workload
+from bench.stages import Case, Context, Refused, Stage, attempt
+from kernels import launch
+
+PARITY_SECONDS = 200
+# Files of the quick path that need neither photos nor the command line's packages.
+CPU_TESTS = ("drop_connect",)
+KERNEL_TESTS = ("batch_norm", "squeeze", "drop", "bn", "excite", "launch", "mbconv")
+DTYPE = torch.bfloat16
+
+
+def parity_stage(works: Sequence[Workload]) -> Callable[[Context], Iterator[tuple[str, Case]]]:
+    """The kernels' tests in a process of their own; on a GPU the compile caches for `works` are filled meanwhile.
+
+    Refuses where a test fails. Where they don't end in time, what is timed later is still checked case by case.
+    """
+
+    def run(context: Context) -> Iterator[tuple[str, Case]]:
+        filler = None
+        if not context.tiny:
+            models = [OURS, *(name for name in (TIMM, TORCHVISION) if name in available_peers()[0])]
+            filler = CacheFiller([(model, work) for work in works for model in models], PARITY_SECONDS + 30)
+        found = _run_tests(context)
+        if filler is not None:
+            found["compile_caches"] = filler.wait()
+        if found["failed"]:
+            raise Refused(f"{found['failed']} kernel tests fail, so nothing is timed: {'; '.join(found['failures'])}")
+        yield "pytest", found
+
+    return run
+
+
+def _run_tests(context: Context) -> Case:
+    words = CPU_TESTS if context.tiny else KERNEL_TESTS
+    files = [f for f in sorted((ROOT / "tests").glob("test_*.py")) if any(word in f.stem for word in words)]
+    if not files:
+        raise Refused("there are no kernel tests in tests/: run from the source tree")
+    if context.tiny:
+        context.leave_out("the tests of the other kernels: the interpreter takes minutes (`make test` runs them)")
+    command = [sys.executable, "-m", "pytest", *map(str, files), "-q", "-m", "not slow and not full"]
+    seconds = 90 if context.tiny else PARITY_SECONDS
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=seconds)
+    except subprocess.TimeoutExpired as late:
+        output = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
+        context.leave_out(f"the rest of the kernel tests: they did not end within {seconds} s")
+        return {"passed": output.count("."), "failed": 0, "failures": [], "summary": "not finished"}
+    summary = (done.stdout.strip().splitlines() or [done.stderr.strip()[-200:]])[-1]
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error|skipped)", summary)}
+    failed = counts.get("failed", 0) + counts.get("error", 0)
+    if done.returncode and not failed:
+        failed = 1  # pytest itself could not run
+    failures = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))] or [summary]
+    return {
+        "passed": counts.get("passed", 0),
+        "failed": failed,
+        "skipped": counts.get("skipped", 0),
+        "failures": failures[:20] if failed else [],
+        "summary": summary,
+    }
+
+
+def show_parity(cases: dict[str, Case]) -> str:
+    lines = [f"{found['passed']} kernel tests passed: {found['summary']}" for found in cases.values()]
+    for found in cases.values():
+        for name, filled in found.get("compile_caches", {}).items():
+            result = filled.get("error") or f"first step after {filled['first_step']:.0f} s (contended)"
+            lines.append(f"  compile cache, {name}: {result}")
+    return "\n".join(lines)
+
+
+def bandwidth_stage(context: Context) -> Iterator[tuple[str, Case]]:
+    if "large copy" not in context.cases("copy bandwidth"):
+        rate, timing = copy_bandwidth(context.device)
+        yield "large copy", {"bytes_per_second": rate, "timing": timing.to_json()}
+
+
+def show_bandwidth(cases: dict[str, Case]) -> str:
+    found = cases["large copy"]
+    return f"{found['bytes_per_second'] / 1e9:.0f} GB/s, ±{found['timing']['spread']:.1%}"
+
+
+def implementations(case: OpCase) -> dict[str, Callable[[], Tensor]]:
+    """Forward of one operation by our kernels (on a GPU), by eager PyTorch and by torch.compile (on a GPU)."""
+    found: dict[str, Callable[[], Tensor]] = {"eager": lambda: case.forward(case.reference())}
+    if case.device.type == "cuda":
+        found = {"triton": lambda: case.forward(case.public(), impl="triton"), **found}
+        # Backward runs many times on one graph, which forbids donating its buffers.
+        torch._functorch.config.donated_buffer = False
+        torch.compiler.reset()  # a shape more would count as a recompilation
+        compiled = torch.compile(case.reference(), dynamic=False)
+        found["compiled"] = lambda: case.forward(compiled)
+    return found
+
+
+def check(case: OpCase) -> float:
+    """Largest error of our kernels against fp64, as a share of what the tolerance rule allows; above 1 it is wrong.
+
+    Allowed: twice the error of PyTorch in the same precision, plus one rounding of the result's type. Errors are norms
+    relative to the fp64 result's.
+    """
+    exact = OpCase(case.shape, torch.float64, case.device)
+    with torch.no_grad():
+        for name, value in exact.inputs.items():
+            value.copy_(case.inputs[name])
+        exact.gradient.copy_(case.gradient)
+    if case.scale is not None:
+        exact.scale = case.scale.double()
+
+    def results(of: OpCase, forward: Callable[[], Tensor]) -> list[Tensor]:
+        output = forward()
+        return [output.detach(), *of.backward(output)]
+
+    ours = results(case, lambda: case.forward(case.public(), impl="triton"))
+    torchs = results(case, lambda: case.forward(case.reference()))
+    oracle = results(exact, lambda: exact.forward(exact.reference()))
+    worst = 0.0
+    for own, other, true in zip(ours, torchs, oracle, strict=True):
+        size = true.norm()
+        error, allowed = (own - true).norm() / size, 2 * (other - true).norm() / size + torch.finfo(own.dtype).eps / 2
+        worst = max(worst, float(error / allowed)) if torch.isfinite(own).all() else float("inf")
+    return worst
+
+
+def time_case(case: OpCase, cold: ColdCache | None, bandwidth: float, *, seconds: float) -> Case:
+    """Median seconds, GB/s and share of copy bandwidth by direction and implementation; RuntimeError if wrong."""
+    found: Case = {}
+    if case.device.type == "cuda":
+        found["error_share"] = check(case)
+        if not found["error_share"] <= 1:
+            raise RuntimeError(
+                f"not timed: the error is {found['error_share']:.2f} times what the tolerance rule allows"
+            )
+    for name, forward in implementations(case).items():
+        output = forward()
+        runs: dict[str, Callable[[], object]] = {
+            "forward": forward,
+            "backward": lambda output=output: case.backward(output),  # type: ignore[misc]
+        }
+        for direction in DIRECTIONS:
+            timing = summarise(sample(runs[direction], case.device, cold=cold, seconds=seconds))
+            # The bytes are those of our kernels for every implementation: work done, not traffic caused.
+            rate = image_bytes(case.shape, case.dtype, direction) / timing.median
+            found.setdefault(direction, {})[name] = {
+                "timing": timing.to_json(),
+                "gb_per_second": rate / 1e9,
+                "of_copy_bandwidth": rate / bandwidth,
+            }
+    return found
+
+
+def kernels_stage(context: Context) -> Iterator[tuple[str, Case]]:
+    if context.tiny:
+        context.leave_out("Triton kernels and compiled PyTorch against eager, cold L2, bf16, batch 128: need a GPU")
+    bandwidth = context.cases("copy bandwidth")["large copy"]["bytes_per_second"]
+    cold = None if context.tiny else ColdCache(context.device)
+    for shape in timed_shapes(tiny=context.tiny):
+        key = f"{shape.op} {shape}"
+        if key in context.cases("kernels"):
+            continue
+        if context.has_time(25, key):
+            dtype = torch.float32 if context.tiny else DTYPE
+            yield (
+                key,
+                attempt(
+                    lambda shape=shape, dtype=dtype: time_case(  # type: ignore[misc]
+                        OpCase(shape, dtype, context.device), cold, bandwidth, seconds=0.02 if context.tiny else 0.15
+                    )
+                ),
+            )
+
+
+def show_kernels(cases: dict[str, Case]) -> str:
+    if not any("triton" in found["forward"] for found in cases.values()):
+        return f"{len(cases)} operations ran forward and backward; their times on a CPU say nothing and are not shown"
+    lines = [f"{'':62}{'us':>9}{'GB/s':>8}{'% of copy':>11}{'eager us':>10}{'compiled us':>13}"]
+    for key, found in cases.items():
+        for direction in DIRECTIONS:
+            by = found[direction]
+            first = by["triton"]
+            micro = {name: f"{1e6 * result['timing']['median']:.1f}" for name, result in by.items()}
+            lines.append(
+                f"{key + ', ' + direction:62}{1e6 * first['timing']['median']:9.1f}{first['gb_per_second']:8.0f}"
+                f"{first['of_copy_bandwidth']:11.1%}{micro['eager']:>10}{micro.get('compiled', '-'):>13}"
+            )
+    return "\n".join(lines)
+
+
+def tiles_stage(context: Context) -> Iterator[tuple[str, Case]]:
+    """Every selectable tile on every timed shape, forward and backward: what `kernels.launch.tile_for` should say."""
+    if context.tiny:
+        context.leave_out("the choice of tiles by measurement: needs a GPU")
+        return
+    cold = ColdCache(context.device)
+    for shape in timed_shapes():
+        key = f"{shape.op} {shape}"
+        if key not in context.cases("tiles") and context.has_time(20, f"tiles of {key}"):
+            yield key, attempt(lambda shape=shape: _sweep(OpCase(shape, DTYPE, context.device), cold))  # type: ignore[misc]
+
+
+def _sweep(case: OpCase, cold: ColdCache) -> Case:
+    found: Case = {"chosen": launch.tile_for(case.shape.channels).block_c}
+    for tile in launch.TILES:
+        with patch.object(launch, "tile_for", lambda channels, tile=tile: tile):
+            output = case.forward(case.public(), impl="triton")
+            runs: dict[str, Callable[[], object]] = {
+                "forward": lambda: case.forward(case.public(), impl="triton"),
+                "backward": lambda output=output: case.backward(output),  # type: ignore[misc]
+            }
+            for direction in DIRECTIONS:
+                timing = summarise(sample(runs[direction], case.device, cold=cold, seconds=0.05))
+                found.setdefault(direction, {})[str(tile.block_c)] = timing.to_json()
+    return found
+
+
+def show_tiles(cases: dict[str, Case]) -> str:
+    lines = ["us by channels a tile; * is the fastest, [ ] the one chosen today"]
+    for key, found in cases.items():
+        for direction in DIRECTIONS:
+            times = {tile: timing["median"] for tile, timing in found[direction].items()}
+            cells = []
+            for tile, seconds in times.items():
+                cell = f"{tile}: {1e6 * seconds:.1f}{'*' if seconds == min(times.values()) else ''}"
+                cells.append(f"[{cell}]" if tile == str(found["chosen"]) else cell)
+            lines.append(f"{key + ', ' + direction:62} {'  '.join(cells)}")
+    return "\n".join(lines)
+
+
+def anatomy_stage(context: Context) -> Iterator[tuple[str, Case]]:
+    """Device time of each single kernel of an operation, from the profiler, after a cold start in each direction."""
+    if context.tiny:
+        context.leave_out("each kernel's share of its operation: needs a GPU")
+        return
+    cold = ColdCache(context.device)
+    for shape in timed_shapes():
+        key = f"{shape.op} {shape}"
+        if key not in context.cases("anatomy") and context.has_time(10, f"anatomy of {key}"):
+            yield key, attempt(lambda shape=shape: _profile(OpCase(shape, DTYPE, context.device), cold))  # type: ignore[misc]
+
+
+def _profile(case: OpCase, cold: ColdCache, runs: int = 10) -> Case:
+    from torch.profiler import ProfilerActivity, profile
+
+    def once() -> None:
+        cold()
+        output = case.forward(case.public(), impl="triton")
+        cold()
+        case.backward(output)
+
+    once()
+    synchronise(case.device)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(runs):
+            once()
+        synchronise(case.device)
+    own = kernel_names()
+    found: dict[str, Any] = {}
+    for event in profiler.key_averages():
+        if event.key in own:
+            found[event.key] = {"seconds": event.self_device_time_total * 1e-6 / runs, "launches": event.count / runs}
+    return {"kernels": found, "runs": runs}
+
+
+def show_anatomy(cases: dict[str, Case]) -> str:
+    lines = []
+    for key, found in cases.items():
+        lines.append(key)
+        for name, one in found["kernels"].items():
+            lines.append(f"  {name:<40}{1e6 * one['seconds']:9.1f} us in {one['launches']:.0f} launches")
+    return "\n".join(lines)
+
+
+def parity(works: Sequence[Workload]) -> Stage:
+    return Stage("parity", parity_stage(works), show_parity)
+
+
+BANDWIDTH = Stage("copy bandwidth", bandwidth_stage, show_bandwidth)
+KERNELS = Stage("kernels", kernels_stage, show_kernels)
+TILES = Stage("tiles", tiles_stage, show_tiles)
+ANATOMY = Stage("anatomy", anatomy_stage, show_anatomy)

@@ -1,0 +1,124 @@
+"""Ahead-of-time compilation for GPUs that are not here: limits, access widths, and the stored baseline."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import compile_report
+from bench.compile_report import Report, access_widths, occupancy, select, wide_share
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SASS = """
+        /*0a00*/              @!P0 LDG.E.128 R4, desc[UR6][R2.64] ;
+        /*0a10*/                   LDG.E.128.CONSTANT R8, desc[UR6][R2.64+0x10] ;
+        /*0a20*/              @P1  LDG.E R9, desc[UR6][R12.64] ;
+        /*0a30*/                   LDG.E.U16 R9, desc[UR6][R12.64] ;
+        /*0a40*/                   STG.E.64 desc[UR6][R2.64], R4 ;
+        /*0a50*/                   STL [R1+0x4], R7 ;
+        /*0a60*/                   LDL.LU R7, [R1+0x4] ;
+        /*0a70*/                   LDGSTS.E.128 [R0], desc[UR6][R2.64] ;
+"""
+GOOD = Report("k[bf16,VEC=8]", 90, "elementwise", 80, 0, 0, 1024, 4, 0.375, {16: 4, 4: 2}, {16: 4}, (4, 4))
+
+
+def report(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process that compiles rather than interprets."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "bench.compile_report", *arguments],
+        capture_output=True, text=True, cwd=ROOT, env=environment,
+    )  # fmt: skip
+
+
+def test_one_configuration_of_each_elementwise_kernel_keeps_the_limits() -> None:
+    done = report("--quick", "--arch", "90", "--only", "bn_silu", "--processes", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 problems" in done.stdout
+
+
+@pytest.mark.slow
+def test_every_configuration_keeps_the_limits_and_the_baseline(tmp_path: Path) -> None:
+    done = report("--json", str(tmp_path / "report.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    built = json.loads((tmp_path / "report.json").read_text())
+    assert {r["arch"] for r in built} == {80, 90, 100}
+    assert not any(r["stack"] or r["local_accesses"] for r in built)
+
+
+def test_widths_are_read_from_machine_code() -> None:
+    found = access_widths(SASS)
+    assert found["LDG"] == {16: 2, 4: 1, 2: 1}
+    assert found["STG"] == {8: 1}
+    assert (found["STL"], found["LDL"]) == ({4: 1}, {4: 1})
+    assert wide_share({16: 3, 4: 4}) == 0.75
+    assert wide_share({}) == 1
+
+
+def test_occupancy_of_known_launches() -> None:
+    # 128 registers x 32 lanes x 4 warps = 16,384: four blocks of four warps in 65,536.
+    assert occupancy(128, 0, 4, 90) == 16 / 64
+    # 32 registers: 16 blocks of four warps by registers and by warps.
+    assert occupancy(32, 0, 4, 90) == 1.0
+    # Registers are handed out in steps of eight a lane: 33 count as 40.
+    assert occupancy(33, 0, 4, 90) == occupancy(40, 0, 4, 90) == 48 / 64
+    # 100 KB of shared memory: two blocks on 228 KB, one on 164 KB.
+    assert occupancy(32, 100 * 1024, 8, 90) == 16 / 64
+    assert occupancy(32, 100 * 1024, 8, 80) == 8 / 64
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"stack": 8}, "spills"),
+        ({"local_accesses": 2}, "spills"),
+        ({"shared": 232_449}, "shared memory"),
+        ({"loads": {16: 3, 4: 2}}, "needs 4 loads"),
+        ({"loads": {16: 4, 2: 8}}, "none under 4"),
+        ({"stores": {8: 8}}, "needs 4 stores"),
+        ({"stores": {16: 4, 4: 1}}, "in pieces"),
+    ],
+)
+def test_each_limit_is_seen_when_broken(change: dict[str, object], words: str) -> None:
+    assert GOOD.problems() == []
+    problems = dataclasses.replace(GOOD, **change).problems()  # type: ignore[arg-type]
+    assert problems
+    assert all(words in problem for problem in problems[:1]), problems
+
+
+def test_selection_is_complete_on_one_architecture_and_a_sample_on_the_others() -> None:
+    names = ["a[fp32,X=1]", "a[bf16,X=1]", "a[bf16,X=2]", "b[fp32,X=1]"]
+    assert select(names, [80, 90]) == [
+        ("b[fp32,X=1]", 80),
+        ("a[bf16,X=1]", 80),
+        *((name, 90) for name in names),
+    ]
+    assert select(names, [90], quick=True) == [("b[fp32,X=1]", 90), ("a[bf16,X=1]", 90)]
+    assert select(names, [90], "X=2") == [("a[bf16,X=2]", 90)]
+
+
+def test_baseline_notices_a_change_a_newcomer_and_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_report, "BASELINE", tmp_path / "baseline.json")
+    assert "missing" in compile_report.against_baseline([GOOD], "3.9.0", complete=True)[0]
+    other = dataclasses.replace(GOOD, name="other")
+    compile_report.write_baseline([GOOD, other], "3.9.0")
+    assert compile_report.against_baseline([GOOD, other], "3.9.0", complete=True) == []
+    heavier = dataclasses.replace(GOOD, registers=90)
+    assert "[80, 1024]" in compile_report.against_baseline([heavier], "3.9.0", complete=False)[0]
+    assert compile_report.against_baseline([heavier], "3.6.0", complete=False) == []
+    new = dataclasses.replace(GOOD, name="new")
+    found = compile_report.against_baseline([GOOD, new], "3.9.0", complete=True)
+    assert [line.split()[1] for line in found] == ["new", "other"]
+
+
+def test_interpreting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
+        compile_report.build([])

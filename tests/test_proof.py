@@ -1,0 +1,185 @@
+"""How a proof runs: what is written and when, resuming, refusing; a CPU's figures stay out of bench/results."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import measure, stages
+from bench.machine import commit, gpu_folder
+from bench.measure import interleaved, median_ratio, summarise
+from bench.proof_steps import Workload, time_passes
+from bench.shapes import activations
+from bench.stages import Case, Context, Refused, Stage, attempt, result_folder, run_part
+
+CPU = torch.device("cpu")
+
+
+class Recorder:
+    """A stage of three cases that remembers which ones it ran."""
+
+    def __init__(self, name: str = "numbers", broken: str = "") -> None:
+        self.name, self.broken = name, broken
+        self.ran: list[str] = []
+
+    def run(self, context: Context) -> Iterator[tuple[str, Case]]:
+        for case in ("a", "b", "c"):
+            if case in context.cases(self.name):
+                continue
+            self.ran.append(case)
+            if self.broken == f"die at {case}":
+                raise KeyboardInterrupt
+            if self.broken == f"refuse at {case}":
+                raise Refused("two and two are five")
+            yield case, attempt(lambda case=case: {"value": {"a": 1, "b": 2, "c": 3}[case]})  # type: ignore[misc]
+
+    @property
+    def stage(self) -> Stage:
+        return Stage(self.name, self.run, lambda cases: f"sum {sum(c['value'] for c in cases.values())}")
+
+
+def run(recorder: Recorder, out: Path | None, *, resume: bool = False, minutes: float = 1) -> int:
+    return run_part(1, [recorder.stage], CPU, out, resume=resume, minutes=minutes)
+
+
+def content(folder: Path) -> dict[str, Any]:
+    (file,) = folder.glob("*.json")
+    stored: dict[str, Any] = json.loads(file.read_text())["stages"]
+    return stored
+
+
+def test_file_is_written_after_every_case_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dying = Recorder(broken="die at c")
+    with pytest.raises(KeyboardInterrupt):
+        run(dying, tmp_path)
+    assert content(tmp_path)["numbers"]["cases"] == {"a": {"value": 1}, "b": {"value": 2}}
+    again = Recorder()
+    assert run(again, tmp_path, resume=True) == 0
+    assert again.ran == ["c"]
+    assert content(tmp_path)["numbers"]["state"] == "done"
+    assert "sum 6" in capsys.readouterr().out
+    third = Recorder()
+    assert run(third, tmp_path, resume=True) == 0
+    assert third.ran == []
+
+
+def test_results_are_only_ever_added(tmp_path: Path) -> None:
+    run(Recorder(), tmp_path)
+    (first,) = tmp_path.glob("*.json")
+    before = first.read_text()
+    run(Recorder(), tmp_path)
+    assert len(list(tmp_path.glob("*.json"))) == 2
+    assert first.read_text() == before
+
+
+def test_results_of_another_machine_are_not_continued(tmp_path: Path) -> None:
+    run(Recorder(), tmp_path)
+    (file,) = tmp_path.glob("*.json")
+    other = json.loads(file.read_text())
+    other["machine"]["torch"] = "2.0.0"
+    file.write_text(json.dumps(other))
+    (tmp_path / "unrelated.json").write_text("[1, 2]")
+    recorder = Recorder()
+    run(recorder, tmp_path, resume=True)
+    assert recorder.ran == ["a", "b", "c"]
+    assert json.loads(file.read_text()) == other
+
+
+def test_refusal_ends_the_part_and_times_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong, after = Recorder("check", "refuse at b"), Recorder("timing")
+    assert run_part(1, [wrong.stage, after.stage], CPU, tmp_path, resume=False, minutes=1) == 1
+    assert not after.ran
+    stored = content(tmp_path)
+    assert stored["check"]["refused"] == "two and two are five"
+    assert "timing" not in stored
+    assert "two and two are five" in capsys.readouterr().out
+
+
+def test_a_failing_case_does_not_stop_the_others_and_is_tried_again(tmp_path: Path) -> None:
+    def once(context: Context) -> Iterator[tuple[str, Case]]:
+        for case in ("good", "bad"):
+            if case not in context.cases("mixed"):
+                yield case, attempt(lambda case=case: {"good": {"value": 1}}[case])  # type: ignore[misc]
+
+    stage = Stage("mixed", once, str)
+    assert run_part(1, [stage], CPU, tmp_path, resume=False, minutes=1) == 1
+    stored = content(tmp_path)["mixed"]
+    assert stored["cases"]["good"] == {"value": 1}
+    assert stored["cases"]["bad"]["error"].startswith("KeyError")
+    assert stored["state"] == "partial"
+
+
+def test_what_no_time_is_left_for_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def slow(context: Context) -> Iterator[tuple[str, Case]]:
+        if context.has_time(3600, "the long one"):
+            yield "long", {}
+
+    assert run_part(1, [Stage("slow", slow, str)], CPU, tmp_path, resume=False, minutes=1) == 0
+    assert content(tmp_path)["slow"]["state"] == "partial"
+    assert "left out: the long one: no time left" in capsys.readouterr().out
+
+
+def test_cpu_figures_stay_out_of_the_results(tmp_path: Path) -> None:
+    assert result_folder(CPU, None) is None
+    assert result_folder(CPU, tmp_path) == tmp_path
+    for folder in (stages.RESULTS, stages.RESULTS / "h200"):
+        with pytest.raises(ValueError, match="don't belong in bench/results"):
+            result_folder(CPU, folder)
+
+
+def test_commit_names_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert commit() == commit()
+    monkeypatch.setattr("bench.machine._output_of", lambda *command: None)
+    assert commit().startswith("tree+")
+    assert gpu_folder("NVIDIA H200") == "h200"
+    assert gpu_folder("NVIDIA A100-SXM4-80GB") == "a100-sxm4-80gb"
+
+
+def test_medians_and_pairs() -> None:
+    timing = summarise([4.0, 1.0, 2.0, 3.0, 100.0])
+    assert (timing.median, timing.best, timing.runs) == (3.0, 1.0, 5)
+    assert summarise([2.0]).spread == 0
+    with pytest.raises(ValueError, match="no samples"):
+        summarise([])
+    # A machine that slows down by ten for half of the rounds changes both of a pair.
+    assert median_ratio([2.0, 2.0, 20.0, 20.0], [1.0, 1.0, 10.0, 10.0]) == 2.0
+
+
+def test_rounds_are_interleaved_and_rotate(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    taken = interleaved({"x": lambda: order.append("x"), "y": lambda: order.append("y")}, CPU, rounds=3)
+    assert order == ["x", "y", "y", "x", "x", "y"]
+    assert {name: len(times) for name, times in taken.items()} == {"x": 3, "y": 3}
+    order.clear()
+    interleaved({"x": lambda: order.append("x")}, CPU, rounds=9, until=time.monotonic() - 1)
+    assert order == ["x"], "the first round is always whole"
+    monkeypatch.setattr(measure, "_host_seconds", lambda run: 6.0)
+    assert interleaved({"x": lambda: None}, CPU, rounds=1, inner=3) == {"x": [2.0]}
+
+
+def test_time_passes_of_a_known_step() -> None:
+    # 128 images in 0.1 s at 1 TB/s: 1e11 bytes, over 128 x activations x 2.
+    passes = time_passes(0.1, Workload("b0", 224, 128), 1e12)
+    assert passes == pytest.approx(1e11 / (128 * activations("b0", 224) * 2))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU this would be the proof itself")
+def test_first_part_runs_to_its_end_on_a_cpu(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.proof", "--part", "1", "--out", str(tmp_path)],
+        capture_output=True, text=True, cwd=stages.ROOT, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "left out: Triton kernels" in done.stdout
+    assert {entry["state"] for entry in content(tmp_path).values()} == {"done"}
