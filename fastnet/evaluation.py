@@ -159,7 +159,7 @@ def evaluate_run(
         seed=0,
         train=False,
         augmentation=None,
-        device=device.type,  # type: ignore[arg-type]
+        device=device.type,
         workers=pick_workers(workers, device),
     )
     try:

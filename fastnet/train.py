@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import time
 from dataclasses import replace
@@ -124,6 +125,9 @@ def train() -> int:
     config.validate()
     folder = run_folder(config)
 
+    # OpenMP threads that spin while they wait starve the loader's workers and each other as soon as the cores are
+    # shared. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from rich.console import Console
 
     from fastnet.trainer import Trainer

@@ -36,6 +36,9 @@ from fastnet.optim import (
 from fastnet.scaling import architecture
 from fastnet.step import TrainStep
 from fastnet.weights import load_weights, save_weights
+from kernels.launch import resolve
+
+EXCLUDED_SHOWN = 20  # unreadable files named on screen; the run's folder names all
 
 
 class StopRequest:
@@ -82,6 +85,7 @@ class Trainer:
         if config.run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
+        torch.set_flush_denormal(True)  # arithmetic on denormals is many times slower on a CPU
         torch.backends.cudnn.benchmark = not config.run.deterministic
 
         arch = architecture(config.model.variant, config.model.scaling)
@@ -127,6 +131,10 @@ class Trainer:
 
     def _model(self) -> EfficientNet:
         options = self.config.model
+        try:
+            resolve(options.kernels, torch.empty(0, device=self.device))
+        except RuntimeError as error:
+            raise UserError(f"--kernels {options.kernels} does not work here: {error}.", exit_status=2) from error
         torch.manual_seed(self.config.run.seed)
         extra: dict[str, Any] = {}
         loaded = None
@@ -233,6 +241,9 @@ class Trainer:
             self.restore()
             progress = self.progress
         write_atomically(self.folder / "config.json", config.to_json().encode())
+        if self.index.excluded:
+            listed = "".join(f"{path}: {reason}\n" for path, reason in self.index.excluded)
+            write_atomically(self.folder / "excluded.txt", listed.encode("utf-8", "surrogateescape"))
         self.metrics = MetricsFile(self.folder / "metrics.jsonl", progress.step)
         if not resumed:
             self.save()
@@ -347,7 +358,9 @@ class Trainer:
             f"{self.val_loader.num_images} validation images",
             f"run {self.folder}",
         ]
-        lines += [f"left out {path}: {reason}" for path, reason in index.excluded]
+        lines += [f"left out {path}: {reason}" for path, reason in index.excluded[:EXCLUDED_SHOWN]]
+        if len(index.excluded) > EXCLUDED_SHOWN:
+            lines.append(f"left out {len(index.excluded) - EXCLUDED_SHOWN} more, all in {self.folder / 'excluded.txt'}")
         for line in lines:
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
