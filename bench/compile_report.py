@@ -216,6 +216,8 @@ def against_baseline(reports: Sequence[Report], triton_version: str, *, complete
     found += [f"{key} is not in the baseline." for key in now if key not in known]
     if complete:
         found += [f"{key} is in the baseline but no longer selectable." for key in known if key not in now]
+    if found:
+        found.append("If the change is meant, store it: python -m bench.compile_report --update-baseline")
     return found
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import measure, stages
+from bench import measure, readme, stages
+from bench.cases import DIRECTIONS
 from bench.machine import commit, gpu_folder
 from bench.measure import interleaved, median_ratio, summarise
 from bench.proof_steps import Workload, time_passes
@@ -170,6 +171,32 @@ def test_time_passes_of_a_known_step() -> None:
     # 128 images in 0.1 s at 1 TB/s: 1e11 bytes, over 128 x activations x 2.
     passes = time_passes(0.1, Workload("b0", 224, 128), 1e12)
     assert passes == pytest.approx(1e11 / (128 * activations("b0", 224) * 2))
+
+
+def test_readme_table_is_made_from_the_newest_results(tmp_path: Path) -> None:
+    assert readme.tables(tmp_path) == readme.NOTHING
+    timing = {"median": 0.05, "spread": 0.01, "best": 0.049, "runs": 12}
+    machine = {"gpu": "NVIDIA X1", "torch": "2.11", "triton": "3.6", "commit": "abc"}
+    for day, median in (("02", 0.05), ("01", 0.5)):
+        case = {"timing": {**timing, "median": median}, "images_per_second": 256 / median, "peak_bytes": 2.5e10}
+        ours = {"triton": {"timing": {**timing, "median": 1e-4}, "of_copy_bandwidth": 0.875}}
+        content = {
+            "machine": {**machine, "time": f"2030-01-{day}T00:00:00"},
+            "stages": {
+                "steps": {"cases": {"b0@224 batch 256": {"amp": "bf16", "contenders": {"fastnet, eager": case}}}},
+                "kernels": {"cases": {"bn_silu 1x8x4x4": {d: ours for d in DIRECTIONS}, "broken": {"error": "no"}}},
+            },
+        }
+        (tmp_path / "x1").mkdir(exist_ok=True)
+        (tmp_path / "x1" / f"2030-01-{day}-abc.json").write_text(json.dumps(content))
+    table = readme.tables(tmp_path)
+    assert "| training step b0@224 batch 256, bf16 | fastnet, eager | 5,120 | 1.0% | 12 | 25.0 |  |" in table
+    assert "| bn_silu 1x8x4x4 | backward | 100.0 | 1.0% | 88% |  |  |" in table
+    assert "broken" not in table
+    text = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
+    assert readme.replaced(text, "new") == f"before\n{readme.BEGIN}\nnew\n{readme.END}\nafter\n"
+    with pytest.raises(ValueError, match="once each"):
+        readme.replaced("no markers", "new")
 
 
 @pytest.mark.slow

@@ -1,0 +1,39 @@
+"""The tests see a broken kernel: each mutation of `tests.mutations` makes some of them fail."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.mutations import MUTATIONS, ROOT, Mutation, StaleMutation, copy_tree, run_tests, survives
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name.replace(" ", "-"))
+def test_mutation_fits_the_source(mutation: Mutation) -> None:
+    source = (ROOT / mutation.file).read_text()
+    changed = mutation.apply(source)
+    assert changed != source
+    compile(changed, mutation.file, "exec")
+
+
+def test_text_that_is_not_there_once_is_an_error() -> None:
+    mutation = Mutation("name", "file.py", "a", "b", ())
+    assert mutation.apply("-a-") == "-b-"
+    for source in ("--", "aa"):
+        with pytest.raises(StaleMutation, match="not once"):
+            mutation.apply(source)
+
+
+@pytest.mark.slow
+def test_unbroken_copy_passes(tmp_path: Path) -> None:
+    copy_tree(tmp_path)
+    status, summary = run_tests(tmp_path, ["tests/test_batch_norm_silu.py", "-k", "statistics"])
+    assert status == 0, summary
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name.replace(" ", "-"))
+def test_mutation_is_seen(mutation: Mutation) -> None:
+    alive, summary = survives(mutation)
+    assert not alive, summary
