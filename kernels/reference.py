@@ -81,3 +81,14 @@ def bn_drop_connect_add(
     if residual is not None:
         return drop_connect_add(z, residual, scale)
     return z if scale is None else z * scale.to(z.dtype)[:, None, None, None]
+
+
+def depthwise_conv2d(x: Tensor, weight: Tensor, *, stride: int, padding: str) -> Tensor:
+    """Depthwise convolution by `weight` [C, 1, k, k], padded symmetrically or as TF's "SAME"."""
+    k = weight.shape[-1]
+    pads = k // 2
+    if padding == "same":
+        rows, columns = (max((-(-n // stride) - 1) * stride + k - n, 0) for n in x.shape[2:])
+        x = F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+        pads = 0
+    return F.conv2d(x, weight.to(x.dtype), None, stride, pads, 1, x.shape[1])

@@ -1,0 +1,144 @@
+"""How a depthwise convolution's images are cut into strips of columns, and the taps that every strip holds.
+
+A tile is [UNITS, BLOCK_C]: UNITS strips, side by side and running on into the next images, by BLOCK_C channels, two
+elements a lane. A program walks down all its strips together, then takes the next ones.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton's kernels take no annotations but constexpr.)
+# ruff: noqa: RUF005, SIM108
+# (Its compiler joins tuples by + alone and chooses at compile time by `if` statements.)
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import launch as L
+from kernels.launch import tl
+
+Padding = Literal["symmetric", "same"]
+NUM_WARPS = 4
+CONFIGURATIONS = ((3, 1), (3, 2), (5, 1), (5, 2))  # kernel size, stride
+# Predicted, not measured: 32 channels keep a row's segment at 64 bytes of a 16-bit type, the unit that HBM transfers.
+BLOCK_C = 32
+UNITS = 2 * 32 * NUM_WARPS // BLOCK_C
+
+
+@L.helper
+def load_taps(taps_ptrs, PHASE: tl.constexpr, STRIDE: tl.constexpr, K: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The K² taps of a channel block, row by row; zero for rows other than PHASE, PHASE + STRIDE, ..."""
+    taps = ()
+    for i in tl.static_range(K * K):
+        if i // K % STRIDE == PHASE:
+            taps = taps + (tl.load(taps_ptrs + i * BLOCK_C),)
+        else:
+            taps = taps + (0.0,)
+    return taps
+
+
+class Geometry(NamedTuple):
+    """Where the taps lie: output (o, p) reads rows from o * stride - pad_top, columns from p * stride - pad_left."""
+
+    kernel_size: int
+    stride: int
+    pad_top: int
+    pad_left: int
+    height: int
+    width: int
+    out_height: int
+    out_width: int
+
+    @property
+    def lines(self) -> int:
+        """Output rows that one input row reaches."""
+        return (self.kernel_size - 1) // self.stride + 1
+
+
+def geometry(height: int, width: int, kernel_size: int, stride: int, padding: Padding = "symmetric") -> Geometry:
+    """ "symmetric" pads k // 2 on every side; "same" is TF's, which puts an odd pixel right and below."""
+    out = L.cdiv(height, stride), L.cdiv(width, stride)
+    if padding == "symmetric":
+        pads = (kernel_size // 2, kernel_size // 2)
+    else:
+        extra = (max((o - 1) * stride + kernel_size - n, 0) for o, n in zip(out, (height, width), strict=True))
+        pads = tuple(n // 2 for n in extra)  # type: ignore[assignment]
+    return Geometry(kernel_size, stride, *pads, height, width, *out)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How strips are dealt to programs: `groups` tiles of `units` strips × `bands`, walked by `partials` programs for
+    each of `blocks` blocks of channels."""
+
+    columns: int
+    strips: int
+    bands: int
+    band_rows: int
+    units: int
+    groups: int
+    blocks: int
+    partials: int
+
+    def constexprs(self, vec: int) -> dict[str, int]:
+        return {"COLUMNS": self.columns, "UNITS": UNITS, "BLOCK_C": BLOCK_C, "VEC": vec}
+
+
+def make_plan(images: int, channels: int, rows: int, columns: int, strip: int, lines: int, programs: int) -> Plan:
+    """Deal `columns` columns of each image out in strips of `strip`, to about `programs` programs of equal work.
+
+    Rows are cut into bands, which read `lines` - 1 rows of their neighbour's, only where there would be fewer programs
+    otherwise, and then have at least eight times as many rows as they read twice.
+    """
+    blocks = L.cdiv(channels, BLOCK_C)
+    strips = L.cdiv(columns, strip)
+    sides = L.cdiv(images * strips, UNITS)
+    bands = max(min(programs // (sides * blocks), rows // (8 * max(lines - 1, 1))), 1)
+    band_rows = L.cdiv(rows, bands)
+    bands = L.cdiv(rows, band_rows)
+    groups = sides * bands
+    walk = L.cdiv(groups, max(programs // blocks, 1))
+    return Plan(strip, strips, bands, band_rows, images * strips, groups, blocks, L.cdiv(groups, walk))
+
+
+def pack_taps(weight: Tensor) -> Tensor:
+    """[C, 1, k, k] as [blocks, k * k, BLOCK_C], zero past the last channel."""
+    channels = weight.shape[0]
+    taps = weight.detach().reshape(channels, -1)
+    missing = -channels % BLOCK_C
+    if missing:
+        taps = F.pad(taps, (0, 0, 0, missing))
+    return taps.view(-1, BLOCK_C, taps.shape[1]).transpose(1, 2).contiguous()
+
+
+def empty_nhwc(like: Tensor, channels: int, height: int, width: int) -> Tensor:
+    """An uninitialised channels_last tensor of as many images as `like`."""
+    return L.empty((like.shape[0], height, width, channels), like=like, dtype=like.dtype).permute(0, 3, 1, 2)
+
+
+def strip_specs(
+    fn: Any, images: Iterable[str], modes: Iterable[dict[str, Any]], columns: Mapping[tuple[int, int], int]
+) -> Iterator[L.KernelSpec]:
+    """Every storage dtype × mode × kernel size and stride × vector width of a kernel that walks strips."""
+    images, modes = tuple(images), tuple(modes)
+    for dtype in L.STORAGE_DTYPES.values():
+        for mode in modes:
+            for k, stride in CONFIGURATIONS:
+                for vec in (8, 1):
+                    shape = {"K": k, "STRIDE": stride, "COLUMNS": columns[k, stride], "UNITS": UNITS}
+                    constexprs = {**mode, **shape, "BLOCK_C": BLOCK_C, "VEC": vec}
+                    yield L.spec(fn, "small", dtype, constexprs, images=images, num_warps=NUM_WARPS)
+
+
+def inside(first: int, end: int, size: int) -> int:
+    """How many of first..end - 1 lie in 0..size - 1."""
+    return max(min(end, size) - max(first, 0), 0)
+
+
+def tap_bytes(taps: int, again: bool) -> int:
+    """Bytes of a program's taps: each strip of a tile loads its own copy, all but one from the first-level cache."""
+    return 4 * taps * BLOCK_C * (UNITS if again else 1)
