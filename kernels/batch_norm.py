@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from kernels import launch as L
-from kernels.launch import tl
+from kernels.launch import IN_INTERPRETER, tl
 
 MERGE_CHANNELS = 8
 MERGE = {"BLOCK_P": L.MAX_PARTIALS, "BLOCK_C": MERGE_CHANNELS}
@@ -68,22 +68,33 @@ def store_channels(ptr, value, c0, channels, BLOCK_C: tl.constexpr):
 
 @L.helper
 def inverse_std(var, eps):
-    return 1.0 / tl.sqrt(var + eps)
+    return tl.rsqrt(var + eps)
 
 
 @L.helper
 def bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C: tl.constexpr):
-    """mean, 1 / sqrt(var + eps), weight and bias of a channel block."""
+    """mean, r = 1 / sqrt(var + eps), weight r and bias of a channel block: x̂ = (x - mean) r, z = (x - mean) weight r +
+    bias."""
     mean = channel_vector(mean_ptr, c0, channels, BLOCK_C)
     rstd = inverse_std(channel_vector(var_ptr, c0, channels, BLOCK_C), eps)
     weight = channel_vector(weight_ptr, c0, channels, BLOCK_C)
     bias = channel_vector(bias_ptr, c0, channels, BLOCK_C)
-    return mean, rstd, weight, bias
+    return mean, rstd, rstd * weight, bias
 
 
 @L.helper
 def sigmoid(z):
-    return 1.0 / (1.0 + tl.exp(-z))
+    if IN_INTERPRETER:  # which knows no assembly
+        return 1.0 / (1.0 + tl.exp(-z))
+    # Two special-function operations, an add and a multiply. tl.exp and / guard against subnormal numbers with seven
+    # instructions more, and here there are none to guard: 1 + e is at least 1, and an e or quotient flushed to zero
+    # is right to far below a unit in the last place.
+    e = tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [z * -1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
+    )
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + e], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @L.helper
@@ -129,12 +140,13 @@ def _stats_kernel(
         m2 += tl.sum(deviation * deviation, axis=0) + delta * delta * (count * share)
         count = total
         row += UNROLL * ROWS
-    # The first thread row has seen data; means are merged as distances from its own, which cancels a large common mean.
-    first = tl.sum(tl.where(lane == 0, mean, 0.0), axis=0)
-    delta = mean - first[None, :]
-    shift = tl.sum(delta * count, axis=0) / tl.sum(count, axis=0)
+    # A mean of means is off by some units in its last place; what the means still lie from it on average mends that.
+    n = tl.sum(count, axis=0)
+    mean_of_means = tl.sum(mean * count, axis=0) / n
+    delta = mean - mean_of_means[None, :]
+    shift = tl.sum(delta * count, axis=0) / n
     m2 += count * (delta - shift[None, :]) * (delta - shift[None, :])
-    store_channels(partial_ptr + part * channels, first + shift, c0, channels, BLOCK_C)
+    store_channels(partial_ptr + part * channels, mean_of_means + shift, c0, channels, BLOCK_C)
     store_channels(partial_ptr + (partials + part) * channels, tl.sum(m2, axis=0), c0, channels, BLOCK_C)
 
 
@@ -157,11 +169,11 @@ def _merge_stats_kernel(
     count = tl.where(p < partials, tl.minimum(row_count - p * rows_per_program, rows_per_program), 0).to(tl.float32)
     mean = tl.load(partial_ptr + p * channels + cols, mask=mask, other=0.0)
     m2 = tl.load(partial_ptr + (partials + p) * channels + cols, mask=mask, other=0.0)
-    first = tl.sum(tl.where(p == 0, mean, 0.0), axis=0)
-    delta = tl.where(mask, mean - first[None, :], 0.0)
+    mean_of_means = tl.sum(mean * count, axis=0) / row_count
+    delta = tl.where(mask, mean - mean_of_means[None, :], 0.0)
     shift = tl.sum(delta * count, axis=0) / row_count
     m2 += count * (delta - shift[None, :]) * (delta - shift[None, :])
-    store_channels(mean_ptr, first + shift, c0, channels, BLOCK_C)
+    store_channels(mean_ptr, mean_of_means + shift, c0, channels, BLOCK_C)
     store_channels(var_ptr, tl.sum(m2, axis=0) / row_count, c0, channels, BLOCK_C)
 
 

@@ -68,8 +68,8 @@ def _bn_silu_fwd_kernel(
     part, c0 = locate(channels, BLOCK_C)
     offsets, mask = tile_at(part * (UNROLL * ROWS), row_count, c0, channels, UNROLL * ROWS, BLOCK_C)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    mean, rstd, weight, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
-    z = (x - mean) * (rstd * weight) + bias
+    mean, _, gain, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
+    z = (x - mean) * gain + bias
     tl.store(y_ptr + offsets, (z * sigmoid(z)).to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -96,21 +96,22 @@ def _bn_silu_reduce_kernel(
     part, c0 = locate(channels, BLOCK_C)
     row = part * rows_per_program
     end = tl.minimum(row + rows_per_program, row_count)
-    mean, rstd, weight, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
+    mean, rstd, gain, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
     sum_dz = tl.zeros([ROWS, BLOCK_C], tl.float32)
-    sum_dz_xhat = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    sum_dz_centred = tl.zeros([ROWS, BLOCK_C], tl.float32)
     while row < end:
         offsets, mask = tile_at(row, end, c0, channels, UNROLL * ROWS, BLOCK_C)
         dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        xhat = (x - mean) * rstd
-        _, slope = silu_and_slope(xhat * weight + bias)
+        centred = x - mean
+        _, slope = silu_and_slope(centred * gain + bias)
         dz = dy * slope
         sum_dz += fold(dz, UNROLL, ROWS, BLOCK_C)
-        sum_dz_xhat += fold(dz * xhat, UNROLL, ROWS, BLOCK_C)
+        sum_dz_centred += fold(dz * centred, UNROLL, ROWS, BLOCK_C)
         row += UNROLL * ROWS
     store_channels(partial_ptr + part * channels, tl.sum(sum_dz, axis=0), c0, channels, BLOCK_C)
-    store_channels(partial_ptr + (partials + part) * channels, tl.sum(sum_dz_xhat, axis=0), c0, channels, BLOCK_C)
+    sum_dz_xhat = tl.sum(sum_dz_centred * rstd, axis=0)
+    store_channels(partial_ptr + (partials + part) * channels, sum_dz_xhat, c0, channels, BLOCK_C)
 
 
 @L.jit
@@ -138,14 +139,14 @@ def _bn_silu_dx_kernel(
     offsets, mask = tile_at(part * (UNROLL * ROWS), row_count, c0, channels, UNROLL * ROWS, BLOCK_C)
     dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    mean, rstd, weight, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
-    xhat = (x - mean) * rstd
-    _, slope = silu_and_slope(xhat * weight + bias)
+    mean, rstd, gain, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
+    centred = x - mean
+    _, slope = silu_and_slope(centred * gain + bias)
     dz = dy * slope
     if TRAINING:
         dz -= channel_vector(sums_ptr, c0, channels, BLOCK_C) * inverse_rows
-        dz -= xhat * (channel_vector(sums_ptr + channels, c0, channels, BLOCK_C) * inverse_rows)
-    tl.store(dx_ptr + offsets, (dz * (rstd * weight)).to(dx_ptr.dtype.element_ty), mask=mask)
+        dz -= centred * (channel_vector(sums_ptr + channels, c0, channels, BLOCK_C) * rstd * inverse_rows)
+    tl.store(dx_ptr + offsets, (dz * gain).to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @torch.library.custom_op(

@@ -48,13 +48,6 @@ from kernels.batch_norm import traffic as statistics_traffic
 from kernels.launch import tl
 
 
-@L.helper
-def sample_scale(scale_ptr, row, end, area, HEIGHT: tl.constexpr):
-    """[HEIGHT, 1]: the scale of the image that each row belongs to."""
-    rows = row + tl.arange(0, HEIGHT)[:, None]
-    return tl.load(scale_ptr + rows // area, mask=rows < end, other=0.0)
-
-
 @L.jit
 def _drop_connect_kernel(
     x_ptr,
@@ -67,7 +60,7 @@ def _drop_connect_kernel(
     bias_ptr,
     eps,
     area,
-    row_count,
+    tiles,  # an image
     c_vec,
     NORM: tl.constexpr,
     VEC: tl.constexpr,
@@ -77,14 +70,15 @@ def _drop_connect_kernel(
 ):
     channels = c_vec * VEC
     part, c0 = locate(channels, BLOCK_C)
-    row = part * (UNROLL * ROWS)
-    offsets, mask = tile_at(row, row_count, c0, channels, UNROLL * ROWS, BLOCK_C)
+    image = part // tiles
+    row = image * area + (part % tiles) * (UNROLL * ROWS)
+    offsets, mask = tile_at(row, (image + 1) * area, c0, channels, UNROLL * ROWS, BLOCK_C)
     y = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if NORM:
-        mean, rstd, weight, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
-        y = (y - mean) * (rstd * weight) + bias
+        mean, _, gain, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
+        y = (y - mean) * gain + bias
     if scale_ptr is not None:
-        y = y * sample_scale(scale_ptr, row, row_count, area, UNROLL * ROWS)
+        y = y * tl.load(scale_ptr + image)
     if residual_ptr is not None:
         y += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -116,18 +110,20 @@ def _bn_drop_connect_reduce_kernel(
     mean = channel_vector(mean_ptr, c0, channels, BLOCK_C)
     rstd = inverse_std(channel_vector(var_ptr, c0, channels, BLOCK_C), eps)
     sum_dz = tl.zeros([ROWS, BLOCK_C], tl.float32)
-    sum_dz_xhat = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    sum_dz_centred = tl.zeros([ROWS, BLOCK_C], tl.float32)
     while row < end:
         offsets, mask = tile_at(row, end, c0, channels, UNROLL * ROWS, BLOCK_C)
         dz = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         if scale_ptr is not None:
-            dz = dz * sample_scale(scale_ptr, row, end, area, UNROLL * ROWS)
+            rows = row + tl.arange(0, UNROLL * ROWS)
+            dz = dz * tl.load(scale_ptr + rows // area, mask=rows < end, other=0.0)[:, None]
         sum_dz += fold(dz, UNROLL, ROWS, BLOCK_C)
-        sum_dz_xhat += fold(dz * ((x - mean) * rstd), UNROLL, ROWS, BLOCK_C)
+        sum_dz_centred += fold(dz * (x - mean), UNROLL, ROWS, BLOCK_C)
         row += UNROLL * ROWS
     store_channels(partial_ptr + part * channels, tl.sum(sum_dz, axis=0), c0, channels, BLOCK_C)
-    store_channels(partial_ptr + (partials + part) * channels, tl.sum(sum_dz_xhat, axis=0), c0, channels, BLOCK_C)
+    sum_dz_xhat = tl.sum(sum_dz_centred * rstd, axis=0)
+    store_channels(partial_ptr + (partials + part) * channels, sum_dz_xhat, c0, channels, BLOCK_C)
 
 
 @L.jit
@@ -143,7 +139,7 @@ def _bn_drop_connect_dx_kernel(
     eps,
     inverse_rows,
     area,
-    row_count,
+    tiles,
     c_vec,
     TRAINING: tl.constexpr,
     VEC: tl.constexpr,
@@ -153,17 +149,18 @@ def _bn_drop_connect_dx_kernel(
 ):
     channels = c_vec * VEC
     part, c0 = locate(channels, BLOCK_C)
-    row = part * (UNROLL * ROWS)
-    offsets, mask = tile_at(row, row_count, c0, channels, UNROLL * ROWS, BLOCK_C)
+    image = part // tiles
+    row = image * area + (part % tiles) * (UNROLL * ROWS)
+    offsets, mask = tile_at(row, (image + 1) * area, c0, channels, UNROLL * ROWS, BLOCK_C)
     dz = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     if scale_ptr is not None:
-        dz = dz * sample_scale(scale_ptr, row, row_count, area, UNROLL * ROWS)
+        dz = dz * tl.load(scale_ptr + image)
     rstd = inverse_std(channel_vector(var_ptr, c0, channels, BLOCK_C), eps)
     if TRAINING:
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        xhat = (x - channel_vector(mean_ptr, c0, channels, BLOCK_C)) * rstd
+        centred = x - channel_vector(mean_ptr, c0, channels, BLOCK_C)
         dz -= channel_vector(sums_ptr, c0, channels, BLOCK_C) * inverse_rows
-        dz -= xhat * (channel_vector(sums_ptr + channels, c0, channels, BLOCK_C) * inverse_rows)
+        dz -= centred * (channel_vector(sums_ptr + channels, c0, channels, BLOCK_C) * rstd * inverse_rows)
     dx = dz * (rstd * channel_vector(weight_ptr, c0, channels, BLOCK_C))
     tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
@@ -175,12 +172,13 @@ def _apply(
     x = L.nhwc(x)
     residual = None if residual is None else L.nhwc(residual)
     y = L.empty_image(x)
-    _, channels, height, width = x.shape
-    rows = x.numel() // channels
+    images, channels, height, width = x.shape
+    area = height * width
     tile, vec = L.tile_for(channels), L.vector_width(channels)
-    grid = (L.cdiv(rows, tile.height) * L.cdiv(channels, tile.block_c),)
+    tiles = L.cdiv(area, tile.height)
+    grid = (images * tiles * L.cdiv(channels, tile.block_c),)
     L.launch(
-        _drop_connect_kernel, grid, x, residual, scale, y, *(norm or (None,) * 4), eps, height * width, rows,
+        _drop_connect_kernel, grid, x, residual, scale, y, *(norm or (None,) * 4), eps, area, tiles,
         channels // vec, like=x, num_warps=tile.num_warps, NORM=norm is not None, **tile.constexprs(vec),
     )  # fmt: skip
     return y
@@ -250,7 +248,7 @@ def bn_drop_connect_backward_op(
     """dx and [dbias, dweight] as [2, C]."""
     dy, x = L.nhwc(dy), L.nhwc(x)
     dx = L.empty_image(x)
-    _, channels, height, width = x.shape
+    images, channels, height, width = x.shape
     rows, area = x.numel() // channels, height * width
     vec = L.vector_width(channels)
     tile, blocks, step, partials = partial_plan(rows, channels)
@@ -261,9 +259,10 @@ def bn_drop_connect_backward_op(
     )  # fmt: skip
     sums = sum_partials(partial)
     half = tile.halved()
+    tiles = L.cdiv(area, half.height)
     L.launch(
-        _bn_drop_connect_dx_kernel, (L.cdiv(rows, half.height) * blocks,), dy, x if training else None, scale, dx, sums,
-        mean, var, weight, eps, 1.0 / rows, area, rows, channels // vec,
+        _bn_drop_connect_dx_kernel, (images * tiles * blocks,), dy, x if training else None, scale, dx, sums,
+        mean, var, weight, eps, 1.0 / rows, area, tiles, channels // vec,
         like=x, num_warps=half.num_warps, TRAINING=training, **half.constexprs(vec),
     )  # fmt: skip
     return dx, sums
@@ -375,17 +374,11 @@ def aot_specs() -> Iterator[L.KernelSpec]:
     )
 
 
-def _scale_bytes(rows: int, channels: int, tile: L.Tile) -> int:
-    """One fp32 scale a row, read again by every channel block."""
-    return 4 * rows * L.cdiv(channels, tile.block_c)
-
-
 def traffic(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, int]:
-    """Bytes read and written by each kernel of one `drop_connect_add` with a scale; ":backward" is the second
-    launch."""
+    """Bytes read and written by each kernel of one `drop_connect_add` with a scale, ":backward" its second launch."""
     b, c, h, w = shape
-    rows = b * h * w
-    image, scales = rows * c * dtype.itemsize, _scale_bytes(rows, c, L.tile_for(c))
+    image, tile = b * c * h * w * dtype.itemsize, L.tile_for(c)
+    scales = 4 * b * L.cdiv(h * w, tile.height) * L.cdiv(c, tile.block_c)
     return {"_drop_connect_kernel": 3 * image + scales, "_drop_connect_kernel:backward": 2 * image + scales}
 
 
@@ -394,13 +387,13 @@ def bn_traffic(shape: tuple[int, int, int, int], dtype: torch.dtype, training: b
     b, c, h, w = shape
     rows = b * h * w
     image = rows * c * dtype.itemsize
-    tile, _, _, partials = partial_plan(rows, c)
-    tiles, halves = L.cdiv(rows, tile.height), L.cdiv(rows, tile.halved().height)
-    scales = _scale_bytes(rows, c, tile)
+    tile, blocks, _, partials = partial_plan(rows, c)
+    tiles, halves = (b * L.cdiv(h * w, t.height) for t in (tile, tile.halved()))
     return {
         **(statistics_traffic(shape, dtype) if training else {}),
-        "_drop_connect_kernel": 3 * image + scales + 16 * c * tiles,
-        "_bn_drop_connect_reduce_kernel": 2 * image + scales + (8 + 8) * c * partials,
+        "_drop_connect_kernel": 3 * image + (16 * c + 4 * blocks) * tiles,
+        "_bn_drop_connect_reduce_kernel": 2 * image + 4 * rows * blocks + (8 + 8) * c * partials,
         "_sum_partials_kernel": sum_traffic(2, partials, c),
-        "_bn_drop_connect_dx_kernel": (3 if training else 2) * image + scales + (20 if training else 8) * c * halves,
+        "_bn_drop_connect_dx_kernel": (3 if training else 2) * image
+        + ((20 if training else 8) * c + 4 * blocks) * halves,
     }

@@ -128,20 +128,20 @@ def _excite_backward_kernel(
 ):
     image = tl.program_id(0)
     s = tl.arange(0, BLOCK_S)
-    products = tl.zeros([BLOCK_C, BLOCK_S], tl.float32)
+    products = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     c0 = 0
     while c0 < channels:
         c = c0 + tl.arange(0, BLOCK_C)
         gate = tl.load(gate_ptr + image * channels + c, mask=c < channels, other=0.0)
         du = sum_chunks(partial_ptr, image, chunks, channels, c, MAX_CHUNKS) * gate * (1.0 - gate)
         tl.store(du_ptr + image * channels + c, du, mask=c < channels)
-        mask = (c[:, None] < channels) & (s[None, :] < squeeze)
-        w = tl.load(w_expand_ptr + c[:, None] * squeeze + s[None, :], mask=mask, other=0.0)
-        products += w * du[:, None]
+        mask = (s[:, None] < squeeze) & (c[None, :] < channels)
+        w = tl.load(w_expand_ptr + c[None, :] * squeeze + s[:, None], mask=mask, other=0.0)
+        products += w * du[None, :]
         c0 += BLOCK_C
     hidden = tl.load(hidden_ptr + image * squeeze + s, mask=s < squeeze, other=0.0)
     _, slope = silu_and_slope(hidden)
-    dv = tl.sum(products, axis=0) * slope
+    dv = tl.sum(products, axis=1) * slope
     tl.store(dv_ptr + image * squeeze + s, dv, mask=s < squeeze)
     c0 = 0
     while c0 < channels:

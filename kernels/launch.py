@@ -23,9 +23,10 @@ try:
     import triton.language as tl
 
     INTERPRETED = bool(triton.knobs.runtime.interpret)
+    IN_INTERPRETER = tl.constexpr(INTERPRETED)
 except ImportError:  # a machine without Triton imports `kernels` all the same and runs the PyTorch twins
     triton = tl = None
-    INTERPRETED = False
+    INTERPRETED = IN_INTERPRETER = False
 
 Impl = Literal["auto", "triton", "torch"]
 STORAGE_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}

@@ -63,9 +63,9 @@ def _squeeze_kernel(
     row = image * area + start
     end = image * area + tl.minimum(start + rows_per_program, area)
     if NORM:
-        mean, rstd, weight, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
+        mean, rstd, gain, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
         sum_slope = tl.zeros([ROWS, BLOCK_C], tl.float32)
-        sum_slope_xhat = tl.zeros([ROWS, BLOCK_C], tl.float32)
+        sum_slope_centred = tl.zeros([ROWS, BLOCK_C], tl.float32)
     sum_a = tl.zeros([ROWS, BLOCK_C], tl.float32)
     while row < end:
         offsets, mask = tile_at(row, end, c0, channels, UNROLL * ROWS, BLOCK_C)
@@ -75,11 +75,11 @@ def _squeeze_kernel(
         else:
             factor = tl.where(mask, 1.0, 0.0)
         if NORM:
-            xhat = (x - mean) * rstd
-            a, slope = silu_and_slope(xhat * weight + bias)
+            centred = x - mean
+            a, slope = silu_and_slope(centred * gain + bias)
             slope = slope * factor
             sum_slope += fold(slope, UNROLL, ROWS, BLOCK_C)
-            sum_slope_xhat += fold(slope * xhat, UNROLL, ROWS, BLOCK_C)
+            sum_slope_centred += fold(slope * centred, UNROLL, ROWS, BLOCK_C)
             sum_a += fold(a * factor, UNROLL, ROWS, BLOCK_C)
         else:
             sum_a += fold(x * factor, UNROLL, ROWS, BLOCK_C)
@@ -89,7 +89,7 @@ def _squeeze_kernel(
         part += images * chunks
         store_channels(partial_ptr + part * channels, tl.sum(sum_slope, axis=0), c0, channels, BLOCK_C)
         part += images * chunks
-        store_channels(partial_ptr + part * channels, tl.sum(sum_slope_xhat, axis=0), c0, channels, BLOCK_C)
+        store_channels(partial_ptr + part * channels, tl.sum(sum_slope_centred * rstd, axis=0), c0, channels, BLOCK_C)
 
 
 @L.jit
@@ -119,8 +119,8 @@ def _scale_kernel(
     a = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     gate = channel_vector(gate_ptr + image * channels, c0, channels, BLOCK_C)
     if NORM:
-        mean, rstd, weight, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
-        a, _ = silu_and_slope((a - mean) * (rstd * weight) + bias)
+        mean, _, gain, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
+        a, _ = silu_and_slope((a - mean) * gain + bias)
     tl.store(y_ptr + offsets, (a * gate).to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -158,14 +158,14 @@ def _scale_backward_kernel(
     d = dy * gate + channel_vector(q_ptr + image * channels, c0, channels, BLOCK_C)
     if NORM:
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        mean, rstd, weight, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
-        xhat = (x - mean) * rstd
-        _, slope = silu_and_slope(xhat * weight + bias)
+        mean, rstd, gain, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
+        centred = x - mean
+        _, slope = silu_and_slope(centred * gain + bias)
         d = d * slope
         if TRAINING:
             d -= channel_vector(sums_ptr, c0, channels, BLOCK_C) * inverse_rows
-            d -= xhat * (channel_vector(sums_ptr + channels, c0, channels, BLOCK_C) * inverse_rows)
-        d = d * (rstd * weight)
+            d -= centred * (channel_vector(sums_ptr + channels, c0, channels, BLOCK_C) * rstd * inverse_rows)
+        d = d * gain
     tl.store(dx_ptr + offsets, d.to(dx_ptr.dtype.element_ty), mask=mask)
 
 

@@ -7,7 +7,8 @@ A kernel passes when, tensor by tensor and in the maximum norm,
 where the oracle is `kernels.reference` in fp64 on the very values the kernel was given, pytorch is
 `kernels.reference` in the kernel's own storage type, and one rounding is half a unit in the last place at the
 largest value of the oracle, a whole unit for bfloat16 in Triton's interpreter, which truncates. No tolerance is
-chosen by hand.
+chosen by hand. A gradient of a handful of values can meet a draw on which PyTorch is right by luck; where one draw
+breaks the rule, the rule is put to the largest errors, the kernel's too, over DRAWS draws.
 """
 
 from __future__ import annotations
@@ -36,7 +37,15 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "bn_drop_connect_add": ("x", "residual", "scale", *NORM),
 }
 CONSTANT = ("scale", "running_mean", "running_var")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU the kernels run in Triton's interpreter
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@pytest.fixture(autouse=True)
+def kernel_device() -> Iterator[None]:
+    """Tensors of a test that imports this are made where the kernels can run."""
+    with torch.device(DEVICE):
+        yield
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class Case:
     mode: Literal["train", "eval", "plain"] = "plain"
     absent: tuple[str, ...] = ()  # optional arguments passed as None
     walk: bool = False  # make each program of a reduction walk several tiles
-    device: str = "cpu"
+    device: str = DEVICE
 
     def __str__(self) -> str:
         parts = [self.op, NAMES[self.dtype], "x".join(map(str, self.shape)), f"s{self.squeeze}", self.mode]
@@ -76,6 +85,7 @@ SHAPES = (
     ((1, 112, 7, 7), 22),
 )
 WALK = (3, 24, 15, 15)  # six tiles: two programs of three
+DRAWS = 8
 QUICK = {torch.float32: SHAPES[:4], torch.float16: SHAPES[:2], torch.bfloat16: SHAPES[:2]}
 
 
@@ -102,10 +112,10 @@ def cases(op: str) -> list[Any]:
 
 def inputs(case: Case, seed: int = 0) -> dict[str, Tensor | None]:
     """Arguments of the operation by name, and "dy"; images are channels_last, parameters fp32."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, device="cpu")
 
     b, c, _, _ = case.shape
     s = case.squeeze
@@ -113,11 +123,11 @@ def inputs(case: Case, seed: int = 0) -> dict[str, Tensor | None]:
         "x": normal(*case.shape) + normal(c)[:, None, None],
         "residual": normal(*case.shape),
         "dy": normal(*case.shape) + 0.3,  # a common part, so that a lost mean shows
-        "scale": torch.tensor([1.25, 0.0, 1.25, 1.25])[torch.arange(b) % 4],
+        "scale": torch.tensor([1.25, 0.0, 1.25, 1.25] * b, device="cpu")[:b],
         "weight": 1 + 0.3 * normal(c),
         "bias": 0.3 * normal(c),
         "running_mean": 0.5 * normal(c),
-        "running_var": 1 + torch.rand(c, generator=generator),
+        "running_var": 1 + torch.rand(c, generator=generator, device="cpu"),
         "w_reduce": normal(s, c) / c**0.5,
         "b_reduce": 0.3 * normal(s),
         "w_expand": normal(c, s) / s**0.5,
@@ -179,26 +189,29 @@ def run(
 
 
 @functools.cache
-def outcome(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+def outcome(case: Case, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """The kernel's results, PyTorch's and the oracle's."""
-    values = inputs(case)
+    values = inputs(case, seed)
     return run(case, "triton", values), run(case, "torch", values), run(case, "torch", as_double(values))
 
 
-def rounding(dtype: torch.dtype, oracle: Tensor, device: torch.device) -> float:
-    """The error of one rounding to `dtype` at the oracle's largest value."""
-    truncates = dtype == torch.bfloat16 and device.type == "cpu"
-    return torch.finfo(dtype).eps * oracle.abs().max().item() * (1.0 if truncates else 0.5)
+def errors(kernel: Tensor, pytorch: Tensor, oracle: Tensor) -> tuple[float, float, float]:
+    """The kernel's error, PyTorch's, and one rounding to the output type at the oracle's largest value."""
+    truncates = kernel.dtype == torch.bfloat16 and kernel.device.type == "cpu"
+    rounding = torch.finfo(kernel.dtype).eps * oracle.abs().max().item() * (1.0 if truncates else 0.5)
+    return (
+        (kernel.double() - oracle).abs().max().item(),
+        (pytorch.double() - oracle).abs().max().item(),
+        rounding,
+    )
 
 
-def assert_close(kernel: Tensor, pytorch: Tensor, oracle: Tensor, name: str = "") -> None:
-    """The tolerance rule for one tensor."""
-    assert kernel.shape == oracle.shape, name
-    assert kernel.dtype == pytorch.dtype, name
-    assert torch.isfinite(kernel).all(), f"{name} has NaN or inf: something was not written"
-    error = (kernel.double() - oracle).abs().max().item()
-    allowed = 2 * (pytorch.double() - oracle).abs().max().item() + rounding(kernel.dtype, oracle, kernel.device)
-    assert error <= allowed, f"{name}: error {error:.3e} against {allowed:.3e} allowed"
+def violation(case: Case, name: str, draws: int) -> str | None:
+    """How the rule is broken for one tensor, errors being the largest over `draws` draws of the input."""
+    found = [errors(*(results[name] for results in outcome(case, seed))) for seed in range(draws)]
+    error, pytorch, rounding = (max(column) for column in zip(*found, strict=True))
+    allowed = 2 * pytorch + rounding
+    return None if error <= allowed else f"{name}: error {error:.3e} against {allowed:.3e} allowed over {draws} draws"
 
 
 def check(case: Case, direction: str) -> None:
@@ -207,6 +220,10 @@ def check(case: Case, direction: str) -> None:
     names = [n for n in kernel if n.startswith("d") == (direction == "backward")]
     assert names
     for name in names:
-        assert_close(kernel[name], pytorch[name], oracle[name], name)
+        assert kernel[name].shape == oracle[name].shape, name
+        assert kernel[name].dtype == pytorch[name].dtype, name
+        assert torch.isfinite(kernel[name]).all(), f"{name} has NaN or inf: something was not written"
         if kernel[name].dim() == 4:
             assert kernel[name].is_contiguous(memory_format=torch.channels_last), f"{name} is not channels_last"
+        if violation(case, name, draws=1):
+            assert not (broken := violation(case, name, DRAWS)), broken

@@ -8,7 +8,7 @@ import kernels
 from kernels import launch
 from kernels.batch_norm import batch_stats
 from tests import parity
-from tests.parity import Case
+from tests.parity import Case, kernel_device  # noqa: F401
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

@@ -5,7 +5,7 @@ import torch
 
 import kernels
 from tests import parity
-from tests.parity import Case
+from tests.parity import Case, kernel_device  # noqa: F401
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

@@ -6,7 +6,7 @@ import torch
 import kernels
 from kernels import excite
 from tests import parity
-from tests.parity import Case
+from tests.parity import Case, kernel_device  # noqa: F401
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
