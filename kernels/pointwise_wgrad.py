@@ -1,0 +1,253 @@
+"""The weight gradient of the 1×1 convolutions, `dW = g(dY)ᵀ f(X)`, with f and g two of `kernels.pointwise_operand`.
+
+The sum runs over M = B H W rows and the result is small, so the rows are split: each program owns a block of dW,
+walks its run of rows with the accumulator in registers and writes one fp32 partial; `_sum_splits_kernel` adds them in
+order. Both operands are made as they load, nothing of them is kept from forward but what they are made from. Rows
+past the end are zero in one operand.
+
+The operand whose channels are the expanded ones is "wide": a program takes 64 of them and up to 128 of the other's,
+so in B0 to B7 a wide tile is made at most five times and the narrow one comes out of L2.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (Triton's kernels take no annotations but constexpr.)
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import launch as L
+from kernels.launch import tl
+from kernels.pointwise_operand import (
+    GRADIENTS,
+    VECTORS,
+    Prologue,
+    area_of,
+    bound,
+    operand,
+    operand_vectors,
+    product,
+    span_for,
+    vector_width,
+    widened,
+)
+
+
+@L.jit
+def _pointwise_wgrad_kernel(
+    wide_ptr,  # [M, A]
+    wide_x_ptr,
+    wide_coefficients_ptr,
+    narrow_ptr,  # [M, B]
+    narrow_x_ptr,
+    narrow_coefficients_ptr,
+    gate_ptr,  # of the wide operand
+    scale_ptr,  # of the narrow one
+    partial_ptr,  # [S, C_out, C_in]
+    area,
+    row_count,
+    rows_per_program,
+    wide_vec,
+    narrow_vec,
+    WIDE: tl.constexpr,
+    NARROW: tl.constexpr,
+    WIDE_IS_INPUT: tl.constexpr,
+    WIDEN: tl.constexpr,
+    SPAN: tl.constexpr,
+    STAGES: tl.constexpr,
+    VEC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    wide_count = wide_vec * VEC
+    narrow_count = narrow_vec * VEC
+    wide_blocks = tl.cdiv(wide_count, BLOCK_W)
+    blocks = wide_blocks * tl.cdiv(narrow_count, BLOCK_N)
+    split = tl.program_id(0) // blocks
+    w0 = tl.program_id(0) % wide_blocks * BLOCK_W
+    n0 = tl.program_id(0) % blocks // wide_blocks * BLOCK_N
+    start = split * rows_per_program
+    end = tl.minimum(start + rows_per_program, row_count)
+    wide_vectors = operand_vectors(wide_coefficients_ptr, w0, wide_count, WIDE, BLOCK_W)
+    narrow_vectors = operand_vectors(narrow_coefficients_ptr, n0, narrow_count, NARROW, BLOCK_N)
+    acc = tl.zeros([BLOCK_W, BLOCK_N], tl.float32)
+    for row in tl.range(bound(start), bound(end), BLOCK_M, num_stages=STAGES):
+        wide = operand(
+            wide_ptr, wide_x_ptr, gate_ptr, None, wide_vectors, row, end, row_count, area, w0, wide_count,
+            WIDE, SPAN, BLOCK_M, BLOCK_W,
+        )  # fmt: skip
+        narrow = operand(
+            narrow_ptr, narrow_x_ptr, None, scale_ptr, narrow_vectors, row, end, row_count, area, n0, narrow_count,
+            NARROW, SPAN, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+        if NARROW != "none":
+            narrow = tl.where(row + tl.arange(0, BLOCK_M)[:, None] < end, narrow, 0.0).to(narrow.dtype)
+        acc = product(tl.trans(wide), narrow, acc, WIDEN)
+    w = w0 + tl.arange(0, BLOCK_W)[:, None]
+    n = n0 + tl.arange(0, BLOCK_N)[None, :]
+    offsets = n * wide_count + w if WIDE_IS_INPUT else w * narrow_count + n
+    mask = (w < wide_count) & (n < narrow_count)
+    tl.store(partial_ptr + split.to(tl.int64) * wide_count * narrow_count + offsets, acc, mask=mask)
+
+
+@L.jit
+def _sum_splits_kernel(partial_ptr, sum_ptr, splits, size, BLOCK: tl.constexpr):
+    """[S, size] summed over S in order: many columns and few rows, where `_sum_partials_kernel` has the reverse."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    split = 0
+    while split < splits:
+        total += tl.load(partial_ptr + split.to(tl.int64) * size + at, mask=at < size, other=0.0)
+        split += 1
+    tl.store(sum_ptr + at, total, mask=at < size)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Steps of `m` rows for a block of `wide` by `narrow` channels."""
+
+    m: int
+    wide: int
+    narrow: int
+    num_warps: int
+    stages: int
+
+    def constexprs(self) -> dict[str, int]:
+        return {"STAGES": self.stages, "BLOCK_M": self.m, "BLOCK_W": self.wide, "BLOCK_N": self.narrow}
+
+
+def blocks_for(wide: int, narrow: int, dtype: torch.dtype) -> Blocks:
+    """Predicted from registers, not measured: steps of 32 rows stay within one or two images down to 7×7."""
+    if dtype == torch.float32:
+        return Blocks(16, 64, 64, 8, 2)
+    if vector_width(wide, narrow) == 1:
+        return Blocks(32, 64, 32, 4, 1)
+    if narrow > 64:
+        return Blocks(64, 64, 128, 8, 2)
+    return Blocks(32, 64, 64 if narrow > 32 else 32, 4, 3)
+
+
+FEWEST_PROGRAMS = 132  # one for each multiprocessor of an H200
+MOST_PROGRAMS = 2 * FEWEST_PROGRAMS
+SUM_BLOCK = 1024
+
+
+def split_plan(rows: int, wide: int, narrow: int, dtype: torch.dtype) -> tuple[Blocks, int, int, int]:
+    """Blocks, output blocks, rows of a split and number of splits. Two programs a multiprocessor, but at least one
+    before partials (written and read, 8 bytes) cost more than a quarter of the operands."""
+    blocks = blocks_for(wide, narrow, dtype)
+    outputs = L.cdiv(wide, blocks.wide) * L.cdiv(narrow, blocks.narrow)
+    affordable = rows * (wide + narrow) * dtype.itemsize // (4 * 8 * wide * narrow)
+    splits = min(MOST_PROGRAMS // outputs, max(FEWEST_PROGRAMS // outputs, affordable))
+    steps = L.cdiv(rows, blocks.m)
+    step = blocks.m * L.cdiv(steps, max(min(splits, steps), 1))
+    return blocks, outputs, step, L.cdiv(rows, step)
+
+
+def wgrad(
+    wide: Tensor,
+    narrow: Tensor,
+    *,
+    wide_prologue: Prologue = "none",
+    narrow_prologue: Prologue = "none",
+    wide_is_input: bool = False,
+    wide_x: Tensor | None = None,
+    narrow_x: Tensor | None = None,
+    wide_vectors: Tensor | None = None,
+    narrow_vectors: Tensor | None = None,
+    gate: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """dW [C_out, C_in] in fp32; wide and narrow are images [B, C, H, W] in channels_last, one of dY's channels and one
+    of X's."""
+    a, b = wide.shape[1], narrow.shape[1]
+    rows, area = wide.numel() // a, area_of(wide)
+    blocks, outputs, step, splits = split_plan(rows, a, b, wide.dtype)
+    vec = vector_width(a, b)
+    size = (b, a) if wide_is_input else (a, b)
+    partial = L.empty((splits, *size), like=wide)
+    L.launch(
+        _pointwise_wgrad_kernel, (outputs * splits,), L.nhwc(wide), None if wide_x is None else L.nhwc(wide_x),
+        wide_vectors, L.nhwc(narrow), None if narrow_x is None else L.nhwc(narrow_x), narrow_vectors, gate, scale,
+        partial, area, rows, step, a // vec, b // vec, like=wide, num_warps=blocks.num_warps,
+        WIDE=wide_prologue, NARROW=narrow_prologue, WIDE_IS_INPUT=wide_is_input, WIDEN=widened(wide.dtype),
+        SPAN=span_for(blocks.m, area, a, wide.dtype) if gate is not None else 0, VEC=vec, **blocks.constexprs(),
+    )  # fmt: skip
+    if splits == 1:
+        return partial[0]
+    total = L.empty(size, like=wide)
+    L.launch(
+        _sum_splits_kernel, (L.cdiv(a * b, SUM_BLOCK),), partial, total, splits, a * b,
+        like=wide, num_warps=4, BLOCK=SUM_BLOCK,
+    )  # fmt: skip
+    return total
+
+
+# Prologue of the wide operand, of the narrow one, and whether the wide one is the input.
+FORMS: tuple[tuple[Prologue, Prologue, bool], ...] = (
+    ("none", "none", False),
+    ("bn_silu_gate", "bn_grad", True),
+    ("bn_silu_grad", "none", False),
+)
+
+
+def aot_specs() -> Iterator[L.KernelSpec]:
+    """Every configuration that a launch in this file can select."""
+    yield L.spec(_sum_splits_kernel, "small", "fp32", {"BLOCK": SUM_BLOCK})
+    images = ("wide_ptr", "wide_x_ptr", "narrow_ptr", "narrow_x_ptr")
+    for dtype, name in L.STORAGE_DTYPES.items():
+        chosen = {(blocks_for(96, narrow, dtype), 8) for narrow in (24, 40, 80)} | {(blocks_for(9, 9, dtype), 1)}
+        for wide, narrow, wide_is_input in FORMS:
+            used = {
+                "wide_x_ptr": wide == "bn_silu_grad", "wide_coefficients_ptr": wide != "none",
+                "narrow_x_ptr": narrow == "bn_grad", "narrow_coefficients_ptr": narrow != "none",
+                "gate_ptr": wide == "bn_silu_gate", "scale_ptr": narrow == "bn_grad",
+            }  # fmt: skip
+            absent = {pointer: None for pointer, present in used.items() if not present}
+            for blocks, vec in sorted(chosen, key=str):
+                spans = {span_for(blocks.m, area, vec, dtype) for area in (blocks.m, blocks.m - 1, 1)}
+                for span in sorted(spans) if wide == "bn_silu_gate" else (0,):
+                    for scaled in ({}, {"scale_ptr": None}) if narrow == "bn_grad" else ({},):
+                        constexprs = {
+                            **absent, **scaled, "WIDE": wide, "NARROW": narrow, "WIDE_IS_INPUT": wide_is_input,
+                            "WIDEN": False, "SPAN": span, "VEC": vec, **blocks.constexprs(),
+                        }  # fmt: skip
+                        yield L.spec(
+                            _pointwise_wgrad_kernel, "small", name, constexprs, images=images,
+                            num_warps=blocks.num_warps,
+                        )  # fmt: skip
+
+
+def wgrad_traffic(
+    shape: tuple[int, int, int, int],
+    narrow: int,
+    dtype: torch.dtype,
+    wide_prologue: Prologue = "none",
+    narrow_prologue: Prologue = "none",
+    *,
+    scaled: bool = False,
+    from_memory: bool = False,
+) -> dict[str, int]:
+    """Bytes that each kernel moves for a wide operand of `shape`; `from_memory` counts each operand once."""
+    images, wide, height, width = shape
+    rows, area = images * height * width, height * width
+    blocks, outputs, _, splits = split_plan(rows, wide, narrow, dtype)
+    wide_blocks = L.cdiv(wide, blocks.wide)
+    narrow_blocks = outputs // wide_blocks
+    wide_reads, narrow_reads = (1, 1) if from_memory else (narrow_blocks, wide_blocks)
+    moved = rows * wide * dtype.itemsize * wide_reads * (2 if wide_prologue in GRADIENTS else 1)
+    moved += rows * narrow * dtype.itemsize * narrow_reads * (2 if narrow_prologue in GRADIENTS else 1)
+    moved += 4 * VECTORS[wide_prologue] * wide * splits * narrow_blocks
+    moved += 4 * VECTORS[narrow_prologue] * narrow * splits * wide_blocks
+    if wide_prologue == "bn_silu_gate":
+        span = span_for(blocks.m, area, wide, dtype)
+        moved += 4 * wide * narrow_blocks * (L.cdiv(rows, blocks.m) * span if span else rows)
+    if scaled:
+        moved += 4 * rows * outputs
+    result = {"_pointwise_wgrad_kernel": moved + 4 * splits * wide * narrow}
+    return result if splits == 1 else {**result, "_sum_splits_kernel": 4 * (splits + 1) * wide * narrow}
