@@ -33,7 +33,7 @@ def cold(device: torch.device) -> ColdCache:
 def test_operation(
     benchmark: Any, shape: OpShape, device: torch.device, bandwidth: float, cold: ColdCache, tell: list[str]
 ) -> None:
-    found = time_case(OpCase(shape, DTYPE, device), cold, bandwidth, seconds=0.15)
+    found = time_case(OpCase(shape, DTYPE, device), ("triton", "eager", "compiled"), cold, bandwidth, seconds=0.15)
     for direction in DIRECTIONS:
         for name, result in found[direction].items():
             tell.append(

@@ -20,7 +20,15 @@ from bench.machine import ROOT
 
 
 def in_subprocess(
-    name: str, caches: Path, *, variant: str, resolution: int, batch: int, amp: str = "off", timeout: float = 1200
+    name: str,
+    caches: Path,
+    *,
+    variant: str,
+    resolution: int,
+    batch: int,
+    amp: str = "off",
+    mode: str = "default",
+    timeout: float = 1200,
 ) -> dict[str, Any]:
     """Run this module in a fresh process with its own Inductor and Triton caches under `caches`.
 
@@ -34,7 +42,7 @@ def in_subprocess(
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [sys.executable, "-m", "bench.first_step", name, "--variant", variant, "--resolution", str(resolution),
-         "--batch", str(batch), "--amp", amp],
+         "--batch", str(batch), "--amp", amp, "--mode", mode],
         capture_output=True, text=True, cwd=ROOT, env=environment, timeout=timeout,
     )  # fmt: skip
     if done.returncode:
@@ -50,6 +58,7 @@ def main() -> int:
     parser.add_argument("--resolution", type=int, default=224)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--amp", default="off", choices=["off", "bf16", "fp16"])
+    parser.add_argument("--mode", default="default", help="torch.compile's mode")
     options = parser.parse_args()
 
     import torch
@@ -62,7 +71,7 @@ def main() -> int:
     # One eager step of another model first: what a process pays once (allocator, libraries) is not compilation.
     StepRunner(options.name, options.variant, 32, 2, device, amp=options.amp)()
     synchronise(device)
-    runner = StepRunner(options.name, *shape, amp=options.amp, compile_options={})
+    runner = StepRunner(options.name, *shape, amp=options.amp, compile_options={"mode": options.mode})
     began = time.perf_counter()
     runner()
     synchronise(device)

@@ -22,14 +22,13 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 
-from bench.proof_kernels import ANATOMY, BANDWIDTH, KERNELS, TILES, parity
+from bench.proof_kernels import ANATOMY, BANDWIDTH, COMPILED, KERNELS, TILES, parity
 from bench.proof_pipeline import END_TO_END, LOADERS
-from bench.proof_steps import CACHES, CHECK, INFERENCE, STEPS_B0_B1, STEPS_LARGE, caches, inference, steps
+from bench.proof_steps import AUTOTUNED, CACHES, CHECK, INFERENCE, STEPS_B0_B1, STEPS_LARGE, caches, inference, steps
 from bench.stages import Stage, run_part
 
-MAX_AUTOTUNE = {"mode": "max-autotune"}
 PARTS: dict[int, tuple[Stage, ...]] = {
-    1: (BANDWIDTH, parity(STEPS_B0_B1), CHECK, steps("steps", STEPS_B0_B1), KERNELS, TILES, ANATOMY),
+    1: (BANDWIDTH, parity(STEPS_B0_B1), CHECK, KERNELS, steps("steps", STEPS_B0_B1), TILES, ANATOMY, COMPILED),
     2: (
         BANDWIDTH,
         CHECK,
@@ -37,7 +36,12 @@ PARTS: dict[int, tuple[Stage, ...]] = {
         steps("steps, large", STEPS_LARGE),
         inference(INFERENCE),
     ),
-    3: (BANDWIDTH, CHECK, steps("steps, max-autotune", STEPS_B0_B1[:1], MAX_AUTOTUNE)),
+    3: (
+        BANDWIDTH,
+        CHECK,
+        caches(AUTOTUNED, STEPS_B0_B1[:1], 300, "max-autotune"),
+        steps("steps, max-autotune", STEPS_B0_B1[:1], {"mode": "max-autotune"}),
+    ),
     4: (CHECK, LOADERS, END_TO_END),
 }
 # Short of eight: a compilation that has begun cannot be stopped.

@@ -20,7 +20,7 @@ from bench.proof_steps import CacheFiller, Workload
 from bench.stages import Case, Context, Refused, Stage, attempt
 from kernels import launch
 
-PARITY_SECONDS = 200
+PARITY_SECONDS = 160
 GPU_TESTS, CPU_TESTS = "test_gpu.py", "test_drop_connect.py"
 DTYPE = torch.bfloat16
 
@@ -35,7 +35,7 @@ def parity_stage(works: Sequence[Workload]) -> Callable[[Context], Iterator[tupl
         filler = None
         if not context.tiny:
             models = [OURS, *(name for name in (TIMM, TORCHVISION) if name in available_peers()[0])]
-            filler = CacheFiller([(model, work) for work in works for model in models], PARITY_SECONDS + 30)
+            filler = CacheFiller([(model, work) for work in works for model in models], PARITY_SECONDS)
         found = _run_tests(context)
         if filler is not None:
             found["compile_caches"] = filler.wait()
@@ -52,7 +52,8 @@ def _run_tests(context: Context) -> Case:
         raise Refused(f"{file.name} is not in tests/: run from the source tree")
     if context.tiny:
         context.leave_out("the tests of the other kernels: the interpreter takes minutes (`make test` runs them)")
-    command = [sys.executable, "-m", "pytest", str(file), "-q", "-m", "not slow and not full"]
+    sampled = ["-k", "fp16"] if context.tiny else []
+    command = [sys.executable, "-m", "pytest", str(file), "-q", "-m", "not slow and not full", *sampled]
     seconds = 90 if context.tiny else PARITY_SECONDS
     try:
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=seconds)
@@ -95,17 +96,17 @@ def show_bandwidth(cases: dict[str, Case]) -> str:
     return f"{found['bytes_per_second'] / 1e9:.0f} GB/s, ±{found['timing']['spread']:.1%}"
 
 
-def implementations(case: OpCase) -> dict[str, Callable[[], Tensor]]:
-    """Forward of one operation by our kernels (on a GPU), by eager PyTorch and by torch.compile (on a GPU)."""
-    found: dict[str, Callable[[], Tensor]] = {"eager": lambda: case.forward(case.reference())}
-    if case.device.type == "cuda":
-        found = {"triton": lambda: case.forward(case.public(), impl="triton"), **found}
-        # Backward runs many times on one graph, which forbids donating its buffers.
-        torch._functorch.config.donated_buffer = False
-        torch.compiler.reset()  # a shape more would count as a recompilation
-        compiled = torch.compile(case.reference(), dynamic=False)
-        found["compiled"] = lambda: case.forward(compiled)
-    return found
+def implementation(case: OpCase, name: str) -> Callable[[], Tensor]:
+    """Forward of one operation by our kernels ("triton"), by PyTorch ("eager") or by torch.compile ("compiled")."""
+    if name == "triton":
+        return lambda: case.forward(case.public(), impl="triton")
+    if name == "eager":
+        return lambda: case.forward(case.reference())
+    # Backward runs many times on one graph, which forbids donating its buffers.
+    torch._functorch.config.donated_buffer = False
+    torch.compiler.reset()  # a shape more would count as a recompilation
+    compiled = torch.compile(case.reference(), dynamic=False)
+    return lambda: case.forward(compiled)
 
 
 def check(case: OpCase) -> float:
@@ -137,16 +138,17 @@ def check(case: OpCase) -> float:
     return worst
 
 
-def time_case(case: OpCase, cold: ColdCache | None, bandwidth: float, *, seconds: float) -> Case:
+def time_case(case: OpCase, names: Sequence[str], cold: ColdCache | None, bandwidth: float, *, seconds: float) -> Case:
     """Median seconds, GB/s and share of copy bandwidth by direction and implementation; RuntimeError if wrong."""
     found: Case = {}
-    if case.device.type == "cuda":
+    if "triton" in names:
         found["error_share"] = check(case)
         if not found["error_share"] <= 1:
             raise RuntimeError(
                 f"not timed: the error is {found['error_share']:.2f} times what the tolerance rule allows"
             )
-    for name, forward in implementations(case).items():
+    for name in names:
+        forward = implementation(case, name)
         output = forward()
         runs: dict[str, Callable[[], object]] = {
             "forward": forward,
@@ -164,39 +166,43 @@ def time_case(case: OpCase, cold: ColdCache | None, bandwidth: float, *, seconds
     return found
 
 
-def kernels_stage(context: Context) -> Iterator[tuple[str, Case]]:
-    if context.tiny:
-        context.leave_out("Triton kernels and compiled PyTorch against eager, cold L2, bf16, batch 128: need a GPU")
-    bandwidth = context.cases("copy bandwidth")["large copy"]["bytes_per_second"]
-    cold = None if context.tiny else ColdCache(context.device)
-    for shape in timed_shapes(tiny=context.tiny):
-        key = f"{shape.op} {shape}"
-        if key in context.cases("kernels"):
-            continue
-        if context.has_time(25, key):
-            dtype = torch.float32 if context.tiny else DTYPE
-            yield (
-                key,
-                attempt(
-                    lambda shape=shape, dtype=dtype: time_case(  # type: ignore[misc]
-                        OpCase(shape, dtype, context.device), cold, bandwidth, seconds=0.02 if context.tiny else 0.15
-                    )
-                ),
-            )
+def kernels_stage(stage: str, names: Sequence[str]) -> Callable[[Context], Iterator[tuple[str, Case]]]:
+    """`names` of implementations on every timed shape; on a CPU eager PyTorch alone, at tiny sizes."""
+
+    def run(context: Context) -> Iterator[tuple[str, Case]]:
+        if context.tiny:
+            context.leave_out(f"{' and '.join(names)} on the operations, cold L2, bf16, batch 128: needs a GPU")
+        used = [name for name in names if name == "eager" or not context.tiny]
+        bandwidth = context.cases("copy bandwidth")["large copy"]["bytes_per_second"]
+        cold = None if context.tiny else ColdCache(context.device)
+        dtype, seconds = (torch.float32, 0.02) if context.tiny else (DTYPE, 0.15)
+        for shape in timed_shapes(tiny=context.tiny) if used else ():
+            key = f"{shape.op} {shape}"
+            if key not in context.cases(stage) and context.has_time(10, f"{stage} {key}"):
+                yield (
+                    key,
+                    attempt(
+                        lambda shape=shape: time_case(  # type: ignore[misc]
+                            OpCase(shape, dtype, context.device), used, cold, bandwidth, seconds=seconds
+                        )
+                    ),
+                )
+
+    return run
 
 
 def show_kernels(cases: dict[str, Case]) -> str:
-    if not any("triton" in found["forward"] for found in cases.values()):
+    if all(set(found["forward"]) == {"eager"} for found in cases.values()):
         return f"{len(cases)} operations ran forward and backward; their times on a CPU say nothing and are not shown"
-    lines = [f"{'':62}{'us':>9}{'GB/s':>8}{'% of copy':>11}{'eager us':>10}{'compiled us':>13}"]
+    lines = [f"{'':62}{'us':>9}{'GB/s':>8}{'% of copy':>11}{'eager us':>10}"]
     for key, found in cases.items():
         for direction in DIRECTIONS:
             by = found[direction]
-            first = by["triton"]
-            micro = {name: f"{1e6 * result['timing']['median']:.1f}" for name, result in by.items()}
+            name, first = next(iter(by.items()))
+            eager = f"{1e6 * by['eager']['timing']['median']:.1f}" if "eager" in by else "-"
             lines.append(
                 f"{key + ', ' + direction:62}{1e6 * first['timing']['median']:9.1f}{first['gb_per_second']:8.0f}"
-                f"{first['of_copy_bandwidth']:11.1%}{micro['eager']:>10}{micro.get('compiled', '-'):>13}"
+                f"{first['of_copy_bandwidth']:11.1%}{eager:>10}  {name}"
             )
     return "\n".join(lines)
 
@@ -290,6 +296,7 @@ def parity(works: Sequence[Workload]) -> Stage:
 
 
 BANDWIDTH = Stage("copy bandwidth", bandwidth_stage, show_bandwidth)
-KERNELS = Stage("kernels", kernels_stage, show_kernels)
+KERNELS = Stage("kernels", kernels_stage("kernels", ("triton", "eager")), show_kernels)
+COMPILED = Stage("kernels, compiled", kernels_stage("kernels, compiled", ("compiled",)), show_kernels)
 TILES = Stage("tiles", tiles_stage, show_tiles)
 ANATOMY = Stage("anatomy", anatomy_stage, show_anatomy)

@@ -24,7 +24,8 @@ from fastnet.step import Amp
 
 CACHES = Path(tempfile.gettempdir()) / "fastnet-proof-caches"
 # Seconds that compiling a model whole may still need when its cache was filled before.
-COMPILE_ALLOWANCE = 90
+COMPILE_ALLOWANCE = 60
+AUTOTUNED = "compile caches, max-autotune"
 
 
 class Workload(NamedTuple):
@@ -98,11 +99,14 @@ def show_check(cases: dict[str, Case]) -> str:
 
 
 class CacheFiller:
-    """Fills the compile caches in processes of their own, two at a time, while nothing is being timed."""
+    """Fills the compile caches in processes of their own, some at a time, while nothing is being timed."""
 
-    def __init__(self, jobs: Sequence[tuple[str, Workload]], seconds: float) -> None:
+    def __init__(
+        self, jobs: Sequence[tuple[str, Workload]], seconds: float, *, mode: str = "default", at_once: int = 3
+    ) -> None:
         self._until = time.monotonic() + seconds
-        self._pool = ThreadPoolExecutor(2)
+        self._mode = mode
+        self._pool = ThreadPoolExecutor(at_once)
         self._lock = threading.Lock()
         self.found: dict[str, Case] = {}
         self._futures = [self._pool.submit(self._fill, *job) for job in jobs]
@@ -114,9 +118,11 @@ class CacheFiller:
             try:
                 case = in_subprocess(
                     model, CACHES, variant=work.variant, resolution=work.resolution, batch=work.batch,
-                    amp="bf16", timeout=left,
+                    amp="bf16", mode=self._mode, timeout=left,
                 )  # fmt: skip
-            except (RuntimeError, subprocess.TimeoutExpired) as error:
+            except subprocess.TimeoutExpired:
+                case = {"error": "not compiled in time; what is cached so far stays: run this part again with --resume"}
+            except RuntimeError as error:
                 case = {"error": str(error)[:300]}
         with self._lock:
             self.found[f"{model} {work}"] = case
@@ -129,7 +135,7 @@ class CacheFiller:
 
 
 def caches_stage(
-    name: str, works: Sequence[Workload], seconds: float
+    name: str, works: Sequence[Workload], seconds: float, mode: str = "default"
 ) -> Callable[[Context], Iterator[tuple[str, Case]]]:
     """Compile everything once before anything is timed; what does not end in time is compiled later or left out."""
 
@@ -138,9 +144,13 @@ def caches_stage(
             context.leave_out("compiled steps: a CPU spends minutes on each (see `pytest bench/bench_compile.py`)")
             return
         done = context.cases(name)
-        models = [OURS, *(name for name in (TIMM, TORCHVISION) if name in available_peers()[0])]
+        models = [name for name in (OURS, TIMM, TORCHVISION) if name in (OURS, *available_peers()[0])]
+        if mode != "default":
+            models.remove(OURS)
         jobs = [(model, work) for work in works for model in models if f"{model} {work}" not in done]
-        for case, found in CacheFiller(jobs, seconds).wait().items():
+        # Autotuning times kernels: one process at a time then.
+        filler = CacheFiller(jobs, seconds, mode=mode, at_once=3 if mode == "default" else 1)
+        for case, found in filler.wait().items():
             if "error" in found:
                 context.leave_out(f"filling the compile cache for {case}: {found['error']}")
             else:
@@ -165,7 +175,7 @@ def steps_stage(
             context.leave_out(sentence)
         tiny = Workload("b0", 64, 4)
         for work in [tiny] if context.tiny else works:
-            if str(work) in context.cases(name):
+            if context.cases(name).get(str(work), {}).get("complete"):
                 continue
             if context.has_time(60, f"training step {work}"):
                 yield str(work), attempt(lambda work=work: _compare_steps(context, work, compiled, peer_options))  # type: ignore[misc]
@@ -178,9 +188,10 @@ def _compare_steps(context: Context, work: Workload, compiled: bool, peer_option
     amp: Amp = "off" if context.tiny else "bf16"
     runners: dict[str, StepRunner] = {}
     cases: dict[str, Case] = {}
-    for entry in entries(compiled and not context.tiny, peer_options):
+    contenders = entries(compiled and not context.tiny, peer_options)
+    for entry in contenders:
         label = f"{entry.model}, {entry.mode}"
-        if entry.options is not None and not context.has_time(COMPILE_ALLOWANCE, f"{label}, {work}"):
+        if not _may_compile(context, entry, work):
             continue
 
         def prepare(entry: Entry = entry, label: str = label) -> Case:
@@ -198,6 +209,7 @@ def _compare_steps(context: Context, work: Workload, compiled: bool, peer_option
             return {"first_step_seconds": first, "peak_bytes": peak}
 
         cases[label] = attempt(prepare)
+    complete = len(cases) == len(contenders)
     rounds, inner = (3, 1) if context.tiny else (12, 3)
     until = context.deadline - 20
     taken = interleaved(runners, device, rounds=rounds, inner=inner, until=until)
@@ -212,7 +224,7 @@ def _compare_steps(context: Context, work: Workload, compiled: bool, peer_option
             "time_passes": time_passes(timing.median, work, bandwidth) if bandwidth else None,
         }
     peers = {label: seconds for label, seconds in taken.items() if not label.startswith(OURS)}
-    found: Case = {"amp": amp, "contenders": cases}
+    found: Case = {"amp": amp, "contenders": cases, "complete": complete}
     if own and peers:
         best = min(own, key=lambda label: statistics.median(own[label]))
         fastest = min(peers, key=lambda label: statistics.median(peers[label]))
@@ -221,6 +233,17 @@ def _compare_steps(context: Context, work: Workload, compiled: bool, peer_option
     if eager is not None and device.type == "cuda":
         found["own_kernels_share"] = own_kernels_share(eager, device)
     return found
+
+
+def _may_compile(context: Context, entry: Entry, work: Workload) -> bool:
+    """False, and noted, where too little time is left, or where autotuning has not been done beforehand."""
+    if entry.options is None:
+        return True
+    what = f"{entry.model}, {entry.mode}, {work}"
+    if "mode" in entry.options and f"{entry.model} {work}" not in context.cases(AUTOTUNED):
+        context.leave_out(f"{what}: its autotuning has not ended; run this part again with --resume")
+        return False
+    return context.has_time(COMPILE_ALLOWANCE, what)
 
 
 def time_passes(seconds: float, work: Workload, bandwidth: float) -> float:
@@ -269,7 +292,7 @@ def inference_stage(works: Sequence[Workload]) -> Callable[[Context], Iterator[t
 
     def run(context: Context) -> Iterator[tuple[str, Case]]:
         for work in [Workload("b0", 64, 4)] if context.tiny else works:
-            if str(work) in context.cases("inference"):
+            if context.cases("inference").get(str(work), {}).get("complete"):
                 continue
             if context.has_time(60, f"inference {work}"):
                 yield str(work), attempt(lambda work=work: _compare_inference(context, work))  # type: ignore[misc]
@@ -282,9 +305,10 @@ def _compare_inference(context: Context, work: Workload) -> Case:
     images, _ = make_batch(work.batch, work.resolution, device, torch.channels_last)
     runners: dict[str, Callable[[], object]] = {}
     cases: dict[str, Case] = {}
-    for entry in entries(not context.tiny):
+    contenders = entries(not context.tiny)
+    for entry in contenders:
         label = f"{entry.model}, {entry.mode}"
-        if entry.options is not None and not context.has_time(COMPILE_ALLOWANCE, f"inference {label}, {work}"):
+        if not _may_compile(context, entry, work):
             continue
 
         def prepare(entry: Entry = entry, label: str = label) -> Case:
@@ -304,11 +328,12 @@ def _compare_inference(context: Context, work: Workload) -> Case:
             return {}
 
         cases[label] = attempt(prepare)
+    complete = len(cases) == len(contenders)
     rounds, inner = (3, 1) if context.tiny else (12, 5)
     for label, seconds in interleaved(runners, device, rounds=rounds, inner=inner).items():
         timing = summarise(seconds)
         cases[label] |= {"timing": timing.to_json(), "images_per_second": work.batch / timing.median}
-    return {"amp": "bf16" if amp else "off", "contenders": cases}
+    return {"amp": "bf16" if amp else "off", "contenders": cases, "complete": complete}
 
 
 STEPS_B0_B1 = (Workload("b0", 224, 256), Workload("b1", 232, 256))
@@ -322,8 +347,8 @@ def steps(name: str, works: Sequence[Workload], peer_options: dict[str, Any] | N
     return Stage(name, steps_stage(name, works, peer_options=peer_options), show_steps)
 
 
-def caches(name: str, works: Sequence[Workload], seconds: float) -> Stage:
-    return Stage(name, caches_stage(name, works, seconds), show_caches)
+def caches(name: str, works: Sequence[Workload], seconds: float, mode: str = "default") -> Stage:
+    return Stage(name, caches_stage(name, works, seconds, mode), show_caches)
 
 
 def inference(works: Sequence[Workload]) -> Stage:

@@ -49,7 +49,7 @@ def _gpu_tables(file: Path) -> str:
     if steps:
         head = "| what | model | img/s | spread | runs | peak GB | time-passes |\n|---|---|---|---|---|---|---|"
         parts.append("\n".join([head, *steps]))
-    kernels = _kernel_rows(_good(stages, "kernels"))
+    kernels = _kernel_rows(_good(stages, "kernels"), _good(stages, "kernels, compiled"))
     if kernels:
         head = (
             "| operation, x | direction | µs | spread | % of copy bandwidth | eager µs | compiled µs |\n"
@@ -80,11 +80,11 @@ def _step_rows(stage: str, cases: dict[str, Any]) -> list[str]:
     return rows
 
 
-def _kernel_rows(cases: dict[str, Any]) -> list[str]:
+def _kernel_rows(cases: dict[str, Any], compiled: dict[str, Any]) -> list[str]:
     rows = []
     for key, found in cases.items():
         for direction in ("forward", "backward"):
-            by = found[direction]
+            by = {**compiled.get(key, {}).get(direction, {}), **found[direction]}
             ours = by["triton"]
             others = [
                 f"{1e6 * by[name]['timing']['median']:.1f}" if name in by else "" for name in ("eager", "compiled")
