@@ -156,8 +156,8 @@ def _compile(task: tuple[str, int]) -> Report:
 
 def _wide_needed(spec: Any) -> tuple[int, int] | None:
     """A thread's share of a tile in 16-byte accesses, for each image that is read and for the one written, if any."""
-    if spec.kind == "small" or spec.constexprs["VEC"] == 1:
-        return None
+    if spec.kind == "small" or "UNROLL" not in spec.constexprs or spec.constexprs["VEC"] == 1:
+        return None  # only kernels that walk `launch.Tile`s state how much of an image a thread moves at once
     # Pointers of a 16-bit type in some configuration are images; those missing here are constants (None).
     of_kernel = [s for s in _specs().values() if s.fn is spec.fn]
     images = {name for s in of_kernel for name, kind in s.signature.items() if kind in ("*fp16", "*bf16")}

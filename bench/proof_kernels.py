@@ -21,7 +21,7 @@ from bench.stages import Case, Context, Refused, Stage, attempt
 from kernels import launch
 
 PARITY_SECONDS = 160
-GPU_TESTS, CPU_TESTS = "test_gpu.py", "test_drop_connect.py"
+GPU_TESTS, CPU_TESTS = "test_kernels_on_gpu.py", "test_drop_connect.py"
 DTYPE = torch.bfloat16
 
 
