@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # One place for everything compiled, so that a later call finds it.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHES / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(CACHES / "triton"))
+    torch.backends.cudnn.benchmark = True  # shapes are fixed: every contender gets the fastest convolutions
     if device.type != "cuda":
         print("no GPU: tiny sizes on the CPU, to see that everything runs; what needs a GPU is left out")
     try:

@@ -146,6 +146,7 @@ def run_part(
             continue
         print(f"[{stage.name}] {context.seconds_left:.0f} s left", flush=True)
         context.left_out = []
+        entry.pop("refused", None)
         began = time.monotonic()
         try:
             for case, found in stage.run(context):
