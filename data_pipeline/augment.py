@@ -18,6 +18,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Share of the short side that evaluation looks at: 224 of 256 in the usual resize-then-centre-crop.
 CROP_FRACTION = 0.875
 
+# Output pixels on each side that evaluation resizes along and cuts off; training has none.
+EVAL_MARGIN = 1
+
 _ATTEMPTS = 10  # random crops tried before the centre crop, as in torchvision's RandomResizedCrop
 _DRAWS = 4 * _ATTEMPTS + 5  # crops first, then flip, brightness, contrast, saturation, hue
 _ORDER_STREAM, _DRAW_STREAM = 1, 2
@@ -68,7 +71,7 @@ class Augmentation:
 
 
 class Params(NamedTuple):
-    """What happens to each image of a batch: the window is resized to the resolution, flipped, then recoloured."""
+    """What happens to each image of a batch: the window is resized, its margin cut off, flipped, then recoloured."""
 
     windows: NDArray[np.int32]
     """[N, 4]: x, y, width, height in oriented source pixels, always inside the image."""
@@ -168,14 +171,15 @@ def train_params(aug: Augmentation, seed: int, epoch: int, indices: ArrayLike, s
     return Params(_random_windows(crops, sizes, aug).astype(np.int32), flip < aug.hflip, colors)
 
 
-def eval_params(sizes: ArrayLike, crop_fraction: float = CROP_FRACTION) -> Params:
-    """The centre of each image, for oriented `sizes` [N, 2].
+def eval_params(sizes: ArrayLike, resolution: int, crop_fraction: float = CROP_FRACTION) -> Params:
+    """The centre of each image, for oriented `sizes` [N, 2]: the square of `crop_fraction` of the short side.
 
-    The square of `crop_fraction` of the short side, which is then resized: to half a source pixel the same view as
-    resizing the short side to resolution / crop_fraction and cropping the centre, without resizing what the crop
-    throws away.
+    To half a source pixel the same view as resizing the short side to resolution / crop_fraction and cropping the
+    centre, without resizing what the crop throws away. One output pixel around it is resized along and cut off, so
+    that the antialiasing filter finds real pixels beyond the border: what resizers make up there differs.
     """
     sizes = np.asarray(sizes, np.int64)
-    side = np.maximum(1, np.rint(crop_fraction * sizes.min(axis=1))).astype(np.int64)
+    short = sizes.min(axis=1)
+    side = np.clip(np.rint(crop_fraction * short * (1 + 2 * EVAL_MARGIN / resolution)), 1, short).astype(np.int64)
     windows = np.stack([(sizes[:, 0] - side) // 2, (sizes[:, 1] - side) // 2, side, side], axis=1)
     return Params(windows.astype(np.int32), np.zeros(len(sizes), np.bool_), None)

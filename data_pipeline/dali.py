@@ -44,8 +44,10 @@ class _Source:
         return names, anchors, shapes, list(step.params.flips.astype(np.int32))
 
 
-def decoded_windows(names: Any, anchors: Any, shapes: Any, flips: Any, *, side: int, device: str) -> Any:
+def decoded_windows(names: Any, anchors: Any, shapes: Any, flips: Any, *, side: int, margin: int, device: str) -> Any:
     """Graph: 8-bit pixels [3, side, side] of a window of each upright image, resized with antialiasing, flipped.
+
+    margin: output pixels on each side that are resized along and cut off.
 
     device: "mixed" decodes on the GPU, "cpu" on DALI's threads.
     """
@@ -53,16 +55,19 @@ def decoded_windows(names: Any, anchors: Any, shapes: Any, flips: Any, *, side: 
     images = fn.decoders.image_slice(
         files, start=anchors, shape=shapes, axis_names="HW", device=device, output_type=types.RGB
     )
-    images = fn.resize(images, size=[side, side], interp_type=types.INTERP_LINEAR, antialias=True)
-    return fn.crop_mirror_normalize(images, mirror=flips, dtype=types.UINT8, output_layout="CHW", mean=[0.0], std=[1.0])
+    images = fn.resize(images, size=[side + 2 * margin] * 2, interp_type=types.INTERP_LINEAR, antialias=True)
+    return fn.crop_mirror_normalize(
+        images, crop=[side, side], mirror=flips, dtype=types.UINT8, output_layout="CHW", mean=[0.0], std=[1.0]
+    )
 
 
 @pipeline_def
-def _pipeline(source: _Source, side: int, device: str) -> Any:
+def _pipeline(source: _Source, device: str) -> Any:
     fed = fn.external_source(
         source=source, num_outputs=4, dtype=[types.UINT8, types.INT32, types.INT32, types.INT32], ndim=[1, 1, 1, 0]
     )
-    return decoded_windows(*fed, side=side, device=device)
+    plan = source.plan
+    return decoded_windows(*fed, side=plan.resolution, margin=plan.margin, device=device)
 
 
 class DaliLoader(Loader):
@@ -79,7 +84,6 @@ class DaliLoader(Loader):
         on_gpu = self.device.type == "cuda"
         pipe = _pipeline(
             self._source,
-            self.plan.resolution,
             "mixed" if on_gpu else "cpu",
             batch_size=self.plan.batch_size,
             num_threads=max(1, self.workers),
@@ -130,7 +134,7 @@ class DaliLoader(Loader):
             self._pipe.reset()
             self._source.under_way.clear()
         except RuntimeError:  # what was under way holds a bad file, and nobody asks for it any more
-            self.close()
+            self._drop()
             self._pipe = self._start()
 
     def _explain(self, steps: list[Step], error: RuntimeError) -> str:
@@ -149,6 +153,10 @@ class DaliLoader(Loader):
         return f"DALI stopped ({' '.join(str(error).split())[:300]}): use --loader torch, which names the file."
 
     def close(self) -> None:
+        super().close()
+        self._drop()
+
+    def _drop(self) -> None:
         self._pipe = None
         self._source.positions.clear()
         self._source.under_way.clear()

@@ -10,6 +10,7 @@ counted. The result is remembered in the user's cache folder by path, size and m
 import hashlib
 import json
 import os
+import stat
 import struct
 import tempfile
 import warnings
@@ -17,7 +18,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,7 @@ SAMPLE = "sample"
 _FORMATS = {"JPEG", "MPO", "PNG", "WEBP"}  # what both decoders read
 _SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp"}
 _EXIF_ORIENTATION = 0x0112
+_PNG_END = b"IEND\xaeB`\x82"
 _CACHE_VERSION = 1
 _LAYOUTS = (
     "images/<class>/*.jpg with meta/train.json and meta/test.json (Food-101's layout), "
@@ -97,17 +99,16 @@ def probe_image(path: str) -> tuple[int, int, int]:
 
 def _probe(path: str) -> _Probe:
     try:
-        # Opened here: it says "is a directory" and the like in the system's words, and a pipe cannot block.
-        if not os.path.isfile(path):
-            with open(path, "rb"):
-                return _Probe(0, 0, 1, "not a regular file")
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):  # opening a pipe would block
+            return _Probe(0, 0, 1, "a folder" if stat.S_ISDIR(mode) else "not a regular file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's remarks on metadata and size
             with Image.open(path) as image:
                 if image.format not in _FORMATS:
                     return _Probe(0, 0, 1, f"{image.format} is not supported, only JPEG, PNG and WebP")
-                if image.format == "WEBP" and _is_extended_webp(path):
-                    return _Probe(0, 0, 1, "WebP with alpha, animation or metadata is not supported")
+                if unsupported := _unsupported(path, image.format):
+                    return _Probe(0, 0, 1, unsupported)
                 orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
                 width, height = image.size
                 # A JPEG at an eighth of its size skips most of the arithmetic and still reads every byte.
@@ -128,9 +129,37 @@ def _probe(path: str) -> _Probe:
     return _Probe(width, height, orientation, None)
 
 
-def _is_extended_webp(path: str) -> bool:
+def _unsupported(path: str, form: str) -> str:
+    """Why a decoder refuses, misreads or crashes on a file whose pixels PIL would read; "" where none does."""
     with open(path, "rb") as file:
-        return file.read(16)[12:16] == b"VP8X"
+        if form in ("JPEG", "MPO"):
+            return "" if _whole_jpeg_header(file) else "damaged JPEG header"
+        data = file.read()
+    if form == "WEBP":
+        return "WebP with alpha, animation or metadata is not supported" if data[12:16] == b"VP8X" else ""
+    if data[24:25] == b"\x10":
+        return "PNG with 16 bits a channel is not supported"
+    if _PNG_END not in data:
+        return "truncated PNG"
+    with Image.open(path) as image:
+        image.verify()  # every checksum: loading passes over some, and torchvision's decoder crashes on them
+    return ""
+
+
+def _whole_jpeg_header(file: BinaryIO) -> bool:
+    """Whether segment follows segment up to the pixels. libjpeg looks for the next marker in the dirt; DALI stops."""
+    file.seek(2)
+    while True:
+        if file.read(1) != b"\xff":
+            return False
+        while (marker := file.read(1)) == b"\xff":  # padding
+            pass
+        if marker == b"\xda":
+            return True
+        length = file.read(2)
+        if len(length) < 2 or (skip := int.from_bytes(length) - 2) < 0:
+            return False
+        file.seek(skip, os.SEEK_CUR)
 
 
 def _names(path: Path) -> list[str]:
@@ -220,7 +249,7 @@ def _cache_file(root: Path, cache: Path) -> Path:
 def _read_cache(file: Path) -> dict[str, list]:
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-        return stored["files"] if stored["version"] == _CACHE_VERSION else {}
+        return dict(stored["files"]) if stored["version"] == _CACHE_VERSION else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}  # absent or damaged: it is only a cache
 
@@ -242,10 +271,10 @@ def _write_cache(file: Path, files: dict[str, list]) -> None:
 def _stamp(path: str) -> list[int]:
     """Size and modification time: what tells a changed file; zeros where it cannot be read."""
     try:
-        status = os.stat(path)
+        found = os.stat(path)
     except OSError:
         return [0, 0]
-    return [status.st_size, status.st_mtime_ns]
+    return [found.st_size, found.st_mtime_ns]
 
 
 def _probe_all(root: Path, names: Iterable[str], cache: Path) -> dict[str, _Probe]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline.augment import (
+    EVAL_MARGIN,
     IMAGENET_MEAN,
     IMAGENET_STD,
     Augmentation,
@@ -63,10 +64,15 @@ class Plan:
         whole, rest = divmod(len(self.split), self.batch_size)
         return whole if self.train else whole + bool(rest)
 
+    @property
+    def margin(self) -> int:
+        """Output pixels on each side that are resized along with every window and cut off."""
+        return 0 if self.train else EVAL_MARGIN
+
     def step(self, epoch: int, batch: int) -> Step:
         if not self.train:
             indices = np.arange(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.split)))
-            return Step(indices, eval_params(self.split.sizes[indices]))
+            return Step(indices, eval_params(self.split.sizes[indices], self.resolution))
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, epoch_order(self.seed, epoch, len(self.split))
         indices = self._order[1][batch * self.batch_size : (batch + 1) * self.batch_size]
@@ -99,15 +105,15 @@ class Loader(ABC):
         for batch in self._produce(epoch, start):
             yield batch
             if this != self._passes:
-                raise RuntimeError("this pass over the loader ended when another one started")
+                raise RuntimeError("this pass over the loader ended when another one started or the loader was closed")
 
     @abstractmethod
     def _produce(self, epoch: int, start: int) -> Iterator[Batch]:
         """`batches`, where no other pass is under way."""
 
-    @abstractmethod
     def close(self) -> None:
-        """Give back threads, processes and buffers; `batches` starts them again."""
+        """Give back threads, processes and buffers, and end an unfinished pass; `batches` starts them again."""
+        self._passes += 1
 
     def _batch(self, pixels: Tensor, step: Step) -> Batch:
         labels = torch.from_numpy(self.plan.split.labels[step.indices])

@@ -33,31 +33,48 @@ class _Batches(Dataset[_Prepared]):
         self.plan = plan
 
     def __getitem__(self, position: tuple[int, int]) -> _Prepared:
-        split, side = self.plan.split, self.plan.resolution
+        split, side, margin = self.plan.split, self.plan.resolution, self.plan.margin
         step = self.plan.step(*position)
         pixels = torch.empty(len(step.indices), 3, side, side, dtype=torch.uint8)
         for row, index in enumerate(step.indices):
             try:
-                view = window(split.paths[index], split.sizes[index], step.params.windows[row], side)
+                orientation = int(split.orientations[index])
+                box = step.params.windows[row]
+                view = window(split.paths[index], orientation, split.sizes[index], box, side + 2 * margin)
             except (RuntimeError, OSError) as error:
                 # Handed over, not raised: DataLoader would wrap the sentence in the worker's traceback.
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 return _Prepared(pixels, step, went_bad(split.paths[index], reason))
+            view = view[:, margin : margin + side, margin : margin + side]
             pixels[row] = view.flip(-1) if step.params.flips[row] else view
         return _Prepared(pixels, step, "")
 
 
-def window(path: str, size: NDArray[np.int32], box: NDArray[np.int32], side: int) -> Tensor:
+def window(path: str, orientation: int, size: NDArray[np.int32], box: NDArray[np.int32], side: int) -> Tensor:
     """[3, side, side] uint8: `box` (x, y, width, height) of the upright image, resized with antialiasing.
 
     Raises:
         RuntimeError: the file cannot be decoded, or its `size` (width, height) is another one now.
     """
-    image = decode_image(read_file(path), mode=ImageReadMode.RGB, apply_exif_orientation=True)
+    image = upright(decode_image(read_file(path), mode=ImageReadMode.RGB), orientation)
     if image.shape[2] != size[0] or image.shape[1] != size[1]:
         raise RuntimeError(f"it was {size[0]} x {size[1]} pixels and is {image.shape[2]} x {image.shape[1]} now")
     x, y, width, height = box.tolist()
     return F.resize(image[:, y : y + height, x : x + width], [side, side], antialias=True)
+
+
+def upright(image: Tensor, orientation: int) -> Tensor:
+    """[3, H, W] as the camera stored it -> as it was seen, by EXIF orientation 1 to 8.
+
+    The index's reading of EXIF is applied, not the decoder's: they differ on damaged tags, and windows are the index's.
+    """
+    if orientation >= 5:
+        image = image.transpose(1, 2)
+    if orientation in (3, 4, 7, 8):
+        image = image.flip(1)
+    if orientation in (2, 3, 6, 7):
+        image = image.flip(2)
+    return image
 
 
 class _Positions(Sampler[tuple[int, int]]):
@@ -91,6 +108,7 @@ class TorchLoader(Loader):
         super().__init__(plan, device, workers)
         self._positions = _Positions()
         self._loader: DataLoader[_Prepared] | None = None
+        self._passing: Iterator[_Prepared] | None = None
 
     def _start(self) -> DataLoader[_Prepared]:
         return DataLoader(
@@ -110,19 +128,29 @@ class TorchLoader(Loader):
         if self._loader is None:
             self._loader = self._start()
         self._positions.positions = [(epoch, batch) for batch in range(start, self.steps_per_epoch)]
-        passing = iter(self._loader)
+        self._passing = iter(self._loader)
         for _ in range(len(self._positions)):
-            try:
-                prepared = next(passing)
-            except RuntimeError as error:
-                self.close()
-                raise DataError(
-                    f"A data loading worker died ({str(error).splitlines()[0]}): the usual reason is too little memory "
-                    "or /dev/shm, so use fewer --workers or a smaller --batch-size."
-                ) from error
+            prepared = self._next()
             if prepared.error:
                 raise DataError(prepared.error)
             yield self._batch(prepared.pixels, prepared.step)
 
+    def _next(self) -> _Prepared:
+        assert self._passing is not None
+        try:
+            return next(self._passing)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+        # Raised out here: the other error's frames hold the iterator, and its processes would be waited for.
+        self.close()
+        raise DataError(
+            f"A data loading worker died ({reason}): the usual reason is too little memory or /dev/shm, so use fewer "
+            "--workers or a smaller --batch-size."
+        )
+
     def close(self) -> None:
-        self._loader = None  # the last reference: its worker processes end
+        super().close()
+        # The last references, kept in no frame on purpose: worker processes end when the count drops, in order.
+        # Left to the cycle collector, their queues may go first, and each process is waited for in vain.
+        self._passing = None
+        self._loader = None
