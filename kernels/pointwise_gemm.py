@@ -284,7 +284,7 @@ def gemm(
         weight.to(a.dtype).contiguous(), y, vectors, gate, scale, None if other is None else L.nhwc(other),
         other_vectors, partial, area_of(a), a.numel() // k, p.step, p.parts, k // p.vec, n // p.vec,
         like=a, num_warps=p.blocks.num_warps, PROLOGUE=prologue, EPILOGUE=epilogue, DGRAD=dgrad, WIDEN=widened(a.dtype),
-        SPAN=span_for(p.blocks.m, area_of(a), k, a.dtype) if prologue == "bn_silu_gate" else 0, VEC=p.vec,
+        SPAN=span_for(p.blocks.m, area_of(a), p.vec, a.dtype) if prologue == "bn_silu_gate" else 0, VEC=p.vec,
         **p.blocks.constexprs(),
     )  # fmt: skip
     return y, partial, p.step
@@ -360,7 +360,7 @@ def gemm_traffic(
     moved = rows * k * size * readers * (2 if prologue in GRADIENTS else 1)
     moved += k * n * size * loads + 4 * VECTORS[prologue] * k * loads * p.column_blocks
     if prologue == "bn_silu_gate":
-        span = span_for(p.blocks.m, area, k, dtype)
+        span = span_for(p.blocks.m, area, p.vec, dtype)
         moved += 4 * k * p.column_blocks * (p.tiles * span if span else rows)
     if scaled:
         moved += 4 * rows * p.column_blocks * L.cdiv(k, p.blocks.k)

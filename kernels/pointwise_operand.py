@@ -156,10 +156,11 @@ def vector_width(*channels: int) -> int:
     return min(L.vector_width(c) for c in channels)
 
 
-def span_for(block_m: int, area: int, channels: int, dtype: torch.dtype) -> int:
-    """SPAN of a gate: 2 where a tile is no longer than an image, 3 for 7×7, else a load for every element."""
+def span_for(block_m: int, area: int, vec: int, dtype: torch.dtype) -> int:
+    """SPAN of a gate: 2 where a tile is no longer than an image, 3 for 64 rows of 7×7, else a load an element."""
     span = (block_m - 1) // area + 2
-    return span if span <= 3 and L.vector_width(channels) > 1 and dtype != torch.float32 else 0
+    most = 3 if block_m > 32 else 2
+    return span if span <= most and vec > 1 and dtype != torch.float32 else 0
 
 
 def area_of(x: Tensor) -> int:

@@ -99,12 +99,15 @@ def _pointwise_wgrad_kernel(
 def _sum_splits_kernel(partial_ptr, sum_ptr, splits, size, BLOCK: tl.constexpr):
     """[S, size] summed over S in order: many columns and few rows, where `_sum_partials_kernel` has the reverse."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < size
+    offsets = at.to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
     split = 0
     while split < splits:
-        total += tl.load(partial_ptr + split.to(tl.int64) * size + at, mask=at < size, other=0.0)
+        total += tl.load(partial_ptr + offsets, mask=mask, other=0.0)
+        offsets += size
         split += 1
-    tl.store(sum_ptr + at, total, mask=at < size)
+    tl.store(sum_ptr + at, total, mask=mask)
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,7 @@ def wgrad(
         wide_vectors, L.nhwc(narrow), None if narrow_x is None else L.nhwc(narrow_x), narrow_vectors, gate, scale,
         partial, area, rows, step, a // vec, b // vec, like=wide, num_warps=blocks.num_warps,
         WIDE=wide_prologue, NARROW=narrow_prologue, WIDE_IS_INPUT=wide_is_input, WIDEN=widened(wide.dtype),
-        SPAN=span_for(blocks.m, area, a, wide.dtype) if gate is not None else 0, VEC=vec, **blocks.constexprs(),
+        SPAN=span_for(blocks.m, area, vec, wide.dtype) if gate is not None else 0, VEC=vec, **blocks.constexprs(),
     )  # fmt: skip
     if splits == 1:
         return partial[0]
@@ -245,7 +248,7 @@ def wgrad_traffic(
     moved += 4 * VECTORS[wide_prologue] * wide * splits * narrow_blocks
     moved += 4 * VECTORS[narrow_prologue] * narrow * splits * wide_blocks
     if wide_prologue == "bn_silu_gate":
-        span = span_for(blocks.m, area, wide, dtype)
+        span = span_for(blocks.m, area, vector_width(wide, narrow), dtype)
         moved += 4 * wide * narrow_blocks * (L.cdiv(rows, blocks.m) * span if span else rows)
     if scaled:
         moved += 4 * rows * outputs
