@@ -173,13 +173,7 @@ def _wide_needed(spec: Any) -> tuple[int, int] | None:
 def _specs() -> dict[str, Any]:
     import kernels
 
-    return {_label(spec): spec for spec in kernels.all_specs()}
-
-
-def _label(spec: Any) -> str:
-    """The configuration's name, with the pointers that it is built without."""
-    absent = [name.removesuffix("_ptr") for name, value in spec.constexprs.items() if value is None]
-    return f"{spec.name} without {' '.join(absent)}" if absent else str(spec.name)
+    return {spec.name: spec for spec in kernels.all_specs()}
 
 
 def select(names: Iterable[str], archs: Sequence[int], only: str = "", *, quick: bool = False) -> list[tuple[str, int]]:
