@@ -60,30 +60,31 @@ from kernels.strips import (
 
 
 @L.helper
-def store_line(y_ptrs, values, end, in_channels, channels, count, mean, m2, STATS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Store COLUMNS outputs side by side, those left of `end`, and merge them as stored into count, mean and M2."""
-    n = tl.minimum(tl.maximum(end, 0), COLUMNS).to(tl.float32)
+def store_line(
+    y_ptrs, values, stop, in_channels, channels, n, lines, more, mean, m2, STATS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Store COLUMNS outputs side by side, those left of `stop`, and, where `more` is 1, merge the `n` of them as stored
+    into mean and M2 of the `lines` lines before."""
     stored = ()
     total = tl.zeros_like(mean)
     for i in tl.static_range(COLUMNS):
         y = values[i].to(y_ptrs.dtype.element_ty)
-        tl.store(y_ptrs + i * channels, y, mask=(i < end) & in_channels)
+        tl.store(y_ptrs + i * channels, y, mask=(i < stop) & in_channels)
         if STATS:
-            y = tl.where(i < end, y.to(tl.float32), 0.0)
+            y = tl.where(i < stop, y.to(tl.float32), 0.0)
             stored = stored + (y,)
             total += y
     if STATS:
-        line_mean = total * (1.0 / tl.maximum(n, 1.0))
-        merged = count + n
-        share = n / tl.maximum(merged, 1.0)
+        line_mean = total / tl.maximum(n, 1.0)
+        share = more / (lines + 1.0)
         delta = line_mean - mean
         mean += delta * share
-        m2 += delta * delta * (count * share)
+        m2 += delta * delta * (n * (lines * share))
         for i in tl.static_range(COLUMNS):
-            deviation = tl.where(i < end, stored[i] - line_mean, 0.0)
+            deviation = tl.where(i < stop, stored[i] - line_mean, 0.0)
             m2 += deviation * deviation
-        count = merged
-    return count, mean, m2
+        lines += more
+    return lines, mean, m2
 
 
 @L.jit
@@ -132,9 +133,10 @@ def _depthwise_kernel(
     taps = load_taps(taps_ptr + c0 * (K * K) + lanes * 0 + tl.arange(0, BLOCK_C)[None, :], 0, 1, K, BLOCK_C)
     if NORM:
         bn_mean, _rstd, gain, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
-    count = tl.zeros([UNITS, 1], tl.float32)
-    mean = tl.zeros([UNITS, BLOCK_C], tl.float32)
-    m2 = tl.zeros([UNITS, BLOCK_C], tl.float32)
+    if STATS:
+        all_count = tl.zeros([UNITS, 1], tl.float32)
+        all_mean = tl.zeros([UNITS, BLOCK_C], tl.float32)
+        all_m2 = tl.zeros([UNITS, BLOCK_C], tl.float32)
     group = part
     while group < groups:
         unit = group // bands * UNITS + lanes
@@ -151,9 +153,17 @@ def _depthwise_kernel(
         row -= LINES - 1
         y_row = image.to(tl.int64) * out_height + row
         y_ptrs = y_ptr + (y_row * out_width + column) * channels + c
+        # Mean and M2 of this tile alone: all its lines are of one length, so that the weights are scalars.
+        n = tl.minimum(tl.maximum(out_right, 0), COLUMNS).to(tl.float32)
+        lines = 0.0
+        mean = tl.zeros([UNITS, BLOCK_C], tl.float32)
+        m2 = tl.zeros([UNITS, BLOCK_C], tl.float32)
         acc = ()
         for _i in tl.static_range(LINES * COLUMNS):
             acc = acc + (tl.zeros([UNITS, BLOCK_C], tl.float32),)
+        # Scalars move down the rows: a tile of pointers that a loop carries changes its layout in every step.
+        x_below = tl.full([], 0, tl.int64)
+        y_below = tl.full([], 0, tl.int64)
         step = 0
         while step < steps:
             for phase in tl.static_range(STRIDE):
@@ -164,7 +174,7 @@ def _depthwise_kernel(
                     inside = j < stop
                     if j < K - 1:
                         inside = inside & (j >= -left)
-                    x = tl.load(x_ptrs + j * channels, mask=inside & in_channels, other=0.0).to(tl.float32)
+                    x = tl.load(x_ptrs + (x_below + j * channels), mask=inside & in_channels, other=0.0).to(tl.float32)
                     if NORM:
                         z = (x - bn_mean) * gain + bias
                         x = tl.where(inside, z * sigmoid(z), 0.0)
@@ -178,9 +188,12 @@ def _depthwise_kernel(
                                 a += line[i * STRIDE + kx] * taps[(phase + (LINES - 1 - r) * STRIDE) * K + kx]
                         added = added + (a,)
                 acc = added
-                x_ptrs += width * channels
+                x_below += width * channels
+            more = ((row >= begin) & (row < end)).to(tl.float32)
             stop = tl.where((row >= begin) & (row < end), out_right, 0)
-            count, mean, m2 = store_line(y_ptrs, acc, stop, in_channels, channels, count, mean, m2, STATS, COLUMNS)
+            lines, mean, m2 = store_line(
+                y_ptrs + y_below, acc, stop, in_channels, channels, n, lines, more, mean, m2, STATS, COLUMNS
+            )
             moved = ()
             for i in tl.static_range(LINES * COLUMNS):
                 if i < (LINES - 1) * COLUMNS:
@@ -189,27 +202,38 @@ def _depthwise_kernel(
                     moved = moved + (tl.zeros([UNITS, BLOCK_C], tl.float32),)
             acc = moved
             row += 1
-            y_ptrs += out_width * channels
+            y_below += out_width * channels
             step += 1
         for r in tl.static_range(LINES - 1):  # rows whose last taps lie below the image
             rest = ()
             for i in tl.static_range(COLUMNS):
                 rest = rest + (acc[r * COLUMNS + i],)
+            more = ((row >= begin) & (row < end)).to(tl.float32)
             stop = tl.where((row >= begin) & (row < end), out_right, 0)
-            count, mean, m2 = store_line(y_ptrs, rest, stop, in_channels, channels, count, mean, m2, STATS, COLUMNS)
+            lines, mean, m2 = store_line(
+                y_ptrs + y_below, rest, stop, in_channels, channels, n, lines, more, mean, m2, STATS, COLUMNS
+            )
             row += 1
-            y_ptrs += out_width * channels
+            y_below += out_width * channels
+        if STATS:
+            count = n * lines
+            merged = all_count + count
+            share = count / tl.maximum(merged, 1.0)
+            delta = mean - all_mean
+            all_mean += delta * share
+            all_m2 += m2 + delta * delta * (all_count * share)
+            all_count = merged
         group += partials
     if STATS:
         # Means are merged as distances from the first unit's, which has seen data: that cancels a large common mean.
-        first = tl.sum(tl.where(lanes == 0, mean, 0.0), axis=0)
-        delta = mean - first[None, :]
-        shift = tl.sum(delta * count, axis=0) / tl.sum(count, axis=0)
-        m2 += count * (delta - shift[None, :]) * (delta - shift[None, :])
+        first = tl.sum(tl.where(lanes == 0, all_mean, 0.0), axis=0)
+        delta = all_mean - first[None, :]
+        shift = tl.sum(delta * all_count, axis=0) / tl.sum(all_count, axis=0)
+        all_m2 += all_count * (delta - shift[None, :]) * (delta - shift[None, :])
         store_channels(partial_ptr + part * channels, first + shift, c0, channels, BLOCK_C)
-        store_channels(partial_ptr + (partials + part) * channels, tl.sum(m2, axis=0), c0, channels, BLOCK_C)
+        store_channels(partial_ptr + (partials + part) * channels, tl.sum(all_m2, axis=0), c0, channels, BLOCK_C)
         if c0 == 0:
-            tl.store(counts_ptr + part, tl.sum(tl.sum(count, axis=0), axis=0))
+            tl.store(counts_ptr + part, tl.sum(tl.sum(all_count, axis=0), axis=0))
 
 
 @L.jit

@@ -66,18 +66,18 @@ from kernels.strips import (
 
 @L.helper
 def gradient_line(
-    dy_ptrs, y_ptrs, left, stop, in_channels, channels, gate, q, mean, gain, bias, shift, slant,
+    dy_row, y_row, offsets, left, stop, in_channels, channels, gate, q, mean, gain, bias, shift, slant,
     NORM: tl.constexpr, SPAN: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
-    """One row of the convolution's gradient, SPAN columns from `left`, zero outside the image."""
+    """One row of the convolution's gradient, SPAN columns of it, zero outside the image."""
     line = ()
     for j in tl.static_range(SPAN):
         inside = j < stop
         if j < LINES - 1:
             inside = inside & (j >= -left)
-        d = tl.load(dy_ptrs + j * channels, mask=inside & in_channels, other=0.0).to(tl.float32)
+        d = tl.load(dy_row + j * channels + offsets, mask=inside & in_channels, other=0.0).to(tl.float32)
         if NORM:
-            y = tl.load(y_ptrs + j * channels, mask=inside & in_channels, other=0.0).to(tl.float32)
+            y = tl.load(y_row + j * channels + offsets, mask=inside & in_channels, other=0.0).to(tl.float32)
             centred = y - mean
             _a, slope = silu_and_slope(centred * gain + bias)
             d = tl.where(inside, (d * gate + q) * slope - (centred * slant + shift), 0.0)
@@ -162,30 +162,33 @@ def _depthwise_backward_kernel(
         row = begin - lead
         left = column - (LINES - 1)
         y_offsets = ((image.to(tl.int64) * out_height + row) * out_width + left) * channels + c
-        dy_ptrs = dy_ptr + y_offsets
         if OUT_NORM:
-            y_ptrs = y_ptr + y_offsets
             real = (unit < units) & in_channels
             gate = out_gain * tl.load(gate_ptr + image * channels + c, mask=real, other=0.0)
             q = out_gain * tl.load(q_ptr + image * channels + c, mask=real, other=0.0)
         else:
-            y_ptrs, gate, q = dy_ptrs, 1.0, 0.0
+            gate, q = 1.0, 0.0
         right = tl.where(unit < units, out_width - left, 0)
         x_left = column * STRIDE - pad_left
         x_right = tl.where(unit < units, width - x_left, 0)
         x_row = image.to(tl.int64) * height + (begin * STRIDE - pad_top)
         x_offsets = (x_row * width + x_left) * channels + c
-        x_ptrs = x_ptr + x_offsets
-        dx_ptrs = dx_ptr + x_offsets
         window = ()
         for _i in tl.static_range((LINES - 1) * SPAN):
             window = window + (tl.zeros([UNITS, BLOCK_C], tl.float32),)
+        # Scalar pointers move down the rows: a tile of pointers that a loop carries changes its layout in every step,
+        # through shared memory.
+        dy_row, x_in_row, dx_row = dy_ptr, x_ptr, dx_ptr
+        if OUT_NORM:
+            y_row = y_ptr
+        else:
+            y_row = dy_ptr
         step = 0
         while step < lead:
             stop = tl.where((row >= 0) & (row < out_height), right, 0)
             line = gradient_line(
-                dy_ptrs, y_ptrs, left, stop, in_channels, channels, gate, q, out_mean, out_gain, out_bias, shift,
-                slant, OUT_NORM, SPAN, LINES,
+                dy_row, y_row, y_offsets, left, stop, in_channels, channels, gate, q, out_mean, out_gain, out_bias,
+                shift, slant, OUT_NORM, SPAN, LINES,
             )  # fmt: skip
             moved = ()
             for i in tl.static_range((LINES - 1) * SPAN):
@@ -195,15 +198,15 @@ def _depthwise_backward_kernel(
                     moved = moved + (line[i - (LINES - 2) * SPAN],)
             window = moved
             row += 1
-            dy_ptrs += out_width * channels
-            y_ptrs += out_width * channels
+            dy_row += out_width * channels
+            y_row += out_width * channels
             step += 1
         step = 0
         while step < band_rows:
             stop = tl.where((row >= 0) & (row < out_height), right, 0)
             line = gradient_line(
-                dy_ptrs, y_ptrs, left, stop, in_channels, channels, gate, q, out_mean, out_gain, out_bias, shift,
-                slant, OUT_NORM, SPAN, LINES,
+                dy_row, y_row, y_offsets, left, stop, in_channels, channels, gate, q, out_mean, out_gain, out_bias,
+                shift, slant, OUT_NORM, SPAN, LINES,
             )  # fmt: skip
             rows = ()
             for i in tl.static_range(LINES * SPAN):
@@ -229,9 +232,11 @@ def _depthwise_backward_kernel(
                     inside = j < stop
                     if j < STRIDE - 1:
                         inside = inside & (j >= -x_left)
-                    x = tl.load(x_ptrs + j * channels, mask=inside & in_channels, other=0.0).to(tl.float32)
+                    x = tl.load(x_in_row + j * channels + x_offsets, mask=inside & in_channels, other=0.0).to(
+                        tl.float32
+                    )
                     dx = dxs[j].to(dx_ptr.dtype.element_ty)
-                    tl.store(dx_ptrs + j * channels, dx, mask=inside & in_channels)
+                    tl.store(dx_row + j * channels + x_offsets, dx, mask=inside & in_channels)
                     if NORM:
                         centred = x - mean
                         x, slope = silu_and_slope(centred * gain + bias)
@@ -250,15 +255,15 @@ def _depthwise_backward_kernel(
                                 dtap += d * inputs[i * STRIDE + kx % STRIDE]
                         added = added + (dtap,)
                 dtaps = added
-                x_ptrs += width * channels
-                dx_ptrs += width * channels
+                x_in_row += width * channels
+                dx_row += width * channels
             moved = ()
             for i in tl.static_range((LINES - 1) * SPAN):
                 moved = moved + (rows[i + SPAN],)
             window = moved
             row += 1
-            dy_ptrs += out_width * channels
-            y_ptrs += out_width * channels
+            dy_row += out_width * channels
+            y_row += out_width * channels
             step += 1
         group += partials
     for i in tl.static_range(K * K):
@@ -290,9 +295,8 @@ class OutNorm(NamedTuple):
 
 
 NO_OUT_NORM = OutNorm()
-# Predicted, not measured: the widest strips that spill nowhere, but for k 3 at stride 1, where 8 columns leave room for
-# two programs a multiprocessor instead of three.
-COLUMNS = {(3, 1): 4, (3, 2): 3, (5, 1): 4, (5, 2): 3}
+# Predicted, not measured: the widest strips that spill nowhere load and activate an element least often.
+COLUMNS = {(3, 1): 4, (3, 2): 3, (5, 1): 3, (5, 2): 2}
 PROGRAMS = 528  # two rounds of what 132 multiprocessors hold at two programs each; each writes k² + 2 sums a channel
 
 
