@@ -140,12 +140,18 @@ def compose(case: Case, v: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
+def one_by_one(rows: Tensor) -> Tensor:
+    """The mean of the rows in their own precision: torch.mean and var_mean of float32 add in float64 on a CPU."""
+    return functools.reduce(torch.add, rows.unbind()) / len(rows)
+
+
 def reductions(case: Case, v: dict[str, Tensor], y: Tensor, dx: Tensor) -> dict[str, Tensor]:
     """Statistics of the stored y, and Σ dz, Σ dz x̂ of the norm before the convolution from the stored dx."""
     if case.mode == "alone":
         return {}
-    var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
-    result = {"mean": mean, "var": var}
+    rows = y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
+    mean = one_by_one(rows)
+    result = {"mean": mean, "var": one_by_one((rows - mean) ** 2)}
     if case.mode == "block":
         vectors = [v[n].clone().requires_grad_() for n in ("bias", "weight")]
         z = F.batch_norm(v["x"], v["mean"], v["var"], vectors[1], vectors[0], False, 0.0, EPS)
