@@ -43,7 +43,7 @@ def test_pictures_are_the_same_every_time() -> None:
         assert not np.array_equal(first, sample.render(name, 4))
         digest.update(first.tobytes())
     # Change VERSION along with this, or old folders will be taken for new ones.
-    assert (sample.VERSION, digest.hexdigest()[:16]) == (1, "96a2950bd6f6ad9b")
+    assert (sample.VERSION, digest.hexdigest()[:16]) == (2, "93850233fbfb411a")
 
 
 def test_made_once_and_found_again(folder: Path) -> None:
@@ -55,7 +55,7 @@ def test_made_once_and_found_again(folder: Path) -> None:
 
 @pytest.fixture
 def one_small_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample, "PATTERNS", {"ring": sample.PATTERNS["ring"], "disc": sample.PATTERNS["disc"]})
+    monkeypatch.setattr(sample, "PATTERNS", {"rings": sample.PATTERNS["rings"], "dots": sample.PATTERNS["dots"]})
     monkeypatch.setattr(sample, "TRAIN_PER_CLASS", 2)
     monkeypatch.setattr(sample, "VAL_PER_CLASS", 1)
 
