@@ -210,9 +210,10 @@ def sum_partials(partial: Tensor) -> Tensor:
     return sums
 
 
-def partial_plan(rows: int, channels: int) -> tuple[L.Tile, int, int, int]:
-    """Tile, channel blocks, rows a program and number of partials of a reduction over all rows."""
+def partial_plan(rows: int, channels: int, *, halved: bool = False) -> tuple[L.Tile, int, int, int]:
+    """Tile (halved or not), channel blocks, rows a program and number of partials of a reduction over all rows."""
     tile = L.tile_for(channels)
+    tile = tile.halved() if halved else tile
     blocks = L.cdiv(channels, tile.block_c)
     step = L.rows_per_program(rows, tile, blocks)
     return tile, blocks, step, L.cdiv(rows, step)

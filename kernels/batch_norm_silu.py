@@ -266,7 +266,7 @@ def aot_specs() -> Iterator[L.KernelSpec]:
         "elementwise",
         ["dy_ptr", "x_ptr", "dx_ptr"],
         variants=[{"TRAINING": True}, {"TRAINING": False}],
-        tiles=[t.halved() for t in L.TILES],
+        halved=True,
     )
 
 

@@ -251,14 +251,13 @@ def bn_drop_connect_backward_op(
     images, channels, height, width = x.shape
     rows, area = x.numel() // channels, height * width
     vec = L.vector_width(channels)
-    tile, blocks, step, partials = partial_plan(rows, channels)
+    half, blocks, step, partials = partial_plan(rows, channels, halved=True)
     partial = L.empty((2, partials, channels), like=x)
     L.launch(
         _bn_drop_connect_reduce_kernel, (blocks * partials,), dy, x, scale, partial, mean, var, eps, area, rows, step,
-        partials, channels // vec, like=x, num_warps=tile.num_warps, **tile.constexprs(vec),
+        partials, channels // vec, like=x, num_warps=half.num_warps, **half.constexprs(vec),
     )  # fmt: skip
     sums = sum_partials(partial)
-    half = tile.halved()
     tiles = L.cdiv(area, half.height)
     L.launch(
         _bn_drop_connect_dx_kernel, (images * tiles * blocks,), dy, x if training else None, scale, dx, sums,
@@ -364,13 +363,15 @@ def aot_specs() -> Iterator[L.KernelSpec]:
         ["x_ptr", "residual_ptr", "y_ptr"],
         variants=[{**a, **b, **c} for a in ({}, no_scale) for b in ({}, no_residual) for c in (norm, no_norm)],
     )
-    yield from L.tile_specs(_bn_drop_connect_reduce_kernel, "reduction", ["dy_ptr", "x_ptr"], variants=[{}, no_scale])
+    yield from L.tile_specs(
+        _bn_drop_connect_reduce_kernel, "reduction", ["dy_ptr", "x_ptr"], variants=[{}, no_scale], halved=True
+    )
     yield from L.tile_specs(
         _bn_drop_connect_dx_kernel,
         "elementwise",
         ["dy_ptr", "x_ptr", "dx_ptr"],
         variants=[{**a, **b} for a in ({}, no_scale) for b in ({"TRAINING": True}, {"TRAINING": False, "x_ptr": None})],
-        tiles=[t.halved() for t in L.TILES],
+        halved=True,
     )
 
 
@@ -382,18 +383,20 @@ def traffic(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, i
     return {"_drop_connect_kernel": 3 * image + scales, "_drop_connect_kernel:backward": 2 * image + scales}
 
 
-def bn_traffic(shape: tuple[int, int, int, int], dtype: torch.dtype, training: bool = True) -> dict[str, int]:
-    """Bytes read and written by each kernel of one `bn_drop_connect_add` with a residual and a scale."""
+def bn_traffic(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, training: bool = True, *, joined: bool = True
+) -> dict[str, int]:
+    """Bytes read and written by each kernel of one `bn_drop_connect_add`, `joined` with a residual and a scale or not."""
     b, c, h, w = shape
     rows = b * h * w
     image = rows * c * dtype.itemsize
-    tile, blocks, _, partials = partial_plan(rows, c)
-    tiles, halves = (b * L.cdiv(h * w, t.height) for t in (tile, tile.halved()))
+    half, blocks, _, partials = partial_plan(rows, c, halved=True)
+    tiles, halves = (b * L.cdiv(h * w, t.height) for t in (L.tile_for(c), half))
     return {
         **(statistics_traffic(shape, dtype) if training else {}),
-        "_drop_connect_kernel": 3 * image + (16 * c + 4 * blocks) * tiles,
-        "_bn_drop_connect_reduce_kernel": 2 * image + 4 * rows * blocks + (8 + 8) * c * partials,
+        "_drop_connect_kernel": (3 if joined else 2) * image + (16 * c + 4 * blocks * joined) * tiles,
+        "_bn_drop_connect_reduce_kernel": 2 * image + 4 * rows * blocks * joined + (8 + 8) * c * partials,
         "_sum_partials_kernel": sum_traffic(2, partials, c),
         "_bn_drop_connect_dx_kernel": (3 if training else 2) * image
-        + ((20 if training else 8) * c + 4 * blocks) * halves,
+        + ((20 if training else 8) * c + 4 * blocks * joined) * halves,
     }

@@ -157,7 +157,9 @@ class Tile:
 TILES = tuple(Tile(block_c=c, rows=1024 // c) for c in (16, 32, 64, 128))
 
 
-RAGGED_TILE = TILES[1]  # where no access is wider than an element: no published architecture has such channel counts
+# Where no access is wider than an element; four rows a thread would spill in fp16. No published architecture has such
+# channel counts.
+RAGGED_TILE = Tile(block_c=32, rows=32, unroll=2)
 
 
 def tile_for(channels: int) -> Tile:
@@ -254,11 +256,10 @@ def tile_specs(
     kind: Literal["elementwise", "reduction"],
     images: Iterable[str],
     variants: Iterable[dict[str, Any]] = ({},),
-    tiles: Iterable[Tile] = TILES,
+    halved: bool = False,
 ) -> Iterator[KernelSpec]:
-    """Every storage dtype × tile × vector width × variant of a kernel that walks tiles."""
-    shapes = [(tile, 8) for tile in tiles]
-    shapes += [(tile, 1) for tile, _ in shapes if tile.block_c == RAGGED_TILE.block_c]
+    """Every storage dtype × tile × vector width × variant of a kernel that walks tiles, or halved ones."""
+    shapes = [(tile.halved() if halved else tile, 8 if tile in TILES else 1) for tile in (*TILES, RAGGED_TILE)]
     variants, images = tuple(variants), tuple(images)
     for dtype in STORAGE_DTYPES.values():
         for variant in variants:

@@ -356,7 +356,7 @@ def aot_specs() -> Iterator[L.KernelSpec]:
             {"NORM": True, "TRAINING": False},
             {**plain, "x_ptr": None, "sums_ptr": None, "TRAINING": False},
         ],
-        tiles=[t.halved() for t in L.TILES],
+        halved=True,
     )
 
 

@@ -50,14 +50,8 @@ def stated(shape: OpShape, dtype: torch.dtype) -> Counter[str]:
     module = importlib.import_module(f"kernels.{FILES.get(shape.op, shape.op)}")
     size = (shape.batch, shape.channels, shape.height, shape.width)
     if shape.op == "bn_drop_connect_add":
-        by_launch = module.bn_traffic(size, dtype)
-        if not (shape.residual and shape.scaled):
-            assert shape.residual == shape.scaled, "the formula is that of the form with both"
-            rows = shape.batch * shape.height * shape.width
-            scales = 4 * rows * launch.cdiv(shape.channels, launch.tile_for(shape.channels).block_c)
-            for name in ("_drop_connect_kernel", "_bn_drop_connect_reduce_kernel", "_bn_drop_connect_dx_kernel"):
-                by_launch[name] -= scales
-            by_launch["_drop_connect_kernel"] -= shape.elements * dtype.itemsize
+        assert shape.residual == shape.scaled, "the formula is that of the form with both or none"
+        by_launch = module.bn_traffic(size, dtype, joined=shape.residual)
     elif shape.squeezed:
         by_launch = module.traffic(size, dtype, shape.squeezed)
     else:
