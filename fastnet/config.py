@@ -195,9 +195,12 @@ FOOD101 = TrainConfig()
 QUICK = replace(
     FOOD101,
     recipe="quick",
-    model=replace(FOOD101.model, resolution=64, dropout=0.1, drop_connect_rate=0.0),
-    optimizer=replace(FOOD101.optimizer, epochs=8, batch_size=32, warmup_epochs=1.0, lr=0.016),
-    run=replace(FOOD101.run, reestimate_bn=20),
+    model=replace(FOOD101.model, resolution=48, dropout=0.0, drop_connect_rate=0.0),
+    augment=replace(FOOD101.augment, scale=(0.6, 1.0), brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0),
+    optimizer=replace(
+        FOOD101.optimizer, epochs=10, batch_size=16, lr=0.003, warmup_epochs=1.0, lr_decay=0.88, decay_epochs=1.0
+    ),
+    run=replace(FOOD101.run, reestimate_bn=40),
 )
 
 RECIPES: dict[str, TrainConfig] = {"food101": FOOD101, "quick": QUICK}
