@@ -200,15 +200,15 @@ def blocks_for(k: int, n: int, prologue: Prologue, epilogue: Epilogue, dtype: to
     A prologue with SiLU is bound by special functions: 32 channels a step waste few lanes on K = 96, 144, 240, 480,
     672, and 128 output channels make it seldom twice. Without it A is narrow and read again from L2 by every block of
     columns: W stays in registers or shared memory and 128 rows amortise a barrier, or 128 columns a read. The sums
-    of a gate need the registers: 64 × 64.
+    of a gate need the registers: 64 × 64. Stages are those at which nothing spills on sm_80, sm_90 and sm_100.
     """
     if dtype == torch.float32:
-        return Blocks(64, 64, 16, 8, 2)
+        return Blocks(64, 64, 16, 8, 3 if prologue == "none" else 2)
     if vector_width(k, n) == 1:
         return Blocks(64, 64, 32, 4, 1)
     wide = n > 64
     if prologue in SILU:
-        return Blocks(64, 128, 32, 8, 3) if wide else Blocks(64, 64, 32, 4, 3)
+        return Blocks(64, 128, 32, 8, 3) if wide else Blocks(64, 64, 32, 4, 4 if prologue == "bn_silu_gate" else 3)
     block_k = max(L.power_of_two(k), 16)
     if epilogue == "gate_sums":
         return Blocks(64, 64, block_k, 4, 2, single=True) if k <= 128 else Blocks(64, 64, 32, 8, 2)
