@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 UV_VERSION := $(shell sed -n 's/^uv==\([0-9.]*\).*/\1/p' requirements.lock)
 
+# Two processes of one thread each: most tests interpret kernels, which no second thread speeds up.
+SPREAD := -n 2 --dist worksteal
+
 .DEFAULT_GOAL := help
 .PHONY: help install train test test-all check bench lint types format lock clean
 
@@ -24,13 +27,13 @@ train: install  ## Train B0 on the generated sample (minutes on two cores) and p
 	$(BIN)/python -m fastnet.train --recipe quick
 
 test: install  ## The tests that continuous integration runs.
-	$(BIN)/python -m pytest tests -m "not full"
+	$(BIN)/python -m pytest tests -m "not full" $(SPREAD)
 
 test-all: install  ## Every test, the full products of shapes and dtypes too.
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests $(SPREAD)
 
 check: install lint types  ## Daily: lint, types and the quick tests (under two minutes).
-	$(BIN)/python -m pytest tests -m "not slow and not full" -q
+	$(BIN)/python -m pytest tests -m "not slow and not full" -q $(SPREAD)
 
 bench: install  ## Benchmarks against timm and torchvision on this machine.
 	$(BIN)/python -m pytest bench --benchmark-only

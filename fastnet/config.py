@@ -198,9 +198,9 @@ QUICK = replace(
     model=replace(FOOD101.model, resolution=48, dropout=0.0, drop_connect_rate=0.0),
     augment=replace(FOOD101.augment, scale=(0.6, 1.0), brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0),
     optimizer=replace(
-        FOOD101.optimizer, epochs=10, batch_size=16, lr=0.003, warmup_epochs=1.0, lr_decay=0.88, decay_epochs=1.0
+        FOOD101.optimizer, epochs=10, batch_size=32, lr=0.002, warmup_epochs=1.0, lr_decay=0.92, decay_epochs=1.0
     ),
-    run=replace(FOOD101.run, reestimate_bn=40),
+    run=replace(FOOD101.run, reestimate_bn=20),
 )
 
 RECIPES: dict[str, TrainConfig] = {"food101": FOOD101, "quick": QUICK}

@@ -21,7 +21,7 @@ class RMSpropTF(torch.optim.Optimizer):
 
     It differs from torch's in three ways: eps stands inside the root, v starts at 1, and the learning rate enters the
     momentum buffer (a later change of lr does not rescale the momentum gathered so far). Weight decay is an L2 term
-    in g. All updates run as multi-tensor (`torch._foreach_*`) operations over a parameter group.
+    in g.
     """
 
     def __init__(
@@ -53,23 +53,29 @@ class RMSpropTF(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            grads = [p.grad for p in params]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p]["square_avg"] = torch.ones_like(p)
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            squares = [self.state[p]["square_avg"] for p in params]
-            moments = [self.state[p]["momentum_buffer"] for p in params]
-            if group["weight_decay"]:
-                grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
-            torch._foreach_mul_(squares, group["decay"])
-            torch._foreach_addcmul_(squares, grads, grads, value=1 - group["decay"])
-            roots = torch._foreach_add(squares, group["eps"])
-            torch._foreach_sqrt_(roots)
-            torch._foreach_mul_(moments, group["momentum"])
-            torch._foreach_addcdiv_(moments, grads, roots, value=group["lr"])
-            torch._foreach_sub_(params, moments)
+            # All at once is few launches on a GPU. On a CPU one tensor at a time stays in the cache between operations:
+            # 17 ms instead of 43 for B0 (one thread of an AMD EPYC).
+            for chosen in [params] if params[0].is_cuda else [[p] for p in params]:
+                self._update(chosen, group)
         return loss
+
+    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        grads = [p.grad for p in params if p.grad is not None]
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["square_avg"] = torch.ones_like(p)
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        squares = [self.state[p]["square_avg"] for p in params]
+        moments = [self.state[p]["momentum_buffer"] for p in params]
+        if group["weight_decay"]:
+            grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
+        torch._foreach_mul_(squares, group["decay"])
+        torch._foreach_addcmul_(squares, grads, grads, value=1 - group["decay"])
+        roots = torch._foreach_add(squares, group["eps"])
+        torch._foreach_sqrt_(roots)
+        torch._foreach_mul_(moments, group["momentum"])
+        torch._foreach_addcdiv_(moments, grads, roots, value=group["lr"])
+        torch._foreach_sub_(params, moments)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

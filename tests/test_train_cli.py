@@ -111,7 +111,7 @@ def test_resume_takes_the_runs_settings_and_lets_some_change(tmp_path: Path) -> 
     assert config.optimizer == dataclasses.replace(QUICK.optimizer, epochs=20)
     assert config.model == QUICK.model
     assert run_folder(config) == run
-    with pytest.raises(UserError, match="--batch-size 7 differs from the 16") as caught:
+    with pytest.raises(UserError, match="--batch-size 7 differs from the 32") as caught:
         parse_arguments(["--resume", str(run), "--batch-size", "7"])
     assert caught.value.exit_status == 2
 

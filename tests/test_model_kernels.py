@@ -1,0 +1,63 @@
+"""The whole model on the Triton kernels against the whole model on PyTorch, over 20 training steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastnet import model as model_file
+from fastnet.model import EfficientNet, ModelConfig, Stage
+
+STEPS = 20
+# Three blocks: without expansion; with, k 5 and stride 2; and one with a residual that can be dropped.
+STAGES = (Stage(1, 3, 1, 16, 1), Stage(6, 5, 2, 24, 2))
+SMALL = ModelConfig(width=0.3, num_classes=5, dropout=0.0, drop_connect_rate=0.5, kernels="torch")
+
+
+class Course(NamedTuple):
+    """losses [STEPS]; gradients: all of a step in one vector, [STEPS, parameters]; running statistics at the end."""
+
+    losses: Tensor
+    gradients: Tensor
+    statistics: Tensor
+
+
+def course(kernels: str, dtype: torch.dtype, device: torch.device) -> Course:
+    """Train from one state, on one sequence of batches and drop-connect scales."""
+    torch.manual_seed(3)
+    config = replace(SMALL, kernels=kernels)  # type: ignore[arg-type]
+    model = EfficientNet(config).to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.SGD(model.parameters(), 0.002, momentum=0.9)
+    generator = torch.Generator().manual_seed(4)
+    losses, gradients = [], []
+    for _ in range(STEPS):
+        images = torch.randn(4, 3, 16, 16, generator=generator).to(device, dtype, memory_format=torch.channels_last)
+        labels = torch.randint(5, (4,), generator=generator).to(device)
+        scales = (torch.rand(len(model.blocks), 4, generator=generator) < 0.7).float() / 0.7
+        loss = F.cross_entropy(model(images, scales.to(device)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach().double().cpu())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double().cpu())
+    statistics = torch.cat([torch.cat([bn.running_mean, bn.running_var]) for bn in model.batch_norms()])
+    return Course(torch.stack(losses), torch.stack(gradients), statistics.double().cpu())
+
+
+@pytest.mark.slow
+def test_twenty_steps_stay_as_close_to_fp64_as_pytorch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_file, "STAGES", STAGES)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    oracle = course("torch", torch.float64, device)
+    pytorch = course("torch", torch.float32, device)
+    triton = course("triton", torch.float32, device)
+    assert oracle.losses[-1] < oracle.losses[0]
+    assert all(torch.isfinite(part).all() for part in triton)
+    for name, exact, theirs, ours in zip(Course._fields, oracle, pytorch, triton, strict=True):
+        allowed = 2 * (theirs - exact).abs().max() + torch.finfo(torch.float32).eps * exact.abs().max()
+        assert (ours - exact).abs().max() <= allowed, name
