@@ -386,7 +386,7 @@ def traffic(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, i
 def bn_traffic(
     shape: tuple[int, int, int, int], dtype: torch.dtype, training: bool = True, *, joined: bool = True
 ) -> dict[str, int]:
-    """Bytes read and written by each kernel of one `bn_drop_connect_add`, `joined` with a residual and a scale or not."""
+    """Bytes read and written by each kernel of one `bn_drop_connect_add`; `joined`: with a residual and a scale."""
     b, c, h, w = shape
     rows = b * h * w
     image = rows * c * dtype.itemsize

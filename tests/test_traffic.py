@@ -13,7 +13,6 @@ import torch
 from bench.cases import DIRECTIONS, OpCase, image_bytes
 from bench.shapes import OpShape, activations, largest, model_shapes
 from bench.traffic import Traffic, count_traffic
-from kernels import launch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted under the interpreter, on a CPU")
 
