@@ -128,10 +128,12 @@ def train() -> int:
     # OpenMP threads that spin while they wait starve the loader's workers and each other as soon as the cores are
     # shared. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
     from rich.console import Console
 
     from fastnet.trainer import Trainer
 
+    torch.set_flush_denormal(True)  # arithmetic on denormals is many times slower on a CPU
     return Trainer(config, folder, Console()).run()
 
 

@@ -85,7 +85,6 @@ class Trainer:
         if config.run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-        torch.set_flush_denormal(True)  # arithmetic on denormals is many times slower on a CPU
         torch.backends.cudnn.benchmark = not config.run.deterministic
 
         arch = architecture(config.model.variant, config.model.scaling)

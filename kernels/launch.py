@@ -157,9 +157,9 @@ class Tile:
 TILES = tuple(Tile(block_c=c, rows=1024 // c) for c in (16, 32, 64, 128))
 
 
-# Where no access is wider than an element; four rows a thread would spill in fp16. No published architecture has such
+# Where no access is wider than an element; a larger tile would spill in fp16. No published architecture has such
 # channel counts.
-RAGGED_TILE = Tile(block_c=32, rows=32, unroll=2)
+RAGGED_TILE = Tile(block_c=32, rows=16, unroll=2)
 
 
 def tile_for(channels: int) -> Tile:
