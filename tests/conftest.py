@@ -1,6 +1,7 @@
 """What every test shares: the interpreter switch, real photos, seeds, two threads."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 # Before anything imports triton: without a GPU the kernels run on CPU tensors through Triton's interpreter.
@@ -8,6 +9,13 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import pytest
 import torch
+
+with suppress(ImportError):  # the tests of kernels on a GPU run without it
+    from hypothesis import settings
+
+    # No test may depend on how fast the machine is.
+    settings.register_profile("fastnet", deadline=None)
+    settings.load_profile("fastnet")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

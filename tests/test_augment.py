@@ -7,15 +7,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms.v2 import RandomResizedCrop
 
 from data_pipeline.augment import Augmentation, color_matrices, epoch_order, eval_params, train_params
-
-# A busy machine is no failure.
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
 
 sides = st.integers(1, 3000)
 seeds = st.integers(-(2**63), 2**63 - 1)
