@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastnet import model as model_file
 from fastnet.model import EfficientNet, ModelConfig, Stage
@@ -61,3 +62,26 @@ def test_twenty_steps_stay_as_close_to_fp64_as_pytorch_does(monkeypatch: pytest.
     for name, exact, theirs, ours in zip(Course._fields, oracle, pytorch, triton, strict=True):
         allowed = 2 * (theirs - exact).abs().max() + torch.finfo(torch.float32).eps * exact.abs().max()
         assert (ours - exact).abs().max() <= allowed, name
+
+
+@pytest.mark.slow
+def test_the_model_compiles_whole_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_file, "STAGES", STAGES)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    model = EfficientNet(replace(SMALL, kernels="triton")).to(device)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=counter)
+    images = torch.randn(2, 3, 16, 16, device=device).contiguous(memory_format=torch.channels_last)
+    for step in range(3):
+        scales = torch.full((len(model.blocks), 2), 1.0 + step, device=device)
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        compiled(images, scales).square().sum().backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        model.load_state_dict(state)
+        model(images, scales).square().sum().backward()
+        for found, p in zip(gradients, model.parameters(), strict=True):
+            torch.testing.assert_close(found, p.grad)
+        model.zero_grad()
+    assert counter.frame_count == 1
