@@ -50,7 +50,7 @@ format: install  ## Let ruff put the files in order.
 	$(BIN)/ruff format .
 
 lock: install  ## Re-resolve requirements.lock (names, versions and hashes; no address).
-	$(BIN)/uv pip compile pyproject.toml --group dev --universal --python-version 3.11 --generate-hashes \
+	$(BIN)/uv pip compile pyproject.toml --group dev --extra onnx --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-header --upgrade -o requirements.lock
 
 clean:  ## Remove the environment and caches.
