@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
-from data_pipeline.errors import DataError, went_bad
+from data_pipeline.errors import BadFiles, DataError
 from data_pipeline.food101 import probe_image
 from data_pipeline.loader import Batch, Loader, Plan, Step
 
@@ -98,14 +98,14 @@ class DaliLoader(Loader):
             raise DataError(f"DALI cannot start on {self.device} ({reason}): use --loader torch.") from error
         return pipe
 
-    def _produce(self, epoch: int, start: int) -> Iterator[Batch]:
+    def _produce(self, epoch: int, numbers: Sequence[int]) -> Iterator[Batch]:
         if self._pipe is None:
             self._pipe = self._start()
         else:
             self._rewind()
         source = self._source
-        source.positions.extend((epoch, batch) for batch in range(start, self.steps_per_epoch))
-        for _ in range(start, self.steps_per_epoch):
+        source.positions.extend((epoch, number) for number in numbers)
+        for _ in numbers:
             pixels = self._run()
             yield self._batch(pixels, source.under_way.popleft())
 
@@ -119,10 +119,13 @@ class DaliLoader(Loader):
             (output,) = self._pipe.run(torch.cuda.current_stream(self.device))
             return torch.from_dlpack(output.as_tensor()).clone()
         except RuntimeError as error:
-            # A file that cannot be decoded ends the pipeline object: the next pass builds another.
+            # A file that cannot be decoded ends the pipeline object: the next call builds another.
             failed = list(self._source.under_way)
-            self.close()
-            raise DataError(self._explain(failed, error)) from error
+            self._drop()
+            if bad := self._bad_files(failed):
+                raise BadFiles(bad) from None
+            reason = " ".join(str(error).split())[:300]
+            raise DataError(f"DALI stopped ({reason}): use --loader torch, which names the file.") from error
 
     def _rewind(self) -> None:
         """Drop what an unfinished pass left under way, a few batches at most, and start over."""
@@ -137,20 +140,18 @@ class DaliLoader(Loader):
             self._drop()
             self._pipe = self._start()
 
-    def _explain(self, steps: list[Step], error: RuntimeError) -> str:
-        """DALI does not name the file: find it among those under way."""
-        split = self.plan.split
-        for index in (index for step in steps for index in step.indices):
+    def _bad_files(self, steps: list[Step]) -> dict[int, str]:
+        """DALI does not name the file: find those among the images under way that changed."""
+        split, bad = self.plan.split, {}
+        for index in (int(index) for step in steps for index in step.indices):
             path, (width, height) = split.paths[index], split.sizes[index]
             try:
                 now = probe_image(path)[:2]
-                changed = f"it was {width} x {height} pixels and is {now[0]} x {now[1]} now"
-                reason = "" if now == (width, height) else changed
+                if now != (width, height):
+                    bad[index] = f"it was {width} x {height} pixels and is {now[0]} x {now[1]} now"
             except DataError as found:
-                reason = str(found)
-            if reason:
-                return went_bad(path, reason)
-        return f"DALI stopped ({' '.join(str(error).split())[:300]}): use --loader torch, which names the file."
+                bad[index] = str(found)
+        return bad
 
     def close(self) -> None:
         super().close()

@@ -1,12 +1,20 @@
-"""The contract of a loader, whichever backend fills it: what is in each batch, and the last step that all share."""
+"""The contract of a loader, whichever backend fills it: what is in each batch, and the last step that all share.
+
+A file that goes bad during a run is quarantined: named once, and never asked for again. In training its row goes to
+another image, so that the number and shape of batches stay: to the images that the epoch would have left out with its
+incomplete last batch, in their order; only when those are used up, to the epoch's first ones once more. Evaluation
+leaves it out, and its batch is one image smaller. Who is in which batch is a function of (seed, epoch, the set of
+quarantined images) alone, so a loader that meets a bad file starts again from the batch that it was about to give.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -24,8 +32,13 @@ from data_pipeline.augment import (
     eval_params,
     train_params,
 )
-from data_pipeline.errors import DataError
+from data_pipeline.errors import BadFiles, DataError
 from data_pipeline.food101 import Index, Split
+
+# Files that may go bad before it is the disk that is to blame, at most half of a split: this many, or 1 %.
+QUARANTINE_LIMIT, QUARANTINE_SHARE = 8, 0.01
+
+_log = logging.getLogger("data_pipeline")
 
 
 class Batch(NamedTuple):
@@ -47,7 +60,8 @@ class Plan:
     """What every batch of every epoch holds, before a file is opened. Cheap to copy into another process.
 
     Training visits the images in the order of `epoch_order(seed, epoch)` and drops the last, incomplete batch;
-    evaluation visits each image once, in the index's order, and its last batch is shorter.
+    evaluation visits each image once, in the index's order, and its last batch is shorter. Quarantined images are
+    replaced as the top of this file says.
     """
 
     split: Split
@@ -56,9 +70,11 @@ class Plan:
     seed: int
     train: bool
     augmentation: Augmentation
+    quarantined: frozenset[int] = field(default_factory=frozenset)
+    """Positions in the split of images that are not asked for any more."""
 
     def __post_init__(self) -> None:
-        self._order: tuple[int, NDArray[np.int64]] | None = None
+        self._order: tuple[object, NDArray[np.int64]] | None = None
 
     @property
     def steps(self) -> int:
@@ -71,20 +87,39 @@ class Plan:
         return 0 if self.train else EVAL_MARGIN
 
     def step(self, epoch: int, batch: int) -> Step:
+        rows = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
         if not self.train:
-            indices = np.arange(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.split)))
+            indices = np.arange(len(self.split))[rows]
+            indices = indices[~self._is_quarantined(indices)]
             return Step(indices, eval_params(self.split.sizes[indices], self.resolution))
-        if self._order is None or self._order[0] != epoch:
-            self._order = epoch, epoch_order(self.seed, epoch, len(self.split))
-        indices = self._order[1][batch * self.batch_size : (batch + 1) * self.batch_size]
+        indices = self.order(epoch)[rows]
         sizes = self.split.sizes[indices]
         return Step(indices, train_params(self.augmentation, self.seed, epoch, indices, sizes))
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """[steps * batch_size]: the images of a training epoch, one batch after another."""
+        key = (epoch, self.quarantined)
+        if self._order is None or self._order[0] != key:
+            order = epoch_order(self.seed, epoch, len(self.split))
+            used, rest = np.split(order, [self.steps * self.batch_size])
+            bad = self._is_quarantined(used)
+            if bad.any():
+                spare = np.concatenate([rest, used])
+                used = used.copy()
+                used[bad] = np.resize(spare[~self._is_quarantined(spare)], int(bad.sum()))
+            self._order = key, used
+        return self._order[1]
+
+    def _is_quarantined(self, indices: NDArray[np.int64]) -> NDArray[np.bool_]:
+        return np.isin(indices, np.fromiter(self.quarantined, np.int64, len(self.quarantined)))
 
 
 class Loader(ABC):
     """Batches of one split on one device. Its whole state is a position: (epoch, batch)."""
 
     backend: str
+    quarantined: list[tuple[str, str]]
+    """(path, reason) of every file that went bad since it was indexed, in the order in which they were found."""
 
     def __init__(self, plan: Plan, device: str | torch.device, workers: int) -> None:
         self.plan = plan
@@ -92,25 +127,67 @@ class Loader(ABC):
         self.workers = workers
         self.num_images = len(plan.split)
         self.steps_per_epoch = plan.steps
+        self.quarantined = []
         self._passes = 0
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on; starting a pass ends an unfinished earlier one.
 
+        Files that went bad since they were indexed are quarantined, named in a warning of the logger "data_pipeline"
+        and in `quarantined`.
+
         Raises:
-            DataError: a file went bad since it was indexed; the message names it.
+            DataError: so many files went bad that the disk or the data set must be gone.
             RuntimeError: this pass is asked for more after another one started.
         """
         self._passes += 1
         this = self._passes
-        for batch in self._produce(epoch, start):
-            yield batch
-            if this != self._passes:
-                raise RuntimeError("this pass over the loader ended when another one started or the loader was closed")
+        while True:
+            # An evaluation batch may have lost its only image.
+            numbers = [
+                n for n in range(start, self.steps_per_epoch) if self.plan.train or len(self.plan.step(epoch, n)[0])
+            ]
+            try:
+                for number, batch in zip(numbers, self._produce(epoch, numbers), strict=True):
+                    yield batch
+                    if this != self._passes:
+                        raise RuntimeError(
+                            "this pass over the loader ended when another one started or the loader was closed"
+                        )
+                    start = number + 1
+                return
+            except BadFiles as bad:
+                self.quarantine(bad.reasons)
+
+    def quarantine(self, reasons: dict[int, str]) -> None:
+        """Never ask for these images (position in the split -> why) again.
+
+        Raises:
+            DataError: they are too many for an accident.
+        """
+        for index, reason in reasons.items():
+            if index in self.plan.quarantined:
+                continue
+            path = self.plan.split.paths[index]
+            self.quarantined.append((path, reason))
+            self.plan.quarantined |= {index}
+            _log.warning("%s can no longer be decoded (%s): it is left out from here on.", path, reason)
+        count, limit = len(self.plan.quarantined), max(QUARANTINE_LIMIT, QUARANTINE_SHARE * self.num_images)
+        if count > min(limit, self.num_images / 2):
+            path, reason = self.quarantined[-1]
+            raise DataError(
+                f"{count} of {self.num_images} images can no longer be decoded, the last {path} ({reason}): "
+                "check the disk and the data set, and continue with --resume."
+            )
 
     @abstractmethod
-    def _produce(self, epoch: int, start: int) -> Iterator[Batch]:
-        """`batches`, where no other pass is under way."""
+    def _produce(self, epoch: int, numbers: Sequence[int]) -> Iterator[Batch]:
+        """The batches of these numbers, one each, where no other pass is under way.
+
+        Raises:
+            BadFiles: instead of a batch that holds them; they may also lie in a later batch that is under way. It is
+                called again afterwards, from the batch that it did not give.
+        """
 
     def close(self) -> None:
         """Give back threads, processes and buffers, and end an unfinished pass; `batches` starts them again."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,27 +14,33 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms.v2 import functional as F
 
-from data_pipeline.errors import DataError, went_bad
+from data_pipeline.errors import BadFiles, DataError
 from data_pipeline.loader import Batch, Loader, Plan, Step
 
 
 class _Prepared(NamedTuple):
-    """What a worker hands over: 8-bit pixels [B, 3, R, R] and what they are; or the error that it met."""
+    """What a worker hands over: 8-bit pixels [B, 3, R, R] and what they are; or the files that it could not read."""
 
     pixels: Tensor
     step: Step
-    error: str
+    bad: dict[int, str]
+
+
+# Epoch, batch, and the images that are quarantined, of which a worker learns no other way.
+_Position = tuple[int, int, frozenset[int]]
 
 
 class _Batches(Dataset[_Prepared]):
-    """Maps (epoch, batch) to a prepared batch."""
+    """Maps a position to a prepared batch."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
-    def __getitem__(self, position: tuple[int, int]) -> _Prepared:
+    def __getitem__(self, position: _Position) -> _Prepared:
         split, side, margin = self.plan.split, self.plan.resolution, self.plan.margin
-        step = self.plan.step(*position)
+        epoch, number, self.plan.quarantined = position
+        step = self.plan.step(epoch, number)
+        bad: dict[int, str] = {}
         pixels = torch.empty(len(step.indices), 3, side, side, dtype=torch.uint8)
         for row, index in enumerate(step.indices):
             try:
@@ -43,11 +49,11 @@ class _Batches(Dataset[_Prepared]):
                 view = window(split.paths[index], orientation, split.sizes[index], box, side + 2 * margin)
             except (RuntimeError, OSError) as error:
                 # Handed over, not raised: DataLoader would wrap the sentence in the worker's traceback.
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                return _Prepared(pixels, step, went_bad(split.paths[index], reason))
+                bad[int(index)] = str(error).splitlines()[0] if str(error) else type(error).__name__
+                continue
             view = view[:, margin : margin + side, margin : margin + side]
             pixels[row] = view.flip(-1) if step.params.flips[row] else view
-        return _Prepared(pixels, step, "")
+        return _Prepared(pixels, step, bad)
 
 
 def window(path: str, orientation: int, size: NDArray[np.int32], box: NDArray[np.int32], side: int) -> Tensor:
@@ -77,13 +83,13 @@ def upright(image: Tensor, orientation: int) -> Tensor:
     return image
 
 
-class _Positions(Sampler[tuple[int, int]]):
+class _Positions(Sampler[_Position]):
     """The positions that are asked for next; set before each pass, read by the DataLoader in this process."""
 
     def __init__(self) -> None:
-        self.positions: list[tuple[int, int]] = []
+        self.positions: list[_Position] = []
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[_Position]:
         return iter(self.positions)
 
     def __len__(self) -> int:
@@ -124,15 +130,15 @@ class TorchLoader(Loader):
             generator=torch.Generator(),
         )
 
-    def _produce(self, epoch: int, start: int) -> Iterator[Batch]:
+    def _produce(self, epoch: int, numbers: Sequence[int]) -> Iterator[Batch]:
         if self._loader is None:
             self._loader = self._start()
-        self._positions.positions = [(epoch, batch) for batch in range(start, self.steps_per_epoch)]
+        self._positions.positions = [(epoch, number, self.plan.quarantined) for number in numbers]
         self._passing = iter(self._loader)
         for _ in range(len(self._positions)):
             prepared = self._next()
-            if prepared.error:
-                raise DataError(prepared.error)
+            if prepared.bad:
+                raise BadFiles(prepared.bad)
             yield self._batch(prepared.pixels, prepared.step)
 
     def _next(self) -> _Prepared:

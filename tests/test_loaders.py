@@ -1,20 +1,26 @@
 """Both loaders keep one contract: same images in the same order whatever the workers, backend and point of start."""
 
 import io
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from data_pipeline import Augmentation, Batch, DataError, Index, Loader, build_index, loader, make_loader
-from data_pipeline.augment import IMAGENET_MEAN, IMAGENET_STD, train_params
+from data_pipeline.augment import IMAGENET_MEAN, IMAGENET_STD, epoch_order, train_params
+from data_pipeline.food101 import Split
+from data_pipeline.loader import Plan
 from data_pipeline.torch_loader import upright
 
 BACKENDS = [
@@ -223,35 +229,100 @@ def test_upright_is_pils_rotation() -> None:
         assert torch.equal(upright(pixels, orientation), torch.from_numpy(np.array(turned)).permute(2, 0, 1))
 
 
+def two_folders(root: Path, each: int = 4) -> Index:
+    for split in ("train", "val"):
+        for at, name in enumerate(("a", "b")):
+            (root / split / name).mkdir(parents=True)
+            for number in range(each):
+                (root / split / name / f"{number}.jpg").write_bytes(jpeg(at * each + number))
+    return build_index(root, cache_dir=root / "cache")
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "gone": lambda path: path.unlink(),
+    "garbage": lambda path: path.write_bytes(b"x" * 999),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "other size": lambda path: Image.new("RGB", (9, 9)).save(path),
+}
+
+
 @pytest.mark.parametrize(("backend", "workers"), [("torch", 0), ("torch", 2), ("dali", 1)])
-@pytest.mark.parametrize("damage", ["gone", "garbage", "truncated", "other size"])
-def test_a_file_that_goes_bad_is_named(tmp_path: Path, backend: str, workers: int, damage: str) -> None:
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_file_that_goes_bad_is_named_and_left_out(
+    tmp_path: Path, backend: str, workers: int, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """8 images in batches of 3: training leaves two over, of which the first takes the bad one's row."""
     if backend == "dali":
         pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    for split in ("train", "val"):
-        for name in ("a", "b"):
-            (tmp_path / split / name).mkdir(parents=True)
-            for number in range(4):
-                (tmp_path / split / name / f"{number}.jpg").write_bytes(jpeg(number))
-    index = build_index(tmp_path, cache_dir=tmp_path / "cache")
-    made = make(index, "val", backend=backend, workers=workers, batch_size=3)
-    before = everything(made)
-    bad = Path(index.splits["val"].paths[4])
-    good = bad.read_bytes()
-    bad.unlink()
-    if damage != "gone":
-        bad.write_bytes({"garbage": b"x" * 999, "truncated": good[: len(good) // 2], "other size": jpeg(1)}[damage])
-        if damage == "other size":
-            Image.new("RGB", (9, 9)).save(bad)
-    with pytest.raises(DataError) as caught:
-        everything(made)
-    message = str(caught.value)
-    assert str(bad) in message
-    assert message.endswith("restore or remove the file and continue with --resume.")
-    assert "\n" not in message
-    bad.write_bytes(good)
-    assert same(everything(made), before)  # the loader survives
+    index = two_folders(tmp_path)
+    made = {split: make(index, split, backend=backend, workers=workers, batch_size=3) for split in ("train", "val")}
+    before = {split: everything(one) for split, one in made.items()}
+    order = epoch_order(3, 0, 8)
+    bad = {"train": int(order[4]), "val": 4}
+    DAMAGES[damage](Path(index.splits["train"].paths[bad["train"]]))
+    DAMAGES[damage](Path(index.splits["val"].paths[bad["val"]]))
+
+    train = everything(made["train"])
+    assert same(train[:1], before["train"][:1])
+    assert torch.equal(train[1].images[[0, 2]], before["train"][1].images[[0, 2]])
+    assert not torch.equal(train[1].images[1], before["train"][1].images[1])
+    assert made["train"].plan.order(0).tolist() == [*order[:4], order[6], order[5]]
+    assert train[1].labels.tolist() == index.splits["train"].labels[[order[3], order[6], order[5]]].tolist()
+
+    val = everything(made["val"])
+    assert [len(batch.labels) for batch in val] == [3, 2, 2]
+    assert same([val[0], val[2]], [before["val"][0], before["val"][2]])
+    assert torch.equal(val[1].images, before["val"][1].images[[0, 2]])
+
+    for split, one in made.items():
+        path = index.splits[split].paths[bad[split]]
+        assert [name for name, _ in one.quarantined] == [path]
+        (said,) = (record.getMessage() for record in caplog.records if path in record.getMessage())
+        assert "\n" not in said
+        assert same(everything(one), train if split == "train" else val)
+        assert len(one.quarantined) == 1
+        one.close()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_data_set_that_vanishes_stops_the_run_in_one_sentence(tmp_path: Path, backend: str) -> None:
+    index = two_folders(tmp_path, each=12)
+    made = make(index, backend=backend, batch_size=4)
+    batches = made.batches(0)
+    next(batches)
+    shutil.rmtree(tmp_path / "train")
+    with pytest.raises(DataError, match="of 24 images can no longer be decoded") as caught:
+        list(batches)
+    assert str(tmp_path / "train") in str(caught.value)
+    assert str(caught.value).endswith("continue with --resume.")
     made.close()
+
+
+@given(
+    n=st.integers(1, 40), size=st.integers(1, 12), epoch=st.integers(0, 3), bad=st.sets(st.integers(0, 39), max_size=12)
+)
+def test_quarantine_changes_no_other_row(n: int, size: int, epoch: int, bad: set[int]) -> None:
+    """Nothing is seen twice while there are images to spare, nothing but the bad ones is lost, and who is found first
+    makes no difference."""
+    bad = {index for index in bad if index < n}
+    if 2 * len(bad) > n or n < size:
+        return
+    split = Split(("",) * n, np.zeros(n, np.int64), np.full((n, 2), 40, np.int32), np.ones(n, np.uint8))
+    whole = Plan(split, 8, size, 1, True, Augmentation()).order(epoch)
+    plan = Plan(split, 8, size, 1, True, Augmentation(), frozenset(bad))
+    order = plan.order(epoch)
+    good = ~np.isin(whole, list(bad))
+    assert (order[good] == whole[good]).all()
+    assert not set(order.tolist()) & bad
+    repeats = len(order) - len(set(order.tolist()))
+    assert repeats == max(0, len(order) - (n - len(bad)))
+    seen: list[int] = []  # as a loader finds them, one after another
+    growing = Plan(split, 8, size, 1, True, Augmentation())
+    for at in range(len(order)):
+        while (image := int(growing.order(epoch)[at])) in bad:
+            growing.quarantined |= {image}
+        seen.append(image)
+    assert seen == order.tolist()
 
 
 def test_a_worker_that_dies_is_reported(index: Index) -> None:
