@@ -32,8 +32,8 @@ class ModelOptions:
     drop_connect_rate: float | None = None
     """Stochastic depth: block i of N is dropped with probability rate*i/N. Default: the variant's, 0.2 to 0.5."""
     pretrained: str | None = None
-    """Weights to start from: a .safetensors or .pth file of fastnet, torchvision or timm. Sets the padding, BN eps
-    and momentum that the weights were trained with."""
+    """Weights to start from: imagenet (torchvision's published file of the variant, fetched once), or a .safetensors or
+    .pth file of fastnet, torchvision or timm. Sets the padding, BN eps and momentum that they were trained with."""
     weights_style: Literal["fastnet", "torchvision", "timm", "timm_tf"] | None = None
     """Where --pretrained comes from, when the file itself does not tell."""
     kernels: Literal["auto", "triton", "torch"] = "auto"

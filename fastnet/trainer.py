@@ -33,6 +33,7 @@ from fastnet.optim import (
     optimizer_tensors,
     set_learning_rate,
 )
+from fastnet.pretrained import pretrained_file
 from fastnet.scaling import architecture
 from fastnet.step import TrainStep
 from fastnet.weights import load_weights, save_weights
@@ -139,7 +140,8 @@ class Trainer:
         loaded = None
         if options.pretrained:
             try:
-                loaded = load_weights(options.pretrained, style=options.weights_style)
+                file = pretrained_file(options.pretrained, options.variant)
+                loaded = load_weights(file, style=options.weights_style)
             except (ValueError, OSError) as error:
                 raise UserError(f"--pretrained {options.pretrained}: {error}") from error
             source = loaded.config
@@ -189,6 +191,7 @@ class Trainer:
             "scaler": self.step.scaler.state_dict(),
             "model": dataclasses.asdict(self.model.config),
             "classes": list(self.index.classes),
+            "resolution": self.resolution,
             "data_fingerprint": self.index.fingerprint,
         }
         save_checkpoint(self.folder / "last.safetensors", self.model.state_dict(), training, metadata)
@@ -340,7 +343,9 @@ class Trainer:
         self.metrics.write(kind="eval", **values)
         if result.top1 > progress.best_top1:
             progress.best_top1, progress.best_epoch = result.top1, progress.epoch
-            save_weights(self.folder / "best.safetensors", self.model)
+            save_weights(
+                self.folder / "best.safetensors", self.model, classes=self.index.classes, resolution=self.resolution
+            )
         progress.epoch += 1
         progress.step_in_epoch = 0
 

@@ -18,7 +18,7 @@ import json
 import pickle
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -39,12 +39,15 @@ Style = Literal["fastnet", "torchvision", "timm", "timm_tf"]
 class LoadedWeights:
     """``EfficientNet(config).load_state_dict(state_dict)`` is the model that the file holds.
 
-    state_dict: fastnet's names, on the CPU. style: whose file it was.
+    state_dict: fastnet's names, on the CPU. style: whose file it was. classes, resolution (pixels): what it was
+    trained to tell apart and at which size, where the file says so.
     """
 
     state_dict: dict[str, Tensor]
     config: ModelConfig
     style: Style
+    classes: tuple[str, ...] | None = None
+    resolution: int | None = None
 
 
 def load_weights(path: str | Path, *, style: Style | None = None) -> LoadedWeights:
@@ -68,18 +71,28 @@ def load_weights(path: str | Path, *, style: Style | None = None) -> LoadedWeigh
     # A whole checkpoint will do as well: its optimizer and the like stay behind.
     weights, _, metadata = load_checkpoint(path)
     # How to run is the caller's choice and no property of the weights.
-    return LoadedWeights(weights, ModelConfig(**metadata["model"] | {"kernels": "auto"}), "fastnet")
+    config = ModelConfig(**metadata["model"] | {"kernels": "auto"})
+    classes = tuple(metadata["classes"]) if metadata.get("classes") else None
+    return LoadedWeights(weights, config, "fastnet", classes, metadata.get("resolution"))
 
 
-def save_weights(path: str | Path, model: EfficientNet) -> None:
+def save_weights(
+    path: str | Path, model: EfficientNet, *, classes: Sequence[str] | None = None, resolution: int | None = None
+) -> None:
     """Write the model's tensors and ModelConfig to ``path`` (.safetensors), atomically; the config also as .json.
 
+    With the class names and the resolution in pixels the file needs no run beside it to predict.
     Raises ValueError for another suffix, UserError where the file cannot be written.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"weights are saved as .safetensors, not as {path.name}: change the file's suffix.")
-    save_checkpoint(path, model.state_dict(), {}, {"model": dataclasses.asdict(model.config)})
+    metadata: dict[str, Any] = {"model": dataclasses.asdict(model.config)}
+    if classes is not None:
+        metadata["classes"] = list(classes)
+    if resolution is not None:
+        metadata["resolution"] = resolution
+    save_checkpoint(path, model.state_dict(), {}, metadata)
 
 
 def from_torchvision(state_dict: Mapping[str, Tensor]) -> LoadedWeights:

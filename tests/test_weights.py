@@ -326,3 +326,13 @@ def test_save_weights_refuses(tmp_path: Path) -> None:
 def test_from_timm_wants_to_know_which(timm_state: dict[str, Tensor]) -> None:
     with pytest.raises(ValueError, match="must be 'timm' or 'timm_tf'"):
         from_timm(timm_state, "torchvision")
+
+
+def test_a_file_may_carry_class_names_and_resolution(tmp_path: Path) -> None:
+    model = efficientnet("b0", num_classes=2)
+    save_weights(tmp_path / "w.safetensors", model)
+    bare = load_weights(tmp_path / "w.safetensors")
+    assert (bare.classes, bare.resolution) == (None, None)
+    save_weights(tmp_path / "w.safetensors", model, classes=["pie", "soup"], resolution=64)
+    loaded = load_weights(tmp_path / "w.safetensors")
+    assert (loaded.classes, loaded.resolution) == (("pie", "soup"), 64)
