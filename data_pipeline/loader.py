@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline.augment import (
+    CROP_FRACTION,
     EVAL_MARGIN,
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -72,6 +73,8 @@ class Plan:
     augmentation: Augmentation
     quarantined: frozenset[int] = field(default_factory=frozenset)
     """Positions in the split of images that are not asked for any more."""
+    crop_fraction: float = CROP_FRACTION
+    """Share of the short side that evaluation looks at."""
 
     def __post_init__(self) -> None:
         self._order: tuple[object, NDArray[np.int64]] | None = None
@@ -91,7 +94,7 @@ class Plan:
         if not self.train:
             indices = np.arange(len(self.split))[rows]
             indices = indices[~self._is_quarantined(indices)]
-            return Step(indices, eval_params(self.split.sizes[indices], self.resolution))
+            return Step(indices, eval_params(self.split.sizes[indices], self.resolution, self.crop_fraction))
         indices = self.order(epoch)[rows]
         sizes = self.split.sizes[indices]
         return Step(indices, train_params(self.augmentation, self.seed, epoch, indices, sizes))
@@ -254,12 +257,14 @@ def make_loader(
     augmentation: Augmentation | None,
     device: str | torch.device = "cpu",
     workers: int,
+    crop_fraction: float = CROP_FRACTION,
 ) -> Loader:
     """A loader of `index.splits[split]` that gives square images of `resolution` pixels on `device`.
 
     "auto" is DALI on a GPU where it is installed, and torch elsewhere: bench/bench_loader.py measures which is the
     faster on a CPU. augmentation: None is `Augmentation()`; evaluation (train=False) uses none.
     workers: threads of DALI, or processes of the torch loader (0: none, in this process).
+    crop_fraction: share of the short side that evaluation looks at, in its centre.
 
     Raises:
         DataError: "dali" where DALI is not installed or cannot start.
@@ -270,12 +275,22 @@ def make_loader(
             "resolution and batch_size must be positive and workers not negative, "
             f"got {resolution}, {batch_size} and {workers}"
         )
+    if not 0 < crop_fraction <= 1:
+        raise ValueError(f"crop_fraction must be more than 0 and at most 1, got {crop_fraction}")
     if backend not in ("auto", "dali", "torch"):
         raise ValueError(f'backend must be "auto", "dali" or "torch", got "{backend}"')
     device = torch.device(device)
     if backend == "auto":
         backend = "dali" if device.type == "cuda" and dali_installed() else "torch"
-    plan = Plan(index.splits[split], resolution, batch_size, seed, train, augmentation or Augmentation())
+    plan = Plan(
+        index.splits[split],
+        resolution,
+        batch_size,
+        seed,
+        train,
+        augmentation or Augmentation(),
+        crop_fraction=crop_fraction,
+    )
     if backend == "torch":
         from data_pipeline.torch_loader import TorchLoader
 
