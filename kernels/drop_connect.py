@@ -184,6 +184,20 @@ def _apply(
     return y
 
 
+def reduce_sums(dy: Tensor, x: Tensor, scale: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """Σ dz and Σ dz x̂ of the norm of x, [2, C]; dy and x are channels_last."""
+    channels = x.shape[1]
+    rows, vec = x.numel() // channels, L.vector_width(channels)
+    half, blocks, step, partials = partial_plan(rows, channels, halved=True)
+    partial = L.empty((2, partials, channels), like=x)
+    L.launch(
+        _bn_drop_connect_reduce_kernel, (blocks * partials,), dy, x, scale, partial, mean, var, eps,
+        rows // x.shape[0], rows, step, partials, channels // vec,
+        like=x, num_warps=half.num_warps, **half.constexprs(vec),
+    )  # fmt: skip
+    return sum_partials(partial)
+
+
 @torch.library.custom_op(
     "fastnet::drop_connect_add",
     mutates_args=(),
@@ -247,21 +261,15 @@ def bn_drop_connect_backward_op(
 ) -> tuple[Tensor, Tensor]:
     """dx and [dbias, dweight] as [2, C]."""
     dy, x = L.nhwc(dy), L.nhwc(x)
+    sums = reduce_sums(dy, x, scale, mean, var, eps)
     dx = L.empty_image(x)
     images, channels, height, width = x.shape
-    rows, area = x.numel() // channels, height * width
-    vec = L.vector_width(channels)
-    half, blocks, step, partials = partial_plan(rows, channels, halved=True)
-    partial = L.empty((2, partials, channels), like=x)
-    L.launch(
-        _bn_drop_connect_reduce_kernel, (blocks * partials,), dy, x, scale, partial, mean, var, eps, area, rows, step,
-        partials, channels // vec, like=x, num_warps=half.num_warps, **half.constexprs(vec),
-    )  # fmt: skip
-    sums = sum_partials(partial)
-    tiles = L.cdiv(area, half.height)
+    area, vec = height * width, L.vector_width(channels)
+    half = L.tile_for(channels).halved()
+    tiles, blocks = L.cdiv(area, half.height), L.cdiv(channels, half.block_c)
     L.launch(
         _bn_drop_connect_dx_kernel, (images * tiles * blocks,), dy, x if training else None, scale, dx, sums,
-        mean, var, weight, eps, 1.0 / rows, area, tiles, channels // vec,
+        mean, var, weight, eps, 1.0 / (images * area), area, tiles, channels // vec,
         like=x, num_warps=half.num_warps, TRAINING=training, **half.constexprs(vec),
     )  # fmt: skip
     return dx, sums

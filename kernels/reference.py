@@ -7,9 +7,14 @@ precision; every function returns `x.dtype`. In autocast the two SE products run
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from kernels.mbconv import ConvNorm, Excite
 
 
 def squeeze_excite(x: Tensor, w_reduce: Tensor, b_reduce: Tensor, w_expand: Tensor, b_expand: Tensor) -> Tensor:
@@ -92,3 +97,30 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, *, stride: int, padding: str) ->
         x = F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
         pads = 0
     return F.conv2d(x, weight.to(x.dtype), None, stride, pads, 1, x.shape[1])
+
+
+def mbconv(
+    x: Tensor,
+    expand: ConvNorm | None,
+    depthwise: ConvNorm,
+    excite: Excite,
+    project: ConvNorm,
+    scale: Tensor | None,
+    *,
+    stride: int,
+    padding: str,
+    residual: bool,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Tan & Le 2019, section 4 (MBConv of Sandler et al. 2018 with squeeze-and-excitation), convolution by
+    convolution."""
+    norm = {"training": training, "momentum": momentum, "eps": eps}
+    a = x
+    if expand is not None:
+        a = bn_silu(F.conv2d(x, expand.weight.to(x.dtype)), *expand[1:], **norm)
+    d = depthwise_conv2d(a, depthwise.weight, stride=stride, padding=padding)
+    a = bn_silu_squeeze_excite(d, *depthwise[1:], *excite, **norm)
+    p = F.conv2d(a, project.weight.to(a.dtype))
+    return bn_drop_connect_add(p, x if residual else None, scale, *project[1:], **norm)

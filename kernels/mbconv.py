@@ -1,0 +1,207 @@
+"""A whole training-mode MBConv: what each batch norm needs is reduced where its input is made, and applied where it is
+read, so nothing normalised or activated ever reaches memory.
+
+    E = x W1ᵀ                D = depthwise(silu(BN1(E)))        g = gate(mean_HW silu(BN2(D)))   (kernels.excite)
+    P = (silu(BN2(D)) g) W3ᵀ                                    y = scale[b] BN3(P) (+ x where the block has a residual)
+
+A block without expansion has x for silu(BN1(E)). Saved for backward: x, E, D, P, [C] and [B, C] vectors, weights.
+
+Schedule, with passes over x, E, D, P (y and its gradient are of P's size), a hat for a normalised value, σ' for SiLU's
+derivative, dA and dA1 for the gradients of silu(BN2(D)) g and silu(BN1(E)):
+
+    F1  expand             x → E, statistics of E in its epilogue
+    F2  depthwise          E → D, BN1 and SiLU as it loads, statistics of D
+    F3  squeeze            D → per image Σ a, Σ σ', Σ σ' d̂
+    F4  excite             pooled vectors → gate; one launch
+    F5  project            D → P, BN2, SiLU and gate as it loads, statistics of P
+    F6  join               P (, x) → y
+    B1  join backward      dy, P → Σ dz, Σ dz p̂ of BN3, dz = scale[b] dy
+    B2  project backward   dy, P, D → dA, per image Σ dA a, Σ dA σ', Σ dA σ' d̂; and dy, P, D → dW3
+    B3  excite backward    vectors → dWr, dbr, dWe, dbe and q, what a pixel receives through the mean
+    B4  combine            Σ dz = Σ_b (g Σ dA σ' + q Σ σ'), Σ dz d̂ alike: BN2's sums without a pass over memory
+    B5  depthwise backward dA, D, E → dA1, dtaps, and in its epilogue (B6) Σ dz, Σ dz ê of BN1
+    B7  expand backward    dA1, E (, dy) → dx; and dA1, E, x → dW1
+
+    forward    x + 2 E + 3 D + 3 P (+ x)                        backward    x + 6 E + 6 D + 6 P + x (+ dy)
+
+in elements, vectors and partials aside; `bench.traffic` counts every byte. Unfused PyTorch moves 6 E + 9 D + 6 P or
+more forward and twice that backward. The two halves of B2 and of B7 read the same tensors twice: one kernel for both
+would save dy + P + D and dA1 + E, at the price of an accumulator of [64, C_out] registers a program.
+
+F6 stays a launch of its own: y is the next block's residual and its weight gradient's operand and has to be written
+either way, so folding F6 into the next F1 would save one read of y and tie two blocks together.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from kernels import launch as L
+from kernels import mbconv_ops as ops
+from kernels import reference
+from kernels.drop_connect import bn_drop_connect_add_op
+from kernels.excite import MAX_SQUEEZE
+from kernels.strips import CONFIGURATIONS, Padding
+
+
+class ConvNorm(NamedTuple):
+    """A convolution and the batch norm behind it: weight [C_out, C_in / groups, k, k] and four vectors [C_out]."""
+
+    weight: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+
+class Excite(NamedTuple):
+    """Squeeze-and-excite's two linear maps: [S, C], [S], [C, S], [C]."""
+
+    w_reduce: Tensor
+    b_reduce: Tensor
+    w_expand: Tensor
+    b_expand: Tensor
+
+
+class _MBConv(torch.autograd.Function):
+    """y and the batch statistics (mean1, var1,) mean2, var2, mean3, var3, which are not differentiable."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, scale: Tensor | None, w1: Tensor | None, g1: Tensor | None, b1: Tensor | None,
+        taps: Tensor, g2: Tensor, b2: Tensor, wr: Tensor, br: Tensor, we: Tensor, be: Tensor, w3: Tensor, g3: Tensor,
+        b3: Tensor, stride: int, padding: str, residual: bool, eps: float,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        w3_stored = w3.to(x.dtype).flatten(1)
+        if w1 is None:
+            w1_stored = mean1 = var1 = None
+            e = x
+        else:
+            w1_stored = w1.to(x.dtype).flatten(1)
+            e, mean1, var1 = ops.expand(x, w1_stored)
+        d, mean2, var2 = ops.depthwise_forward(e, mean1, var1, g1, b1, taps, eps, stride, padding)
+        p, mean3, var3, d_norm, *vectors = ops.project(d, mean2, var2, g2, b2, wr, br, we, be, w3_stored, eps)
+        y = bn_drop_connect_add_op(p, x if residual else None, scale, mean3, var3, g3, b3, eps, True)
+        ctx.save_for_backward(
+            x, scale, None if w1 is None else e, d, p, d_norm, *vectors, mean1, var1, g1, b1, mean2, var2, g2, b2,
+            mean3, var3, g3, b3, w1_stored, taps, wr, we, w3_stored,
+        )  # fmt: skip
+        ctx.options = stride, padding, residual, eps
+        statistics = (mean2, var2, mean3, var3) if mean1 is None else (mean1, var1, mean2, var2, mean3, var3)
+        ctx.mark_non_differentiable(*statistics)
+        return y, *statistics
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        stride, padding, residual, eps = ctx.options
+        (
+            x, scale, e, d, p, d_norm, pooled, hidden, gate, slopes, mean1, var1, g1, b1, mean2, var2, g2, b2,
+            mean3, var3, g3, b3, w1, taps, wr, we, w3,
+        ) = ctx.saved_tensors  # fmt: skip
+        sums3 = ops.join_backward(dy, p, scale, mean3, var3, eps)
+        da, q, sums2, dw3, dwr, dbr, dwe, dbe = ops.project_backward(
+            dy, p, scale, sums3, mean3, var3, g3, b3, d, d_norm, w3, wr, we, pooled, hidden, gate, slopes, eps
+        )
+        da1, dtaps, sums1 = ops.depthwise_gradients(
+            da, d, gate, q, sums2, mean2, var2, g2, b2, x if e is None else e, mean1, var1, g1, b1, taps, eps, stride,
+            padding,
+        )  # fmt: skip
+        del da
+        if e is None:
+            dx, dw1, dg1, db1 = da1 + dy if residual else da1, None, None, None
+        else:
+            dx, dw1 = ops.expand_backward(da1, e, sums1, mean1, var1, g1, b1, x, w1, dy if residual else None, eps)
+            dw1, dg1, db1 = dw1[:, :, None, None], sums1[1], sums1[0]
+        return (
+            dx, None, dw1, dg1, db1, dtaps, sums2[1], sums2[0], dwr, dbr, dwe, dbe, dw3[:, :, None, None], sums3[1],
+            sums3[0], None, None, None, None,
+        )  # fmt: skip
+
+
+def _check(
+    x: Tensor, expand: ConvNorm | None, depthwise: ConvNorm, excite: Excite, project: ConvNorm, scale: Tensor | None,
+    stride: int, padding: str, residual: bool,
+) -> None:  # fmt: skip
+    c_in = x.shape[1] if x.dim() == 4 else 0
+    channels, k = depthwise.weight.shape[0], depthwise.weight.shape[-1]
+    out, squeezed = project.weight.shape[0], excite.w_reduce.shape[0]
+    shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {"scale": (scale, x.shape[:1])}
+    layers = {"depthwise": (depthwise, (channels, 1, k, k)), "project": (project, (out, channels, 1, 1))}
+    if expand is not None:
+        layers = {"expand": (expand, (channels, c_in, 1, 1))} | layers
+    elif channels != c_in:
+        raise ValueError(f"without an expansion the depthwise convolution has the {c_in} channels of x, got {channels}")
+    for name, (layer, shape) in layers.items():
+        shapes[f"{name}.weight"] = layer.weight, shape
+        shapes |= {f"{name}.{v}": (t, shape[:1]) for v, t in zip(ConvNorm._fields[1:], layer[1:], strict=True)}
+    excite_shapes = ((squeezed, channels), (squeezed,), (channels, squeezed), (channels,))
+    shapes |= {
+        f"excite.{v}": (t, s) for v, t, s in zip(Excite._fields, excite, excite_shapes, strict=True)
+    }
+    L.check(x, **shapes)
+    if (k, stride) not in CONFIGURATIONS:
+        raise ValueError(f"MBConv has k 3 or 5 and stride 1 or 2, got k {k} and stride {stride!r}")
+    if padding not in get_args(Padding):
+        raise ValueError(f"padding must be 'symmetric' or 'same', got {padding!r}")
+    if residual and (stride != 1 or out != c_in):
+        raise ValueError(f"a residual needs stride 1 and equal channels, got stride {stride}, {c_in} and {out} channels")
+
+
+def mbconv(
+    x: Tensor,
+    expand: ConvNorm | None,
+    depthwise: ConvNorm,
+    excite: Excite,
+    project: ConvNorm,
+    scale: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: Padding = "symmetric",
+    residual: bool = False,
+    momentum: float,
+    eps: float,
+    impl: L.Impl = "auto",
+) -> Tensor:
+    """MBConv in training mode: x [B, C_in, H, W] → [B, C_out, ⌈H / stride⌉, ⌈W / stride⌉] in the dtype of x.
+
+    Moves the running statistics as `nn.BatchNorm2d` does. scale [B] fp32 is drop-connect's (None is one) and gets no
+    gradient. Parameters are fp32; in autocast an fp32 x is rounded to the autocast dtype on the Triton path. An `x` that
+    is not channels_last is copied there first. Raises ValueError or TypeError for a wrong shape, dtype, device or
+    option, RuntimeError where `impl="triton"` cannot run.
+    """
+    _check(x, expand, depthwise, excite, project, scale, stride, padding, residual)
+    rows = x.shape[0] * L.cdiv(x.shape[2], stride) * L.cdiv(x.shape[3], stride)
+    if rows == 1:
+        raise ValueError(f"batch statistics need more than one value per channel, got x of shape {tuple(x.shape)}")
+    if L.resolve(impl, x) == "torch":
+        return reference.mbconv(
+            x, expand, depthwise, excite, project, scale, stride=stride, padding=padding, residual=residual,
+            training=True, momentum=momentum, eps=eps,
+        )  # fmt: skip
+    if excite.w_reduce.shape[0] > MAX_SQUEEZE:
+        raise ValueError(
+            f"the Triton kernels squeeze to at most {MAX_SQUEEZE} channels, got {excite.w_reduce.shape[0]}: "
+            "pass impl='torch'"
+        )
+    if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    y, *statistics = _MBConv.apply(
+        x, scale, *((None,) * 3 if expand is None else expand[:3]), *depthwise[:3], *excite, *project[:3], stride,
+        padding, residual, eps,
+    )  # fmt: skip
+    layers = [(project, rows), (depthwise, rows)]
+    if expand is not None:
+        layers.append((expand, x.shape[0] * x.shape[2] * x.shape[3]))
+    _move_running_statistics(layers[::-1], statistics, momentum)
+    return y
+
+
+def _move_running_statistics(layers: list[tuple[ConvNorm, int]], statistics: list[Tensor], momentum: float) -> None:
+    """running += momentum (batch - running), the batch's variance unbiased; few launches for all layers."""
+    with torch.no_grad():
+        variances = torch._foreach_mul(statistics[1::2], [rows / (rows - 1) for _, rows in layers])
+        running = [layer.running_mean for layer, _ in layers] + [layer.running_var for layer, _ in layers]
+        torch._foreach_lerp_(running, [*statistics[::2], *variances], momentum)
