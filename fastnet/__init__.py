@@ -13,13 +13,22 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "CompoundScaler": "fastnet.scaling",
     "EfficientNet": "fastnet.model",
+    "FeatureExtractor": "fastnet.backbone",
     "architecture": "fastnet.scaling",
     "efficientnet": "fastnet.model",
     "load_weights": "fastnet.weights",
     "save_weights": "fastnet.weights",
 }
 
-__all__ = ["CompoundScaler", "EfficientNet", "architecture", "efficientnet", "load_weights", "save_weights"]
+__all__ = [
+    "CompoundScaler",
+    "EfficientNet",
+    "FeatureExtractor",
+    "architecture",
+    "efficientnet",
+    "load_weights",
+    "save_weights",
+]
 
 
 def __getattr__(name: str) -> Any:
