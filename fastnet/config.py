@@ -36,8 +36,9 @@ class ModelOptions:
     .pth file of fastnet, torchvision or timm. Sets the padding, BN eps and momentum that they were trained with."""
     weights_style: Literal["fastnet", "torchvision", "timm", "timm_tf"] | None = None
     """Where --pretrained comes from, when the file itself does not tell."""
-    kernels: Literal["auto", "triton", "torch"] = "auto"
-    """Operations inside MBConv: auto is Triton on CUDA and torch elsewhere; triton never falls back."""
+    kernels: Literal["auto", "triton", "triton-ops", "torch"] = "auto"
+    """How MBConv runs: triton is one fused block and never falls back, triton-ops fuses between torch's convolutions,
+    torch is plain; auto is triton on CUDA and torch elsewhere."""
 
 
 @dataclass(frozen=True)

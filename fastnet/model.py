@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastnet.layers import BatchNorm, ConvBNAct, MBConv, SqueezeExcite
 from fastnet.scaling import Architecture, Scaling, architecture, round_filters, round_repeats
-from kernels import bn_drop_connect_add, bn_silu, bn_silu_squeeze_excite
 
 Padding = Literal["symmetric", "same"]
-Kernels = Literal["auto", "triton", "torch"]
+Kernels = Literal["auto", "triton", "triton-ops", "torch"]
 
 
 class Stage(NamedTuple):
@@ -44,7 +43,6 @@ STAGES = (
 )
 STEM_CHANNELS = 32
 HEAD_CHANNELS = 1280
-SE_RATIO = 4
 
 
 class BlockShape(NamedTuple):
@@ -84,7 +82,8 @@ class ModelConfig:
 
     bn_momentum is torch's: running = (1 − momentum)·running + momentum·batch (TF's 0.99 is 0.01 here).
     padding: "symmetric" is k // 2 on every side; "same" is TF's, which puts an odd pixel right and below.
-    kernels: which implementation the ``kernels`` package runs.
+    kernels: "torch" is plain PyTorch; "triton" fuses whole MBConv blocks and never falls back; "triton-ops" keeps
+    PyTorch's convolutions and fuses what lies between them; "auto" is "triton" on CUDA and "torch" elsewhere.
     """
 
     variant: str = "b0"
@@ -113,152 +112,6 @@ class ModelConfig:
             raise ValueError(f"unknown padding {self.padding!r}: choose one of {', '.join(get_args(Padding))}.")
         if self.kernels not in get_args(Kernels):
             raise ValueError(f"unknown kernels {self.kernels!r}: choose one of {', '.join(get_args(Kernels))}.")
-
-
-class Conv2d(nn.Conv2d):
-    """Bias-free convolution with symmetric or TF "SAME" padding."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int,
-        groups: int,
-        padding: Padding,
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding=kernel_size // 2,
-            groups=groups,
-            bias=False,
-        )
-        # At stride 1 SAME is symmetric for odd kernels.
-        self.same = padding == "same" and stride > 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.same:
-            return super().forward(x)
-        rows, columns = (
-            same_padding(size, k, s) for size, k, s in zip(x.shape[-2:], self.kernel_size, self.stride, strict=True)
-        )
-        if rows % 2 == 0 and columns % 2 == 0:
-            return F.conv2d(x, self.weight, None, self.stride, (rows // 2, columns // 2), 1, self.groups)
-        x = F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
-        return F.conv2d(x, self.weight, None, self.stride, 0, 1, self.groups)
-
-
-def same_padding(size: int, kernel_size: int, stride: int) -> int:
-    """Pixels that TF's "SAME" adds to one axis in all, so that ceil(size / stride) outputs come.
-
-    Half of them (rounded down) go left or above, the rest right or below.
-    """
-    return max((math.ceil(size / stride) - 1) * stride + kernel_size - size, 0)
-
-
-class BatchNorm(nn.Module):
-    """Parameters and running statistics of a batch norm; the kernels compute it with what follows it."""
-
-    weight: Tensor
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-
-    def __init__(self, channels: int, config: ModelConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
-        self.eps = config.bn_eps
-        self.momentum = config.bn_momentum
-        self.impl = config.kernels
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.weight, self.bias, self.running_mean, self.running_var
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"training": self.training, "momentum": self.momentum, "eps": self.eps, "impl": self.impl}
-
-
-class SqueezeExcite(nn.Module):
-    """Weights of x · σ(expand(silu(reduce(mean(x))))); Hu et al. 2018."""
-
-    def __init__(self, channels: int, squeezed: int) -> None:
-        super().__init__()
-        self.reduce = nn.Linear(channels, squeezed)
-        self.expand = nn.Linear(squeezed, channels)
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.reduce.weight, self.reduce.bias, self.expand.weight, self.expand.bias
-
-
-class ConvBNAct(nn.Module):
-    """Convolution, batch norm, SiLU, and squeeze-and-excitation where one is given."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        config: ModelConfig,
-        *,
-        stride: int = 1,
-        groups: int = 1,
-    ) -> None:
-        super().__init__()
-        self.conv = Conv2d(in_channels, out_channels, kernel_size, stride, groups, config.padding)
-        self.bn = BatchNorm(out_channels, config)
-
-    def forward(self, x: Tensor, se: SqueezeExcite | None = None) -> Tensor:
-        """[B, C_in, H, W] → [B, C_out, H/stride, W/stride]."""
-        x = self.conv(x)
-        if se is None:
-            return bn_silu(x, *self.bn.tensors, **self.bn.options)
-        return bn_silu_squeeze_excite(x, *self.bn.tensors, *se.tensors, **self.bn.options)
-
-
-class Project(nn.Module):
-    """MBConv's linear bottleneck, 1×1 convolution and batch norm; scale[b] times that joins the residual."""
-
-    def __init__(self, in_channels: int, out_channels: int, config: ModelConfig) -> None:
-        super().__init__()
-        self.conv = Conv2d(in_channels, out_channels, 1, 1, 1, config.padding)
-        self.bn = BatchNorm(out_channels, config)
-
-    def forward(self, x: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
-        return bn_drop_connect_add(self.conv(x), residual, scale, *self.bn.tensors, **self.bn.options)
-
-
-class MBConv(nn.Module):
-    """Expand 1×1 → depthwise k×k → squeeze-and-excite → project 1×1, + input where the shape allows.
-
-    Paper, section 4. The squeeze is a quarter of the block's input channels (not of the expanded), unrounded.
-    """
-
-    def __init__(self, shape: BlockShape, config: ModelConfig) -> None:
-        super().__init__()
-        self.shape = shape
-        expanded = shape.in_channels * shape.expand_ratio
-        self.expand = ConvBNAct(shape.in_channels, expanded, 1, config) if shape.expand_ratio != 1 else None
-        self.depthwise = ConvBNAct(expanded, expanded, shape.kernel_size, config, stride=shape.stride, groups=expanded)
-        self.se = SqueezeExcite(expanded, max(1, shape.in_channels // SE_RATIO))
-        self.project = Project(expanded, shape.out_channels, config)
-        self.has_residual = shape.has_residual
-
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """x [B, C_in, H, W], drop-connect scale [B] (None: 1) → [B, C_out, H/stride, W/stride]."""
-        h = x if self.expand is None else self.expand(x)
-        h = self.depthwise(h, self.se)
-        return self.project(h, x if self.has_residual else None, scale)
 
 
 class EfficientNet(nn.Module):

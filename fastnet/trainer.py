@@ -24,6 +24,7 @@ from fastnet.config import TrainConfig
 from fastnet.device import pick_amp, pick_device, pick_workers
 from fastnet.errors import UserError
 from fastnet.evaluation import Interrupted, evaluate_model, reestimate_batch_norm
+from fastnet.layers import operation_impl
 from fastnet.metrics import Clock, Display, MetricsFile, Sums, format_seconds, peak_memory_gb
 from fastnet.model import EfficientNet, efficientnet
 from fastnet.optim import (
@@ -132,7 +133,7 @@ class Trainer:
     def _model(self) -> EfficientNet:
         options = self.config.model
         try:
-            resolve(options.kernels, torch.empty(0, device=self.device))
+            resolve(operation_impl(options.kernels), torch.empty(0, device=self.device))
         except RuntimeError as error:
             raise UserError(f"--kernels {options.kernels} does not work here: {error}.", exit_status=2) from error
         torch.manual_seed(self.config.run.seed)

@@ -12,9 +12,12 @@ from kernels.batch_norm_silu import bn_silu
 from kernels.batch_norm_silu_squeeze_excite import bn_silu_squeeze_excite
 from kernels.drop_connect import bn_drop_connect_add, drop_connect_add
 from kernels.launch import Impl, KernelSpec
+from kernels.mbconv import ConvNorm, Excite, mbconv
 from kernels.squeeze_excite import squeeze_excite
 
 __all__ = [
+    "ConvNorm",
+    "Excite",
     "Impl",
     "KernelSpec",
     "all_specs",
@@ -22,6 +25,7 @@ __all__ = [
     "bn_silu",
     "bn_silu_squeeze_excite",
     "drop_connect_add",
+    "mbconv",
     "squeeze_excite",
 ]
 

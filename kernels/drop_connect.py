@@ -165,7 +165,7 @@ def _bn_drop_connect_dx_kernel(
     tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-def _apply(
+def join(
     x: Tensor, residual: Tensor | None, scale: Tensor | None, norm: tuple[Tensor, ...] | None, eps: float
 ) -> Tensor:
     """residual + scale[b] * (x, or its normalisation by (mean, var, weight, bias))."""
@@ -206,7 +206,7 @@ def reduce_sums(dy: Tensor, x: Tensor, scale: Tensor | None, mean: Tensor, var: 
 )
 def drop_connect_add_op(x: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
     """residual + scale[b] * x; without a residual it is also its own backward."""
-    return _apply(x, residual, scale, None, 0.0)
+    return join(x, residual, scale, None, 0.0)
 
 
 @torch.library.custom_op(
@@ -217,7 +217,7 @@ def drop_connect_add_op(x: Tensor, residual: Tensor | None, scale: Tensor | None
 )
 def drop_connect_backward_op(dy: Tensor, scale: Tensor) -> Tensor:
     """scale[b] * dy."""
-    return _apply(dy, None, scale, None, 0.0)
+    return join(dy, None, scale, None, 0.0)
 
 
 @torch.library.custom_op(
@@ -239,7 +239,7 @@ def bn_drop_connect_add_op(
     training: bool,
 ) -> Tensor:
     """`training` says that mean and var are the statistics of x: their gradient then reaches x in backward."""
-    return _apply(x, residual, scale, (mean, var, weight, bias), eps)
+    return join(x, residual, scale, (mean, var, weight, bias), eps)
 
 
 @torch.library.custom_op(

@@ -1,4 +1,4 @@
-"""A whole training-mode MBConv: what each batch norm needs is reduced where its input is made, and applied where it is
+"""A whole MBConv, in training: what each batch norm needs is reduced where its input is made, and applied where it is
 read, so nothing normalised or activated ever reaches memory.
 
     E = x W1ᵀ                D = depthwise(silu(BN1(E)))        g = gate(mean_HW silu(BN2(D)))   (kernels.excite)
@@ -30,6 +30,8 @@ would save dy + P + D and dA1 + E, at the price of an accumulator of [64, C_out]
 
 F6 stays a launch of its own: y is the next block's residual and its weight gradient's operand and has to be written
 either way, so folding F6 into the next F1 would save one read of y and tie two blocks together.
+
+Inference is the forward half without statistics: running means and variances take the batch's place.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ class _MBConv(torch.autograd.Function):
     """y and the batch statistics (mean1, var1,) mean2, var2, mean3, var3, which are not differentiable."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, scale: Tensor | None, w1: Tensor | None, g1: Tensor | None, b1: Tensor | None,
         taps: Tensor, g2: Tensor, b2: Tensor, wr: Tensor, br: Tensor, we: Tensor, be: Tensor, w3: Tensor, g3: Tensor,
         b3: Tensor, stride: int, padding: str, residual: bool, eps: float,
@@ -95,7 +97,7 @@ class _MBConv(torch.autograd.Function):
         return y, *statistics
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         stride, padding, residual, eps = ctx.options
         (
             x, scale, e, d, p, d_norm, pooled, hidden, gate, slopes, mean1, var1, g1, b1, mean2, var2, g2, b2,
@@ -138,16 +140,16 @@ def _check(
         shapes[f"{name}.weight"] = layer.weight, shape
         shapes |= {f"{name}.{v}": (t, shape[:1]) for v, t in zip(ConvNorm._fields[1:], layer[1:], strict=True)}
     excite_shapes = ((squeezed, channels), (squeezed,), (channels, squeezed), (channels,))
-    shapes |= {
-        f"excite.{v}": (t, s) for v, t, s in zip(Excite._fields, excite, excite_shapes, strict=True)
-    }
+    shapes |= {f"excite.{v}": (t, s) for v, t, s in zip(Excite._fields, excite, excite_shapes, strict=True)}
     L.check(x, **shapes)
     if (k, stride) not in CONFIGURATIONS:
         raise ValueError(f"MBConv has k 3 or 5 and stride 1 or 2, got k {k} and stride {stride!r}")
     if padding not in get_args(Padding):
         raise ValueError(f"padding must be 'symmetric' or 'same', got {padding!r}")
     if residual and (stride != 1 or out != c_in):
-        raise ValueError(f"a residual needs stride 1 and equal channels, got stride {stride}, {c_in} and {out} channels")
+        raise ValueError(
+            f"a residual needs stride 1 and equal channels, got stride {stride}, {c_in} and {out} channels"
+        )
 
 
 def mbconv(
@@ -161,25 +163,29 @@ def mbconv(
     stride: int = 1,
     padding: Padding = "symmetric",
     residual: bool = False,
+    training: bool,
     momentum: float,
     eps: float,
     impl: L.Impl = "auto",
 ) -> Tensor:
-    """MBConv in training mode: x [B, C_in, H, W] → [B, C_out, ⌈H / stride⌉, ⌈W / stride⌉] in the dtype of x.
+    """MBConv: x [B, C_in, H, W] → [B, C_out, ⌈H / stride⌉, ⌈W / stride⌉] in the dtype of x.
 
-    Moves the running statistics as `nn.BatchNorm2d` does. scale [B] fp32 is drop-connect's (None is one) and gets no
-    gradient. Parameters are fp32; in autocast an fp32 x is rounded to the autocast dtype on the Triton path. An `x` that
-    is not channels_last is copied there first. Raises ValueError or TypeError for a wrong shape, dtype, device or
-    option, RuntimeError where `impl="triton"` cannot run.
+    In training it moves the running statistics as `nn.BatchNorm2d` does; else it normalises by them, and on the Triton
+    path has no gradient. scale [B] fp32 is drop-connect's (None is one), for training, and gets no gradient. Parameters
+    are fp32; in autocast an fp32 x is rounded to the autocast dtype on the Triton path. An `x` that is not
+    channels_last is copied there first. Raises ValueError or TypeError for a wrong shape, dtype, device or option,
+    RuntimeError where `impl="triton"` cannot run.
     """
     _check(x, expand, depthwise, excite, project, scale, stride, padding, residual)
+    if scale is not None and not training:
+        raise ValueError("a drop-connect scale is for training: pass scale=None")
     rows = x.shape[0] * L.cdiv(x.shape[2], stride) * L.cdiv(x.shape[3], stride)
-    if rows == 1:
+    if training and rows == 1:
         raise ValueError(f"batch statistics need more than one value per channel, got x of shape {tuple(x.shape)}")
     if L.resolve(impl, x) == "torch":
         return reference.mbconv(
             x, expand, depthwise, excite, project, scale, stride=stride, padding=padding, residual=residual,
-            training=True, momentum=momentum, eps=eps,
+            training=training, momentum=momentum, eps=eps,
         )  # fmt: skip
     if excite.w_reduce.shape[0] > MAX_SQUEEZE:
         raise ValueError(
@@ -188,14 +194,15 @@ def mbconv(
         )
     if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    if not training:
+        layers = ([] if expand is None else list(expand), list(depthwise), list(excite), list(project))
+        return ops.inference(x, *layers, stride, padding, residual, eps)
     y, *statistics = _MBConv.apply(
         x, scale, *((None,) * 3 if expand is None else expand[:3]), *depthwise[:3], *excite, *project[:3], stride,
         padding, residual, eps,
     )  # fmt: skip
-    layers = [(project, rows), (depthwise, rows)]
-    if expand is not None:
-        layers.append((expand, x.shape[0] * x.shape[2] * x.shape[3]))
-    _move_running_statistics(layers[::-1], statistics, momentum)
+    counted = [] if expand is None else [(expand, x.shape[0] * x.shape[2] * x.shape[3])]
+    _move_running_statistics([*counted, (depthwise, rows), (project, rows)], statistics, momentum)
     return y
 
 

@@ -18,7 +18,7 @@ from kernels import pointwise as P
 from kernels.batch_norm import sum_partials
 from kernels.depthwise import depthwise, merge_stats
 from kernels.depthwise_backward import OutNorm, depthwise_backward
-from kernels.drop_connect import reduce_sums
+from kernels.drop_connect import join, reduce_sums
 from kernels.squeeze_excite import Norm, fake_parameters, fake_vectors, squeeze
 from kernels.strips import Geometry, Padding, empty_nhwc, geometry
 
@@ -289,5 +289,51 @@ def _(
     return L.empty_image(x), _vector(x, *w.shape)
 
 
-for _op in (expand, depthwise_forward, project, join_backward, project_backward, depthwise_gradients, expand_backward):
+@torch.library.custom_op(
+    "fastnet::mbconv_inference",
+    mutates_args=(),
+    device_types=("cuda", "cpu"),
+    schema="(Tensor x, Tensor[] expand, Tensor[] depthwise_layer, Tensor[] excite, Tensor[] project, int stride,"
+    " str padding, bool residual, float eps) -> Tensor",
+)
+def inference(
+    x: Tensor,
+    expand: list[Tensor],
+    depthwise_layer: list[Tensor],
+    excite: list[Tensor],
+    project: list[Tensor],
+    stride: int,
+    padding: str,
+    residual: bool,
+    eps: float,
+) -> Tensor:
+    """The block with the running statistics: y. A layer is (weight, norm weight, norm bias, mean, variance), `expand`
+    empty for a block without; `excite` is (w_reduce, b_reduce, w_expand, b_expand)."""
+    x = L.nhwc(x)
+    e, norm1 = x, Norm()
+    if expand:
+        w1, g1, b1, mean1, var1 = expand
+        e = P.gemm(x, w1.flatten(1))[0]
+        norm1 = Norm(mean1, var1, g1, b1, eps)
+    taps, g2, b2, mean2, var2 = depthwise_layer
+    d = depthwise(e, taps, _geometry(e, taps, stride, padding), norm1)[0]
+    partial = squeeze(d, None, Norm(mean2, var2, g2, b2, eps))
+    gate = E.excite(partial, _area(d), *excite)[2]
+    w3, g3, b3, mean3, var3 = project
+    norm2 = P.coefficients(mean2, var2, g2, b2, eps)
+    p = P.gemm(d, w3.flatten(1), prologue="bn_silu_gate", vectors=norm2, gate=gate)[0]
+    return join(p, x if residual else None, None, (mean3, var3, g3, b3), eps)
+
+
+@inference.register_fake
+def _(
+    x: Tensor, expand: list[Tensor], depthwise_layer: list[Tensor], excite: list[Tensor], project: list[Tensor],
+    stride: int, *others: Any,
+) -> Tensor:  # fmt: skip
+    return empty_nhwc(x, project[0].shape[0], L.cdiv(x.shape[2], stride), L.cdiv(x.shape[3], stride))
+
+
+for _op in (
+    expand, depthwise_forward, project, join_backward, project_backward, depthwise_gradients, expand_backward, inference
+):  # fmt: skip
     L.once_differentiable(_op, "mbconv")

@@ -7,7 +7,7 @@ precision; every function returns `x.dtype`. In autocast the two SE products run
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -116,7 +116,7 @@ def mbconv(
 ) -> Tensor:
     """Tan & Le 2019, section 4 (MBConv of Sandler et al. 2018 with squeeze-and-excitation), convolution by
     convolution."""
-    norm = {"training": training, "momentum": momentum, "eps": eps}
+    norm: dict[str, Any] = {"training": training, "momentum": momentum, "eps": eps}
     a = x
     if expand is not None:
         a = bn_silu(F.conv2d(x, expand.weight.to(x.dtype)), *expand[1:], **norm)

@@ -303,7 +303,7 @@ def test_traffic_is_what_the_interpreter_counts(case: Case) -> None:
 @pytest.mark.parametrize("padding", ["symmetric", "same"])
 @pytest.mark.parametrize(("k", "stride"), CONFIGURATIONS)
 def test_reference_is_the_models_convolution(k: int, stride: int, padding: Padding) -> None:
-    from fastnet.model import Conv2d
+    from fastnet.layers import Conv2d
 
     module = Conv2d(6, 6, k, stride, 6, padding)
     x = torch.randn(2, 6, 8, 15)

@@ -10,18 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastnet.model import (
-    BatchNorm,
-    BlockShape,
-    Conv2d,
-    EfficientNet,
-    MBConv,
-    ModelConfig,
-    block_shapes,
-    count_parameters,
-    efficientnet,
-    same_padding,
-)
+from fastnet.layers import BatchNorm, Conv2d, MBConv, same_padding
+from fastnet.model import BlockShape, EfficientNet, ModelConfig, block_shapes, count_parameters, efficientnet
 from fastnet.scaling import PUBLISHED, CompoundScaler, architecture
 
 PARAMETERS = {  # variant: (at 1000 classes, at 101 classes, blocks)
@@ -80,7 +70,7 @@ def test_config_rebuilds_the_model() -> None:
         ({"bn_eps": 0.0}, "bn_eps must be positive"),
         ({"bn_momentum": 1.5}, r"bn_momentum must be in \[0, 1\]"),
         ({"padding": "valid"}, "choose one of symmetric, same"),
-        ({"kernels": "cuda"}, "choose one of auto, triton, torch"),
+        ({"kernels": "cuda"}, "choose one of auto, triton, triton-ops, torch"),
     ],
 )
 def test_config_out_of_range(change: dict[str, Any], message: str) -> None:

@@ -1,0 +1,199 @@
+"""The layers of EfficientNet in plain torch: convolution, batch norm, squeeze-and-excitation, MBConv.
+
+Modules hold parameters and shapes only; ``kernels`` computes what lies between the convolutions or, with Triton in
+training and in inference, a whole MBConv.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import ConvNorm, Excite, bn_drop_connect_add, bn_silu, bn_silu_squeeze_excite, mbconv
+from kernels.launch import Impl, resolve
+
+if TYPE_CHECKING:
+    from fastnet.model import BlockShape, Kernels, ModelConfig, Padding
+
+SE_RATIO = 4
+
+
+def operation_impl(kernels: Kernels) -> Impl:
+    """What an operation alone runs under a model's choice of kernels."""
+    return "triton" if kernels == "triton-ops" else kernels
+
+
+class Conv2d(nn.Conv2d):
+    """Bias-free convolution with symmetric or TF "SAME" padding."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int,
+        groups: int,
+        padding: Padding,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding=kernel_size // 2,
+            groups=groups,
+            bias=False,
+        )
+        # At stride 1 SAME is symmetric for odd kernels.
+        self.same = padding == "same" and stride > 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.same:
+            return super().forward(x)
+        rows, columns = (
+            same_padding(size, k, s) for size, k, s in zip(x.shape[-2:], self.kernel_size, self.stride, strict=True)
+        )
+        if rows % 2 == 0 and columns % 2 == 0:
+            return F.conv2d(x, self.weight, None, self.stride, (rows // 2, columns // 2), 1, self.groups)
+        x = F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+        return F.conv2d(x, self.weight, None, self.stride, 0, 1, self.groups)
+
+
+def same_padding(size: int, kernel_size: int, stride: int) -> int:
+    """Pixels that TF's "SAME" adds to one axis in all, so that ceil(size / stride) outputs come.
+
+    Half of them (rounded down) go left or above, the rest right or below.
+    """
+    return max((math.ceil(size / stride) - 1) * stride + kernel_size - size, 0)
+
+
+class BatchNorm(nn.Module):
+    """Parameters and running statistics of a batch norm; the kernels compute it with what follows it."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, channels: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long))
+        self.eps = config.bn_eps
+        self.momentum = config.bn_momentum
+        self.impl = operation_impl(config.kernels)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.weight, self.bias, self.running_mean, self.running_var
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"training": self.training, "momentum": self.momentum, "eps": self.eps, "impl": self.impl}
+
+
+class SqueezeExcite(nn.Module):
+    """Weights of x · σ(expand(silu(reduce(mean(x))))); Hu et al. 2018."""
+
+    def __init__(self, channels: int, squeezed: int) -> None:
+        super().__init__()
+        self.reduce = nn.Linear(channels, squeezed)
+        self.expand = nn.Linear(squeezed, channels)
+
+    @property
+    def tensors(self) -> Excite:
+        return Excite(self.reduce.weight, self.reduce.bias, self.expand.weight, self.expand.bias)
+
+
+class ConvBNAct(nn.Module):
+    """Convolution, batch norm, SiLU, and squeeze-and-excitation where one is given."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        config: ModelConfig,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+    ) -> None:
+        super().__init__()
+        self.conv = Conv2d(in_channels, out_channels, kernel_size, stride, groups, config.padding)
+        self.bn = BatchNorm(out_channels, config)
+
+    @property
+    def layer(self) -> ConvNorm:
+        return ConvNorm(self.conv.weight, *self.bn.tensors)
+
+    def forward(self, x: Tensor, se: SqueezeExcite | None = None) -> Tensor:
+        """[B, C_in, H, W] → [B, C_out, H/stride, W/stride]."""
+        x = self.conv(x)
+        if se is None:
+            return bn_silu(x, *self.bn.tensors, **self.bn.options)
+        return bn_silu_squeeze_excite(x, *self.bn.tensors, *se.tensors, **self.bn.options)
+
+
+class Project(nn.Module):
+    """MBConv's linear bottleneck, 1×1 convolution and batch norm; scale[b] times that joins the residual."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.conv = Conv2d(in_channels, out_channels, 1, 1, 1, config.padding)
+        self.bn = BatchNorm(out_channels, config)
+
+    @property
+    def layer(self) -> ConvNorm:
+        return ConvNorm(self.conv.weight, *self.bn.tensors)
+
+    def forward(self, x: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
+        return bn_drop_connect_add(self.conv(x), residual, scale, *self.bn.tensors, **self.bn.options)
+
+
+class MBConv(nn.Module):
+    """Expand 1×1 → depthwise k×k → squeeze-and-excite → project 1×1, + input where the shape allows.
+
+    Paper, section 4. The squeeze is a quarter of the block's input channels (not of the expanded), unrounded.
+    """
+
+    def __init__(self, shape: BlockShape, config: ModelConfig) -> None:
+        super().__init__()
+        self.shape = shape
+        expanded = shape.in_channels * shape.expand_ratio
+        self.expand = ConvBNAct(shape.in_channels, expanded, 1, config) if shape.expand_ratio != 1 else None
+        self.depthwise = ConvBNAct(expanded, expanded, shape.kernel_size, config, stride=shape.stride, groups=expanded)
+        self.se = SqueezeExcite(expanded, max(1, shape.in_channels // SE_RATIO))
+        self.project = Project(expanded, shape.out_channels, config)
+        self.has_residual = shape.has_residual
+        self.padding = config.padding
+        self.kernels = config.kernels
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """x [B, C_in, H, W], drop-connect scale [B] (None: 1) → [B, C_out, H/stride, W/stride]."""
+        if self._fuses(x):
+            bn = self.project.bn
+            return mbconv(
+                x, None if self.expand is None else self.expand.layer, self.depthwise.layer, self.se.tensors,
+                self.project.layer, scale, stride=self.shape.stride, padding=self.padding, residual=self.has_residual,
+                training=bn.training, momentum=bn.momentum, eps=bn.eps, impl=bn.impl,
+            )  # fmt: skip
+        h = x if self.expand is None else self.expand(x)
+        h = self.depthwise(h, self.se)
+        return self.project(h, x if self.has_residual else None, scale)
+
+    def _fuses(self, x: Tensor) -> bool:
+        """Whether the block runs as one: with Triton, and every norm in training or nothing to differentiate."""
+        if self.kernels in ("torch", "triton-ops") or resolve(self.project.bn.impl, x) == "torch":
+            return False
+        norms = [part.bn for part in (self.expand, self.depthwise, self.project) if part is not None]
+        if all(bn.training for bn in norms):
+            return True
+        return not (torch.is_grad_enabled() or any(bn.training for bn in norms))
