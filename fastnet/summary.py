@@ -58,9 +58,9 @@ def summarise(
     """Count it all; resolution 0 is the variant's own on Food-101. Nothing is allocated or run."""
     import torch
 
+    from fastnet.layers import SE_RATIO
     from fastnet.model import (
         HEAD_CHANNELS,
-        SE_RATIO,
         STAGES,
         STEM_CHANNELS,
         EfficientNet,
