@@ -6,7 +6,7 @@ back, "torch" is `kernels.reference`. A Triton operation can be differentiated o
 
 from __future__ import annotations
 
-from kernels import batch_norm, batch_norm_silu, drop_connect, excite
+from kernels import augment, batch_norm, batch_norm_silu, drop_connect, excite
 from kernels import squeeze_excite as _squeeze_excite_file
 from kernels.batch_norm_silu import bn_silu
 from kernels.batch_norm_silu_squeeze_excite import bn_silu_squeeze_excite
@@ -29,7 +29,7 @@ __all__ = [
     "squeeze_excite",
 ]
 
-_KERNEL_FILES = (batch_norm, batch_norm_silu, excite, _squeeze_excite_file, drop_connect)
+_KERNEL_FILES = (batch_norm, batch_norm_silu, excite, _squeeze_excite_file, drop_connect, augment)
 
 
 def all_specs() -> list[KernelSpec]:

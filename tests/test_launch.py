@@ -358,7 +358,7 @@ def test_every_image_kernel_addresses_with_64_bits() -> None:
         cwd=Path(__file__).parents[1],
     )
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 10, done.stderr
+    assert len(lines) == 11, done.stderr
     for name, *widths in lines:
         assert widths == ["i64"], name
 
@@ -366,7 +366,7 @@ def test_every_image_kernel_addresses_with_64_bits() -> None:
 def test_every_specification_is_named_once_and_states_aligned_pointers() -> None:
     specs = kernels.all_specs()
     assert len({spec.name for spec in specs}) == len(specs)
-    assert {"fp32", "fp16", "bf16"} == {m[1] for s in specs if (m := re.search(r"\[(\w+),", s.name))}
+    assert {"fp32", "fp16", "bf16", "u8"} == {m[1] for s in specs if (m := re.search(r"\[(\w+),", s.name))}
     for spec in specs:
         pointers = [i for i, kind in enumerate(spec.signature.values()) if kind.startswith("*")]
         assert set(spec.attrs) == {(i,) for i in pointers}
