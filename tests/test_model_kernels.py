@@ -1,4 +1,4 @@
-"""The whole model on the Triton kernels against the whole model on PyTorch, over 20 training steps."""
+"""The whole model on the Triton kernels, fused blocks and single operations, against the whole model on PyTorch."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fastnet import model as model_file
 from fastnet.model import EfficientNet, ModelConfig, Stage
 
-STEPS = 20
 # Three blocks: without expansion; with, k 5 and stride 2; and one with a residual that can be dropped.
 STAGES = (Stage(1, 3, 1, 16, 1), Stage(6, 5, 2, 24, 2))
 SMALL = ModelConfig(width=0.3, num_classes=5, dropout=0.0, drop_connect_rate=0.5, kernels="torch")
 
 
 class Course(NamedTuple):
-    """losses [STEPS]; gradients: all of a step in one vector, [STEPS, parameters]; running statistics at the end."""
+    """losses [steps]; gradients: all of a step in one vector, [steps, parameters]; running statistics at the end."""
 
     losses: Tensor
     gradients: Tensor
     statistics: Tensor
 
 
-def course(kernels: str, dtype: torch.dtype, device: torch.device) -> Course:
+def course(kernels: str, dtype: torch.dtype, device: torch.device, steps: int) -> Course:
     """Train from one state, on one sequence of batches and drop-connect scales."""
     torch.manual_seed(3)
     config = replace(SMALL, kernels=kernels)  # type: ignore[arg-type]
@@ -36,8 +35,8 @@ def course(kernels: str, dtype: torch.dtype, device: torch.device) -> Course:
     optimizer = torch.optim.SGD(model.parameters(), 0.002, momentum=0.9)
     generator = torch.Generator().manual_seed(4)
     losses, gradients = [], []
-    for _ in range(STEPS):
-        images = torch.randn(4, 3, 16, 16, generator=generator).to(device, dtype, memory_format=torch.channels_last)
+    for _ in range(steps):
+        images = torch.randn(4, 3, 8, 8, generator=generator).to(device, dtype, memory_format=torch.channels_last)
         labels = torch.randint(5, (4,), generator=generator).to(device)
         scales = (torch.rand(len(model.blocks), 4, generator=generator) < 0.7).float() / 0.7
         loss = F.cross_entropy(model(images, scales.to(device)), labels)
@@ -51,12 +50,22 @@ def course(kernels: str, dtype: torch.dtype, device: torch.device) -> Course:
 
 
 @pytest.mark.slow
-def test_twenty_steps_stay_as_close_to_fp64_as_pytorch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kernels", "steps"),
+    [
+        ("triton", 10),
+        ("triton-ops", 20),
+        pytest.param("triton", 200, marks=pytest.mark.full),
+    ],
+)
+def test_training_stays_as_close_to_fp64_as_pytorch_does(
+    kernels: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(model_file, "STAGES", STAGES)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    oracle = course("torch", torch.float64, device)
-    pytorch = course("torch", torch.float32, device)
-    triton = course("triton", torch.float32, device)
+    oracle = course("torch", torch.float64, device, steps)
+    pytorch = course("torch", torch.float32, device, steps)
+    triton = course(kernels, torch.float32, device, steps)
     assert oracle.losses[-1] < oracle.losses[0]
     assert all(torch.isfinite(part).all() for part in triton)
     for name, exact, theirs, ours in zip(Course._fields, oracle, pytorch, triton, strict=True):
@@ -65,15 +74,16 @@ def test_twenty_steps_stay_as_close_to_fp64_as_pytorch_does(monkeypatch: pytest.
 
 
 @pytest.mark.slow
-def test_the_model_compiles_whole_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernels", ["triton", "triton-ops"])
+def test_the_model_compiles_whole_and_once(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_file, "STAGES", STAGES)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    model = EfficientNet(replace(SMALL, kernels="triton")).to(device)
+    model = EfficientNet(replace(SMALL, kernels=kernels)).to(device)  # type: ignore[arg-type]
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=counter)
-    images = torch.randn(2, 3, 16, 16, device=device).contiguous(memory_format=torch.channels_last)
-    for step in range(3):
+    images = torch.randn(2, 3, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
+    for step in range(2):
         scales = torch.full((len(model.blocks), 2), 1.0 + step, device=device)
         state = {name: value.clone() for name, value in model.state_dict().items()}
         compiled(images, scales).square().sum().backward()
