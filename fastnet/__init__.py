@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "CompoundScaler": "fastnet.scaling",
+    "DynamicResize": "fastnet.resize",
     "EfficientNet": "fastnet.model",
     "FeatureExtractor": "fastnet.backbone",
     "architecture": "fastnet.scaling",
@@ -22,6 +23,7 @@ _EXPORTS = {
 
 __all__ = [
     "CompoundScaler",
+    "DynamicResize",
     "EfficientNet",
     "FeatureExtractor",
     "architecture",

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fastnet.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 TRAINING_PREFIX = "training/"
 
 
@@ -60,10 +61,11 @@ def write_atomically(path: Path, content: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise UserError(_write_failure(path, error)) from error
+        raise UserError(write_failure(path, error)) from error
 
 
-def _write_failure(path: Path, error: OSError) -> str:
+def write_failure(path: Path, error: OSError) -> str:
+    """The sentence for a file of a run that could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left to write {path}: free some and continue with --resume {path.parent}."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -98,13 +100,27 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], d
     if text is None:
         raise UserError(f"{path} is no fastnet checkpoint: to start from other weights use --pretrained.")
     metadata = json.loads(text)
-    if metadata["format"] != FORMAT:
+    if metadata["format"] not in (1, FORMAT):
         raise UserError(
-            f"checkpoint {path} has format {metadata['format']}, this version reads {FORMAT}: "
+            f"checkpoint {path} has format {metadata['format']}, this version reads 1 to {FORMAT}: "
             "use the version of fastnet that wrote it."
         )
     training = {
         name.removeprefix(TRAINING_PREFIX): value for name, value in tensors.items() if name.startswith(TRAINING_PREFIX)
     }
     weights = {name: value for name, value in tensors.items() if not name.startswith(TRAINING_PREFIX)}
+    if metadata["format"] == 1 and "progress" in metadata:
+        _complete_format_1(training, metadata)
     return weights, training, metadata
+
+
+def _complete_format_1(training: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Format 1 kept the loss scale as numbers, and did not count steps that were left out."""
+    scaler = metadata.pop("scaler", None) or {"scale": 2.0**16, "_growth_tracker": 0}
+    training |= {
+        "step/loss_scale": torch.tensor(scaler["scale"], dtype=torch.float32),
+        "step/growth_tracker": torch.tensor(scaler["_growth_tracker"], dtype=torch.int32),
+        "step/steps": torch.tensor(metadata["progress"]["step"]),
+        "step/skipped": torch.tensor(0),
+        "step/first_bad": torch.tensor(0),
+    }

@@ -56,29 +56,78 @@ class OptimizerOptions:
     epochs: int = 100
     """Passes over the training set."""
     batch_size: int = 64
-    """Images a step."""
-    optimizer: Literal["rmsprop_tf", "rmsprop"] = "rmsprop_tf"
-    """RMSprop as TensorFlow defines it (the paper's: sqrt(v + eps), v starts at 1) or as torch does."""
+    """Images that go through the model at a time; a step has --grad-accum-steps times as many."""
+    grad_accum_steps: int = 1
+    """Batches whose gradients add up to one update; their mean counts, as in one big batch."""
+    optimizer: Literal["rmsprop_tf", "rmsprop", "adamw", "sgd"] = "rmsprop_tf"
+    """RMSprop as TensorFlow defines it (the paper's: sqrt(v + eps), v starts at 1) or as torch does, AdamW, or SGD with
+    Nesterov momentum. (timm: --opt)"""
     lr: float | None = None
-    """Peak learning rate. Default: 0.064 x batch_size / 256."""
+    """Peak learning rate. Default: 0.064 (RMSprop), 0.1 (SGD) or 0.001 (AdamW) x images a step / 256."""
     momentum: float = 0.9
-    """RMSprop's momentum."""
+    """Momentum of RMSprop and SGD."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decays of the gradient's and its square's running means. (timm: --opt-betas)"""
     rmsprop_decay: float = 0.9
     """Decay of RMSprop's running mean of squared gradients."""
     rmsprop_eps: float = 1e-3
     """RMSprop's epsilon."""
     weight_decay: float = 1e-5
-    """L2 penalty on convolution and linear weights; none on batch norm and biases."""
+    """Decay of convolution and linear weights; none on batch norm and biases. An L2 penalty, and AdamW's own form."""
+    layer_decay: float = 1.0
+    """Each layer (stem, blocks, head) learns at this times the rate of the layer above it."""
+    freeze_stages: int = 0
+    """Leave the stem and the first so many of the seven stages as they are, batch norm's statistics too."""
+    sched: Literal["step", "cosine"] = "step"
+    """Learning rate after the warm-up: a staircase, or half a cosine down to --min-lr at the last epoch."""
     warmup_epochs: float = 5.0
     """Epochs of linear warm-up."""
+    warmup_lr: float = 0.0
+    """Learning rate from which the warm-up starts."""
+    min_lr: float = 0.0
+    """The learning rate never falls below this after the warm-up."""
     lr_decay: float = 0.96
-    """The learning rate is multiplied by this every --decay-epochs epochs after the warm-up."""
+    """--sched step multiplies the learning rate by this every --decay-epochs epochs. (timm: --decay-rate)"""
     decay_epochs: float = 8.0
     """Epochs between two decays."""
     label_smoothing: float = 0.1
-    """Label smoothing of the cross-entropy."""
+    """Label smoothing of the cross-entropy. (timm: --smoothing)"""
     clip_grad_norm: float = 5.0
-    """Largest gradient norm; 0 switches clipping off."""
+    """Largest gradient norm; 0 switches clipping off. (timm: --clip-grad)"""
+
+
+@dataclass(frozen=True)
+class MixOptions:
+    mixup: float = 0.0
+    """Mixup: images and labels of a batch are mixed in a share drawn from Beta(this, this); 0 is off."""
+    cutmix: float = 0.0
+    """Cutmix: a box is pasted from another image, its area drawn from Beta(this, this); 0 is off."""
+    mixup_prob: float = 1.0
+    """Probability that a batch is mixed at all."""
+    mixup_switch_prob: float = 0.5
+    """Probability of cutmix where both are on."""
+
+    @property
+    def enabled(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
+
+@dataclass(frozen=True)
+class EmaOptions:
+    model_ema: bool = False
+    """Keep an exponential moving average of the weights, and evaluate it too; the better of both is kept as best."""
+    model_ema_decay: float = 0.9998
+    """Decay of the average with each update."""
+    model_ema_warmup: bool = False
+    """Let the decay rise from 0 as 1 - (1 + updates)^(-2/3): for runs that are short for --model-ema-decay."""
+
+
+@dataclass(frozen=True)
+class ProgressiveOptions:
+    progressive: int = 0
+    """Grow the training resolution in so many equal stages of the epochs (EfficientNetV2); 0: --resolution always."""
+    progressive_start: int | None = None
+    """Resolution of the first stage. Default: half of --resolution."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +147,21 @@ class RunOptions:
     """Decides initial weights, order, augmentation, dropout and drop-connect."""
     deterministic: bool = False
     """Only deterministic algorithms: the same seed gives the same bits, at some cost in speed."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Replay each step as one CUDA graph: forward, loss, backward, clipping, optimizer and average. auto: on CUDA,
+    where the step can be captured."""
     save_every: int = 0
     """Also write a checkpoint every so many steps; 0: at the end of each epoch only."""
+    checkpoint_hist: int = 1
+    """Keep the weights of so many best epochs: best.safetensors, and with 2 or more checkpoint-<epoch>.safetensors."""
     log_every: int = 20
-    """Steps between two log lines."""
+    """Steps between two log lines, and between two looks at whether the loss is still finite. (timm: --log-interval)"""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard, into the run's folder."""
+    wandb: bool = False
+    """Also send the metrics to Weights & Biases. (timm: --log-wandb)"""
+    wandb_project: str = "fastnet"
+    """Project of --wandb."""
     reestimate_bn: int = 0
     """Before each evaluation, re-estimate batch norm's statistics on so many training batches (0: use the running
     ones). For short runs: with momentum 0.01 they lag for hundreds of steps."""
@@ -111,12 +171,16 @@ class RunOptions:
 class TrainConfig:
     """One training run, whole."""
 
-    recipe: Literal["food101", "quick"] = "food101"
-    """Named defaults: food101 trains from scratch as the paper does; quick learns the sample in minutes on a CPU."""
+    recipe: Literal["food101", "quick", "finetune"] = "food101"
+    """Named defaults: food101 trains from scratch as the paper does; quick learns the sample in minutes on a CPU;
+    finetune adapts --pretrained weights."""
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     augment: Augmentation = field(default_factory=Augmentation)
+    mix: MixOptions = field(default_factory=MixOptions)
+    progressive: ProgressiveOptions = field(default_factory=ProgressiveOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    ema: EmaOptions = field(default_factory=EmaOptions)
     run: RunOptions = field(default_factory=RunOptions)
 
     def validate(self) -> None:
@@ -128,16 +192,31 @@ class TrainConfig:
             ("--workers", self.data.workers, 0, 1024),
             ("--epochs", self.optimizer.epochs, 1, 1e6),
             ("--batch-size", self.optimizer.batch_size, 2, 1e6),
+            ("--grad-accum-steps", self.optimizer.grad_accum_steps, 1, 1e6),
             ("--momentum", self.optimizer.momentum, 0, 0.9999),
             ("--rmsprop-decay", self.optimizer.rmsprop_decay, 0, 0.99999),
             ("--rmsprop-eps", self.optimizer.rmsprop_eps, 1e-12, 1),
             ("--weight-decay", self.optimizer.weight_decay, 0, 10),
+            ("--betas", min(self.optimizer.betas), 0, 0.999999),
+            ("--betas", max(self.optimizer.betas), 0, 0.999999),
+            ("--layer-decay", self.optimizer.layer_decay, 1e-3, 1),
+            ("--freeze-stages", self.optimizer.freeze_stages, 0, 7),
+            ("--warmup-lr", self.optimizer.warmup_lr, 0, 1e3),
+            ("--min-lr", self.optimizer.min_lr, 0, 1e3),
             ("--warmup-epochs", self.optimizer.warmup_epochs, 0, 1e6),
             ("--lr-decay", self.optimizer.lr_decay, 1e-6, 1),
             ("--decay-epochs", self.optimizer.decay_epochs, 1e-3, 1e6),
             ("--label-smoothing", self.optimizer.label_smoothing, 0, 0.999),
             ("--clip-grad-norm", self.optimizer.clip_grad_norm, 0, 1e9),
             ("--lr", self.optimizer.lr, 1e-9, 1e3),
+            ("--mixup", self.mix.mixup, 0, 1e3),
+            ("--cutmix", self.mix.cutmix, 0, 1e3),
+            ("--mixup-prob", self.mix.mixup_prob, 0, 1),
+            ("--mixup-switch-prob", self.mix.mixup_switch_prob, 0, 1),
+            ("--model-ema-decay", self.ema.model_ema_decay, 0, 1),
+            ("--progressive", self.progressive.progressive, 0, 8),
+            ("--progressive-start", self.progressive.progressive_start, 32, self.model.resolution or 4096),
+            ("--checkpoint-hist", self.run.checkpoint_hist, 1, 1e6),
             ("--save-every", self.run.save_every, 0, 1e9),
             ("--log-every", self.run.log_every, 1, 1e9),
             ("--reestimate-bn", self.run.reestimate_bn, 0, 1e6),
@@ -149,9 +228,16 @@ class TrainConfig:
             raise UserError("--weights-style needs --pretrained FILE.", exit_status=2)
 
     @property
+    def images_per_step(self) -> int:
+        """Images that one update of the weights sees."""
+        return self.optimizer.batch_size * self.optimizer.grad_accum_steps
+
+    @property
     def peak_lr(self) -> float:
-        """--lr, or the paper's rule 0.064 x batch / 256."""
-        return 0.064 * self.optimizer.batch_size / 256 if self.optimizer.lr is None else self.optimizer.lr
+        """--lr, or the optimizer's rate for 256 images (RMSprop: the paper's; SGD: Goyal et al. 2017) in proportion."""
+        if self.optimizer.lr is not None:
+            return self.optimizer.lr
+        return {"sgd": 0.1, "adamw": 0.001}.get(self.optimizer.optimizer, 0.064) * self.images_per_step / 256
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -203,7 +289,26 @@ QUICK = replace(
     ),
     run=replace(FOOD101.run, reestimate_bn=20),
 )
-
 """The generated sample in minutes: 88.7 % top-1 after 1:39 of training on 2 cores of an AMD EPYC (`make train`)."""
 
-RECIPES: dict[str, TrainConfig] = {"food101": FOOD101, "quick": QUICK}
+FINETUNE = replace(
+    FOOD101,
+    recipe="finetune",
+    augment=replace(FOOD101.augment, scale=(0.25, 1.0)),
+    optimizer=replace(
+        FOOD101.optimizer,
+        epochs=20,
+        optimizer="adamw",
+        lr=3e-4,
+        weight_decay=0.02,
+        layer_decay=0.9,
+        sched="cosine",
+        warmup_epochs=1.0,
+        min_lr=1e-6,
+    ),
+    ema=replace(FOOD101.ema, model_ema=True, model_ema_decay=0.999, model_ema_warmup=True),
+)
+"""From --pretrained weights, in few epochs: AdamW with a cosine, lower rates below, and averaged weights. Accuracy and
+time to expect: not yet measured."""
+
+RECIPES: dict[str, TrainConfig] = {"food101": FOOD101, "quick": QUICK, "finetune": FINETUNE}

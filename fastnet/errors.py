@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -21,6 +22,9 @@ def run_command(command: Callable[[], int]) -> int:
     """Run a CLI's body; print a user's error as its one sentence on stderr and return the exit status."""
     from data_pipeline import DataError
 
+    # OpenMP threads that spin while they wait starve the loader's workers and each other as soon as the cores are
+    # shared. Read when torch is imported, which a command does in its body.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return command()
     except UserError as error:

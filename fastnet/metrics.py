@@ -1,4 +1,4 @@
-"""Numbers of a run: sums that stay on the device, a clock for throughput, and where both are shown."""
+"""Numbers of a run: sums that stay on the device, a clock for throughput, and the file that keeps them."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from fastnet.checkpoint import write_atomically
+from fastnet.checkpoint import write_atomically, write_failure
+from fastnet.errors import UserError
+from fastnet.trackers import Tracker
 
 
 class Sums:
@@ -26,8 +25,9 @@ class Sums:
         self.total = torch.zeros(3, dtype=torch.float64, device=device)
 
     def add(self, loss: Tensor, correct: Tensor, images: int) -> None:
-        """loss [] is a mean over `images`; correct [] counts right answers."""
-        self.total += torch.stack([loss.double() * images, correct.double(), torch.full_like(loss, images).double()])
+        """loss [] is a mean over `images`; correct [] counts right answers. A loss that is not finite counts 0."""
+        sums = torch.stack([loss.double() * images, correct.double(), torch.full_like(loss, images).double()])
+        self.total += sums.masked_fill_(~loss.isfinite(), 0.0)
 
     def read(self) -> tuple[float, float]:
         """(mean loss, top-1 in percent) since the last read."""
@@ -85,16 +85,28 @@ def peak_memory_gb(device: torch.device) -> float:
 class MetricsFile:
     """`metrics.jsonl` of a run: one JSON object a line, in the order of steps."""
 
-    def __init__(self, path: Path, resume_step: int) -> None:
+    def __init__(self, path: Path, resume_step: int, trackers: Sequence[Tracker] = ()) -> None:
         """Lines of steps after `resume_step` were written by a process whose work was lost: they are dropped."""
-        self.path = path
+        self.path, self._trackers = path, trackers
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
             write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
 
-    def write(self, **values: Any) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(values) + "\n")
+    def write(self, kind: str, **values: Any) -> None:
+        """Append one line, and give its numbers to the trackers as <kind>/<name> (averaged weights: <kind>_ema/)."""
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(dict(kind=kind) | values) + "\n")
+        except OSError as error:
+            raise UserError(write_failure(self.path, error)) from error
+        group = f"{kind}_ema" if values.get("weights") == "ema" else kind
+        numbers = {f"{group}/{k}": v for k, v in values.items() if k != "step" and isinstance(v, int | float)}
+        for tracker in self._trackers:
+            tracker.log(values["step"], numbers)
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def _step_of(line: str) -> float:
@@ -102,54 +114,3 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError):
         return float("inf")  # a line cut short by a crash
-
-
-class Display:
-    """A progress bar on a terminal, plain lines elsewhere; messages go above the bar."""
-
-    def __init__(self, console: Console, total_steps: int, done: int) -> None:
-        self.console = console
-        self._total = total_steps
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        if console.is_terminal:
-            self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.completed}/{task.total} {task.fields[status]}"),
-                TimeRemainingColumn(),
-                console=console,
-            )
-            self._task = self._bar.add_task("training", total=total_steps, completed=done, status="")
-
-    def __enter__(self) -> Display:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self) -> None:
-        if self._bar is not None and self._task is not None:
-            self._bar.advance(self._task)
-
-    def status(self, step: int, epoch: int, text: str, eta_seconds: float) -> None:
-        """Show the latest numbers: in the bar, or as a line with the time to go."""
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, description=f"epoch {epoch}", status=text)
-        else:
-            self.say(f"step {step}/{self._total}  epoch {epoch}  {text}  eta {format_seconds(eta_seconds)}")
-
-    def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-def format_seconds(seconds: float) -> str:
-    """75 -> '1:15', 3700 -> '1:01:40'."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

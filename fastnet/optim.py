@@ -1,42 +1,53 @@
-"""Optimizer, weight-decay groups and the learning rate's schedule."""
+"""What is trained and how it moves: freezing, parameter groups, optimizers, and their state by name.
+
+Every optimizer here follows torch's protocol for mixed precision: where its attribute `found_inf` (float32, on the
+device) is not zero, `step()` leaves parameters and state as they are, bit for bit, without the host having to look.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
+from types import MethodType
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from fastnet.config import OptimizerOptions
+from fastnet.errors import UserError
+from fastnet.model import EfficientNet, stage_repeats
 
 
-class RMSpropTF(torch.optim.Optimizer):
-    """RMSprop as TensorFlow defines it, which the paper's learning rates were tuned for (Tan & Le 2019, section 5.2).
+class RMSprop(torch.optim.Optimizer):
+    """RMSprop in torch's definition: g is the gradient plus weight_decay times p, and
 
-        v <- decay v + (1 - decay) g^2,  v_0 = 1
-        m <- momentum m + lr g / sqrt(v + eps)
-        p <- p - m
+    v <- decay v + (1 - decay) g^2,  v_0 = 0
+    m <- momentum m + g / (sqrt(v) + eps)
+    p <- p - lr m
 
-    It differs from torch's in three ways: eps stands inside the root, v starts at 1, and the learning rate enters the
-    momentum buffer (a later change of lr does not rescale the momentum gathered so far). Weight decay is an L2 term
-    in g.
+    torch's own can't be gated on the device. capturable: nothing waits for the device, so that a CUDA graph can hold
+    the step (any device; needed on CUDA, slower on a CPU). lr is a number or a tensor.
     """
+
+    initial_square = 0.0
 
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float,
+        lr: float | Tensor,
         *,
         decay: float = 0.9,
         momentum: float = 0.9,
         eps: float = 1e-3,
         weight_decay: float = 0.0,
+        capturable: bool = False,
     ) -> None:
         if lr < 0 or eps < 0 or not 0 <= decay < 1 or not 0 <= momentum < 1:
-            raise ValueError(f"RMSpropTF cannot work with {lr=}, {decay=}, {momentum=}, {eps=}.")
+            raise ValueError(f"{type(self).__name__} cannot work with {lr=}, {decay=}, {momentum=}, {eps=}.")
         super().__init__(params, dict(lr=lr, decay=decay, momentum=momentum, eps=eps, weight_decay=weight_decay))
+        self.capturable = capturable
+        self.found_inf: Tensor | None = None
+        self._step_supports_amp_scaling = True
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -49,74 +60,196 @@ class RMSpropTF(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # A CPU's flag can be read for nothing.
+        if not self.capturable and self.found_inf is not None and self.found_inf:
+            return loss
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["square_avg"] = torch.full_like(p, self.initial_square)
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             # All at once is few launches on a GPU. On a CPU one tensor at a time stays in the cache between operations:
             # 17 ms instead of 43 for B0 (one thread of an AMD EPYC).
-            for chosen in [params] if params[0].is_cuda else [[p] for p in params]:
+            for chosen in [params] if self.capturable and params else [[p] for p in params]:
                 self._update(chosen, group)
         return loss
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """One group, or one tensor. To skip is to see no gradient, with every decay one and every rate zero."""
         grads = [p.grad for p in params if p.grad is not None]
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["square_avg"] = torch.ones_like(p)
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         squares = [self.state[p]["square_avg"] for p in params]
         moments = [self.state[p]["momentum_buffer"] for p in params]
+        decay, momentum, skip = group["decay"], group["momentum"], None
         if group["weight_decay"]:
             grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
-        torch._foreach_mul_(squares, group["decay"])
+        if self.capturable:
+            found_inf = params[0].new_zeros(()) if self.found_inf is None else self.found_inf
+            skip = found_inf.reshape(()) != 0
+            decay, momentum = unless(skip, decay, 1.0), unless(skip, momentum, 1.0)
+            clear(grads, skip)
+        torch._foreach_mul_(squares, decay)
         torch._foreach_addcmul_(squares, grads, grads, value=1 - group["decay"])
-        roots = torch._foreach_add(squares, group["eps"])
-        torch._foreach_sqrt_(roots)
-        torch._foreach_mul_(moments, group["momentum"])
-        torch._foreach_addcdiv_(moments, grads, roots, value=group["lr"])
-        torch._foreach_sub_(params, moments)
+        torch._foreach_mul_(moments, momentum)
+        self._move(params, grads, squares, moments, group["lr"], group["eps"], skip)
+
+    def _move(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        squares: list[Tensor],
+        moments: list[Tensor],
+        lr: float | Tensor,
+        eps: float,
+        skip: Tensor | None,
+    ) -> None:
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_add_(roots, eps)
+        torch._foreach_addcdiv_(moments, grads, roots)
+        torch._foreach_sub_(params, torch._foreach_mul(moments, lr if skip is None else unless(skip, lr, 0.0)))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: weights of convolutions and linear layers decay, vectors (batch norm, biases) don't."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+class RMSpropTF(RMSprop):
+    """RMSprop as TensorFlow defines it, which the paper's learning rates were tuned for (Tan & Le 2019, section 5.2).
 
+        v <- decay v + (1 - decay) g^2,  v_0 = 1
+        m <- momentum m + lr g / sqrt(v + eps)
+        p <- p - m
 
-def make_optimizer(model: nn.Module, options: OptimizerOptions, lr: float) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, options.weight_decay)
-    if options.optimizer == "rmsprop_tf":
-        return RMSpropTF(groups, lr, decay=options.rmsprop_decay, momentum=options.momentum, eps=options.rmsprop_eps)
-    return torch.optim.RMSprop(
-        groups,
-        lr,
-        alpha=options.rmsprop_decay,
-        momentum=options.momentum,
-        eps=options.rmsprop_eps,
-        foreach=True,
-    )
-
-
-def learning_rate(step: int, steps_per_epoch: int, peak: float, options: OptimizerOptions) -> float:
-    """Learning rate of step `step` (from 0): linear warm-up, then `peak x lr_decay^k` in a staircase.
-
-    k counts whole periods of `decay_epochs` since the warm-up ended. A pure function of the step, so that a resumed
-    run needs no scheduler state.
+    It differs from torch's in three ways: eps stands inside the root, v starts at 1, and the learning rate enters the
+    momentum buffer (a later change of lr does not rescale the momentum gathered so far).
     """
-    warmup = options.warmup_epochs * steps_per_epoch
-    if step < warmup:
-        return peak * (step + 1) / math.ceil(warmup)
-    periods = math.floor((step - warmup) / (options.decay_epochs * steps_per_epoch))
-    return peak * options.lr_decay**periods
+
+    initial_square = 1.0
+
+    def _move(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        squares: list[Tensor],
+        moments: list[Tensor],
+        lr: float | Tensor,
+        eps: float,
+        skip: Tensor | None,
+    ) -> None:
+        roots = torch._foreach_add(squares, eps)
+        torch._foreach_sqrt_(roots)
+        if skip is None:
+            torch._foreach_addcdiv_(moments, grads, roots, value=float(lr))
+            torch._foreach_sub_(params, moments)
+            return
+        # A rate that is a tensor can't be a scalar argument without a look at it.
+        steps = torch._foreach_div(grads, roots)
+        torch._foreach_mul_(steps, lr)
+        torch._foreach_add_(moments, steps)
+        torch._foreach_sub_(params, torch._foreach_mul(moments, unless(skip, 1.0, 0.0)))
+
+
+def unless(skip: Tensor, value: float | Tensor, skipped: float) -> Tensor:
+    """`value`, or `skipped` where the flag [] is set; nothing comes from the host, so that a graph can hold it."""
+    usual = value if isinstance(value, Tensor) else torch.full_like(skip, value, dtype=torch.float32)
+    return usual.masked_fill(skip, skipped)
+
+
+def clear(tensors: list[Tensor], skip: Tensor) -> None:
+    """Zero float32 tensors, in place, if the flag [] is set. On their bits, since 0 x NaN is NaN."""
+    torch._foreach_mul_([t.view(torch.int32) for t in tensors], (~skip).int())
+
+
+def freeze_stages(model: EfficientNet, stages: int) -> None:
+    """Freeze the stem and the first `stages` of the seven stages; 0 freezes nothing.
+
+    Frozen parameters take no gradient, frozen batch norms keep their statistics, whatever `train()` is told, and frozen
+    blocks are never dropped.
+    """
+    if not stages:
+        return
+    blocks = sum(stage_repeats(model.config.depth)[:stages])
+    frozen = [model.stem, *list(model.blocks)[:blocks]]
+    for module in frozen:
+        module.requires_grad_(False).eval()
+        # Bound, so that a deep copy freezes itself and not this one.
+        setattr(module, "train", MethodType(_stay, module))  # noqa: B010
+    model.survival_prob[:blocks] = 1.0
+
+
+def _stay(module: nn.Module, mode: bool = True) -> nn.Module:
+    return module
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Weights of convolutions and linear layers decay, vectors (batch norm, biases) don't; frozen ones are left out.
+
+    With layer_decay below 1, each layer (stem, every block, head with classifier) has groups of its own whose
+    `lr_scale` is layer_decay^(layers above it).
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    top = 1 + max((_layer(name) or 0 for name, _ in trained), default=0)
+    kinds: dict[tuple[float, float], list[Tensor]] = {}
+    for name, p in trained:
+        layer = _layer(name)
+        scale = layer_decay ** (0 if layer is None else top - layer)
+        kinds.setdefault((scale, weight_decay if p.ndim > 1 else 0.0), []).append(p)
+    return [{"params": params, "weight_decay": decay, "lr_scale": scale} for (scale, decay), params in kinds.items()]
+
+
+def _layer(name: str) -> int | None:
+    """0 for the stem, i + 1 for block i, None for what is above the blocks."""
+    parts = name.split(".")
+    if parts[0] == "blocks":
+        return int(parts[1]) + 1
+    return 0 if parts[0] == "stem" else None
+
+
+def make_optimizer(
+    model: nn.Module, options: OptimizerOptions, lr: float, *, capturable: bool | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer that `options` name, over the parameters of `model` that are not frozen.
+
+    capturable (default: where the model is on CUDA): no step waits for the device. The learning rate is a tensor of
+    each group, which `set_learning_rate` fills. UserError where nothing is left to train.
+    """
+    groups = parameter_groups(model, options.weight_decay, options.layer_decay)
+    if not groups:
+        raise UserError("every parameter is frozen: lower --freeze-stages.", exit_status=2)
+    device = groups[0]["params"][0].device
+    capturable = device.type == "cuda" if capturable is None else capturable
+    for group in groups:
+        group["lr"] = torch.tensor(lr * group["lr_scale"], dtype=torch.float32, device=device)
+    common: dict[str, Any] = dict(lr=lr)
+    if options.optimizer in ("rmsprop_tf", "rmsprop"):
+        kind = RMSpropTF if options.optimizer == "rmsprop_tf" else RMSprop
+        return kind(
+            groups,
+            decay=options.rmsprop_decay,
+            momentum=options.momentum,
+            eps=options.rmsprop_eps,
+            capturable=capturable,
+            **common,
+        )
+    if options.optimizer == "adamw":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            groups, betas=options.betas, fused=True, capturable=device.type == "cuda", **common
+        )
+        # The steps before a graph is captured are no mistake.
+        optimizer._warned_capturable_if_run_uncaptured = True
+        return optimizer
+    optimizer = torch.optim.SGD(groups, momentum=options.momentum, nesterov=options.momentum > 0, fused=True, **common)
+    if options.momentum:
+        for p in (p for group in groups for p in group["params"]):
+            # torch makes them in the first step, and not at all if that one is skipped.
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group `lr` times its `lr_scale`; tensors are filled in place, where a CUDA graph reads them."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        scaled = lr * group.get("lr_scale", 1.0)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(scaled)
+        else:
+            group["lr"] = scaled
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -131,12 +264,15 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`, in place; ValueError names a tensor that fits no parameter."""
+    """The inverse of `optimizer_tensors`; ValueError names a tensor that fits no parameter."""
     params = dict(model.named_parameters())
     for full_name, value in tensors.items():
         key, _, name = full_name.partition("/")
         if name not in params or (value.ndim and value.shape != params[name].shape):
             raise ValueError(f"optimizer state {full_name} of shape {list(value.shape)} fits no parameter.")
-        # A step counter is a scalar that torch keeps on the CPU.
-        like = params[name] if value.ndim else value
-        optimizer.state[params[name]][key] = torch.empty_like(like).copy_(value)
+        p = params[name]
+        # A step counter is a scalar, which fused and capturable optimizers keep beside the parameter.
+        state = (
+            torch.empty_like(p) if value.ndim or p.ndim == 0 else torch.empty((), dtype=value.dtype, device=p.device)
+        )
+        optimizer.state[p][key] = state.copy_(value)

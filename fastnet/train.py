@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 import time
 from dataclasses import replace
@@ -19,6 +18,19 @@ from fastnet.errors import UserError, run_command
 
 RUNS = Path("runs")
 
+# What a user of timm's train.py would type.
+TIMM_NAMES = {
+    "--opt": "--optimizer",
+    "--opt-betas": "--betas",
+    "--decay-rate": "--lr-decay",
+    "--smoothing": "--label-smoothing",
+    "--clip-grad": "--clip-grad-norm",
+    "--drop": "--dropout",
+    "--drop-path": "--drop-connect-rate",
+    "--log-interval": "--log-every",
+    "--log-wandb": "--wandb",
+}
+
 # What may change when a run is continued; all else decides what the run computes.
 CHANGEABLE = {
     "epochs",
@@ -27,7 +39,12 @@ CHANGEABLE = {
     "device",
     "compile",
     "kernels",
+    "cuda_graph",
+    "checkpoint_hist",
     "log_every",
+    "tensorboard",
+    "wandb",
+    "wandb_project",
     "save_every",
     "out",
     "resume",
@@ -38,7 +55,7 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
     """The configuration that a command line means: a recipe's or a continued run's, with the given flags on top."""
     import tyro
 
-    arguments = _complete_compile(arguments)
+    arguments = _complete_compile([_our_name(argument) for argument in arguments])
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--recipe", default="food101")
     early.add_argument("--resume")
@@ -61,6 +78,12 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
         _refuse_changes(default, config, folder)
         return replace(config, run=replace(config.run, resume=str(folder), out=str(folder)))
     return replace(config, run=replace(config.run, resume=None))
+
+
+def _our_name(argument: str) -> str:
+    """timm's name of a flag, with or without =VALUE, becomes ours."""
+    name, equals, value = argument.partition("=")
+    return TIMM_NAMES.get(name, name) + equals + value
 
 
 def _complete_compile(arguments: list[str]) -> list[str]:
@@ -97,8 +120,12 @@ def _refuse_changes(saved: TrainConfig, given: TrainConfig, folder: Path) -> Non
         return values
 
     before, now = flatten(saved), flatten(given)
+    allowed = set(CHANGEABLE)
+    if given.images_per_step == saved.images_per_step:
+        # The same images in each step, in other parts: the way out of a GPU's memory.
+        allowed |= {"batch_size", "grad_accum_steps"}
     for name, value in now.items():
-        if name not in CHANGEABLE and value != before[name]:
+        if name not in allowed and value != before[name]:
             flag = "--" + name.replace("_", "-")
             raise UserError(
                 f"{flag} {value} differs from the {before[name]} that {folder} was started with: leave it out to "
@@ -125,9 +152,6 @@ def train() -> int:
     config.validate()
     folder = run_folder(config)
 
-    # OpenMP threads that spin while they wait starve the loader's workers and each other as soon as the cores are
-    # shared. Read when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
     from rich.console import Console
 

@@ -3,74 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import math
 import os
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from data_pipeline import Loader, build_index, make_loader
+from data_pipeline import build_index
+from fastnet.build import build_loaders, build_model, build_step
 from fastnet.checkpoint import Progress, load_checkpoint, save_checkpoint, write_atomically
 from fastnet.config import TrainConfig
-from fastnet.device import pick_amp, pick_device, pick_workers
+from fastnet.curves import draw_curves
+from fastnet.device import out_of_memory, pick_amp, pick_device
+from fastnet.display import Display, format_seconds, say_excluded, show_table
 from fastnet.errors import UserError
 from fastnet.evaluation import Interrupted, evaluate_model, reestimate_batch_norm
-from fastnet.layers import operation_impl
-from fastnet.metrics import Clock, Display, MetricsFile, Sums, format_seconds, peak_memory_gb
-from fastnet.model import EfficientNet, efficientnet
-from fastnet.optim import (
-    learning_rate,
-    load_optimizer_tensors,
-    make_optimizer,
-    optimizer_tensors,
-    set_learning_rate,
-)
-from fastnet.pretrained import pretrained_file
+from fastnet.graph import CudaRecorder, pick_cuda_graph
+from fastnet.metrics import Clock, MetricsFile, Sums, peak_memory_gb
+from fastnet.mix import draw_mix
+from fastnet.model import EfficientNet, ModelConfig
+from fastnet.optim import load_optimizer_tensors, optimizer_tensors, set_learning_rate
+from fastnet.resize import DynamicResize
 from fastnet.scaling import architecture
-from fastnet.step import TrainStep
-from fastnet.weights import load_weights, save_weights
-from kernels.launch import resolve
+from fastnet.schedule import learning_rate, progressive_resolution, step_key
+from fastnet.step import Health
+from fastnet.stop import StopRequest
+from fastnet.trackers import make_trackers
+from fastnet.weights import save_weights
 
-EXCLUDED_SHOWN = 20  # unreadable files named on screen; the run's folder names all
-
-
-class StopRequest:
-    """Turns Ctrl-C and SIGTERM into a flag that is looked at between steps. A second signal acts at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def __call__(self) -> bool:
-        return self.signal is not None
-
-    @contextmanager
-    def installed(self) -> Iterator[StopRequest]:
-        def note(number: int, _: FrameType | None) -> None:
-            self.signal = number
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-        previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-
-def seed_step(seed: int, step: int) -> None:
-    """Seed torch for one step. Randomness inside a step is a function of (seed, step), so that a resumed run draws
-    what the uninterrupted one draws, whatever else used the generator in between."""
-    digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+LEAST_LOSS_SCALE = 1.0  # fp16 gradients that overflow at this scale are not finite for another reason
 
 
 class Trainer:
@@ -84,6 +48,7 @@ class Trainer:
         self.config, self.folder, self.console = config, folder, console
         self.device = pick_device(config.run.device)
         self.amp = pick_amp(config.run.amp, self.device)
+        self.graphed = pick_cuda_graph(config.run.cuda_graph, self.device)
         if config.run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -91,136 +56,81 @@ class Trainer:
 
         arch = architecture(config.model.variant, config.model.scaling)
         self.resolution = config.model.resolution or arch.resolution
+        self.resize = DynamicResize(self.resolution)
         self.index = build_index(config.data.data)
-        self.train_loader, self.val_loader = self._loaders()
-        self.model = self._model()
-        self.step = TrainStep(
-            self.model,
-            make_optimizer(self.model, config.optimizer, config.peak_lr),
-            device=self.device,
-            amp=self.amp,
-            label_smoothing=config.optimizer.label_smoothing,
-            clip_grad_norm=config.optimizer.clip_grad_norm,
-        )
+        self.train_loader, self.val_loader = build_loaders(config, self.index, self.resolution, self.device)
+        self._saved = load_checkpoint(self.last) if self.last.exists() else None
+        saved_model = None
+        if self._saved is not None:
+            saved_model = ModelConfig(**self._saved[2]["model"] | {"kernels": config.model.kernels})
+        self.model = build_model(config, len(self.index.classes), self.device, saved_model, self.say)
+        self.step = build_step(config, self.model, self.device, self.amp)
         self.progress = Progress()
         self.sums = Sums(self.device)
         self.clock = Clock()
         self.stop = StopRequest()
 
-    # --- construction ---------------------------------------------------------------------------------------------
+    @property
+    def last(self) -> Path:
+        return self.folder / "last.safetensors"
 
-    def _loaders(self) -> tuple[Loader, Loader]:
-        config = self.config
-        images = len(self.index.splits["train"].paths)
-        if images < config.optimizer.batch_size:
-            raise UserError(
-                f"--batch-size {config.optimizer.batch_size} is more than the {images} training images of "
-                f"{self.index.root}: choose a smaller one.",
-                exit_status=2,
-            )
-        common: dict[str, Any] = dict(
-            backend=config.data.loader,
-            resolution=self.resolution,
-            batch_size=config.optimizer.batch_size,
-            seed=config.run.seed,
-            device=self.device.type,
-            workers=pick_workers(config.data.workers, self.device),
-        )
-        train = make_loader(self.index, "train", train=True, augmentation=config.augment, **common)
-        val = make_loader(self.index, "val", train=False, augmentation=None, **common)
-        return train, val
-
-    def _model(self) -> EfficientNet:
-        options = self.config.model
-        try:
-            resolve(operation_impl(options.kernels), torch.empty(0, device=self.device))
-        except RuntimeError as error:
-            raise UserError(f"--kernels {options.kernels} does not work here: {error}.", exit_status=2) from error
-        torch.manual_seed(self.config.run.seed)
-        extra: dict[str, Any] = {}
-        loaded = None
-        if options.pretrained:
-            try:
-                file = pretrained_file(options.pretrained, options.variant)
-                loaded = load_weights(file, style=options.weights_style)
-            except (ValueError, OSError) as error:
-                raise UserError(f"--pretrained {options.pretrained}: {error}") from error
-            source = loaded.config
-            if (source.variant, source.scaling) != (options.variant, options.scaling):
-                raise UserError(
-                    f"--pretrained {options.pretrained} holds a {source.variant} ({source.scaling} scaling): "
-                    f"train it with --variant {source.variant} --scaling {source.scaling}."
-                )
-            extra = dict(padding=source.padding, bn_eps=source.bn_eps, bn_momentum=source.bn_momentum)
-        model = efficientnet(
-            options.variant,
-            num_classes=len(self.index.classes),
-            scaling=options.scaling,
-            dropout=options.dropout,
-            drop_connect_rate=options.drop_connect_rate,
-            kernels=options.kernels,
-            **({"padding": options.padding} | extra),
-        )
-        if loaded is not None:
-            state = dict(loaded.state_dict)
-            if loaded.config.num_classes != len(self.index.classes):
-                self.console.print(
-                    f"new classifier: {options.pretrained} knows {loaded.config.num_classes} classes, "
-                    f"the data has {len(self.index.classes)}"
-                )
-                state |= {k: v for k, v in model.state_dict().items() if k.startswith("classifier.")}
-            model.load_state_dict(state)
-        return model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    def _compile(self) -> None:
-        if self.config.run.compile == "regional":
-            self.model.compile_regions()
-        elif self.config.run.compile == "whole":
-            self.model.compile()
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write `last.safetensors`: everything that `restore` needs to go on exactly here."""
+        """Write `last.safetensors`: everything that `restore` needs to go on exactly here. UserError where a step was
+        not finite, with the file as it was."""
+        self._check_health()
         self.progress.train_seconds = self._train_seconds()
         training = {
             f"optimizer/{name}": value for name, value in optimizer_tensors(self.model, self.step.optimizer).items()
         }
+        training |= {f"step/{name}": value for name, value in self.step.state_dict().items()}
+        if self.step.ema is not None:
+            training |= {f"ema/{name}": value for name, value in self.step.ema.state_dict().items()}
         training["sums"] = self.sums.total
         metadata = {
             "progress": dataclasses.asdict(self.progress),
-            "scaler": self.step.scaler.state_dict(),
             "model": dataclasses.asdict(self.model.config),
             "classes": list(self.index.classes),
             "resolution": self.resolution,
             "data_fingerprint": self.index.fingerprint,
+            "quarantined": self.train_loader.quarantined,
         }
-        save_checkpoint(self.folder / "last.safetensors", self.model.state_dict(), training, metadata)
+        save_checkpoint(self.last, self.model.state_dict(), training, metadata)
 
     def restore(self) -> None:
-        path = self.folder / "last.safetensors"
-        weights, training, metadata = load_checkpoint(path)
+        weights, training, metadata = self._saved or load_checkpoint(self.last)
+        self._saved = None  # the memory of a second model
         if metadata["classes"] != list(self.index.classes):
             raise UserError(
-                f"{path} was trained on {len(metadata['classes'])} classes and {self.index.root} has "
+                f"{self.last} was trained on {len(metadata['classes'])} classes and {self.index.root} has "
                 f"{len(self.index.classes)} or other ones: give the run its own data back, or start a new run with "
-                f"--pretrained {path}."
+                f"--pretrained {self.last}."
             )
         if metadata["data_fingerprint"] != self.index.fingerprint:
             raise UserError(
-                f"{self.index.root} has changed since {path} was written: restore the data, or start a new run with "
-                f"--pretrained {path}."
+                f"{self.index.root} has changed since {self.last} was written: restore the data, or start a new run "
+                f"with --pretrained {self.last}."
             )
         self.model.load_state_dict(weights)
-        self.sums.total.copy_(training.pop("sums"))
-        load_optimizer_tensors(
-            self.model,
-            self.step.optimizer,
-            {name.removeprefix("optimizer/"): value for name, value in training.items()},
-        )
-        if metadata["scaler"]:
-            self.step.scaler.load_state_dict(metadata["scaler"])
+        self.sums.total.copy_(training["sums"])
+        parts: dict[str, dict[str, torch.Tensor]] = {"optimizer": {}, "step": {}, "ema": {}}
+        for name, value in training.items():
+            part, _, rest = name.partition("/")
+            if rest:
+                parts[part][rest] = value
+        load_optimizer_tensors(self.model, self.step.optimizer, parts["optimizer"])
+        self.step.load_state_dict(parts["step"])
+        if self.step.ema is not None:
+            self.step.ema.load_state_dict(parts["ema"])
         self.progress = Progress(**metadata["progress"])
+        # Who replaces a file that went bad depends on all that did.
+        positions = {path: i for i, path in enumerate(self.train_loader.plan.split.paths)}
+        quarantined = {positions[path]: reason for path, reason in metadata.get("quarantined", []) if path in positions}
+        self.train_loader.quarantine(quarantined)
 
     def _train_seconds(self) -> float:
         seconds, self.clock.train_seconds = self.clock.train_seconds, 0.0
@@ -233,45 +143,66 @@ class Trainer:
         try:
             with self.stop.installed():
                 return self._run()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise UserError(self._smaller_batch()) from error
         finally:
             self.train_loader.close()
             self.val_loader.close()
 
     def _run(self) -> int:
-        config, progress = self.config, self.progress
-        resumed = (self.folder / "last.safetensors").exists()
+        config = self.config
+        resumed = self.last.exists()
         if resumed:
             self.restore()
-            progress = self.progress
+        progress = self.progress
+        trackers = make_trackers(config, self.folder, progress.step)
         write_atomically(self.folder / "config.json", config.to_json().encode())
         if self.index.excluded:
             listed = "".join(f"{path}: {reason}\n" for path, reason in self.index.excluded)
             write_atomically(self.folder / "excluded.txt", listed.encode("utf-8", "surrogateescape"))
-        self.metrics = MetricsFile(self.folder / "metrics.jsonl", progress.step)
+        self.metrics = MetricsFile(self.folder / "metrics.jsonl", progress.step, trackers)
         if not resumed:
             self.save()
         self._announce(resumed)
-        self._compile()
+        self._prepare_step()
 
         total = config.optimizer.epochs * self.train_loader.steps_per_epoch
-        with Display(self.console, total, progress.step) as self.display:
-            while progress.epoch < config.optimizer.epochs:
-                try:
-                    self._train_epoch(total)
-                    if not self.stop():
-                        self._finish_epoch()
-                except Interrupted:
-                    pass
-                self.save()
-                if self.stop():
-                    break
+        try:
+            with Display(self.console, total, progress.step) as self.display:
+                while progress.epoch < config.optimizer.epochs:
+                    with suppress(Interrupted):
+                        self._train_epoch(total)
+                        if not self.stop():
+                            self._finish_epoch()
+                    self.save()
+                    if self.stop():
+                        break
+        finally:
+            self.metrics.close()
         if self.stop():
-            self.console.print(
-                f"stopped at step {progress.step}; continue with: {self._resume_command()}", soft_wrap=True
-            )
+            self.say(f"stopped at step {progress.step}; continue with: {self._resume_command()}")
             return 128 + (self.stop.signal or 0)
         self._conclude()
         return 0
+
+    def _prepare_step(self) -> None:
+        """Compile, and record from then on, as asked for."""
+        # Progressive training has a few sizes, each worth a program of its own.
+        options: dict[str, Any] = {"dynamic": False} if self.config.progressive.progressive > 1 else {}
+        if self.config.run.compile == "regional":
+            self.model.compile_regions(**options)
+        elif self.config.run.compile == "whole":
+            self.model.compile(**options)
+        if self.graphed:
+            self.step.use_graph(CudaRecorder(self.device), on_failure=self._go_on_ungraphed)
+
+    def _go_on_ungraphed(self, error: RuntimeError) -> None:
+        reason = str(error).strip().partition("\n")[0]
+        if self.config.run.cuda_graph == "on":
+            raise UserError(f"--cuda-graph on is impossible here ({reason}): leave it out.") from error
+        self.display.say(f"this step can't be recorded as a CUDA graph ({reason}); training goes on without")
 
     def _train_epoch(self, total: int) -> None:
         """The steps that are left of the epoch; leaves early, between two steps, when a stop was asked for."""
@@ -280,15 +211,23 @@ class Trainer:
         if progress.step_in_epoch >= per_epoch:
             return
         self.model.train()
+        self.resize.resolution = progressive_resolution(
+            progress.epoch,
+            config.optimizer.epochs,
+            self.resolution,
+            config.progressive.progressive,
+            config.progressive.progressive_start,
+        )
         batches = self.train_loader.batches(progress.epoch, progress.step_in_epoch)
         for (images, labels), waited in self.clock.batches(batches):
             start = time.perf_counter()
             set_learning_rate(
-                self.step.optimizer,
-                learning_rate(progress.step, per_epoch, config.peak_lr, config.optimizer),
+                self.step.optimizer, learning_rate(progress.step, per_epoch, config.peak_lr, config.optimizer)
             )
-            seed_step(config.run.seed, progress.step)
-            loss, correct = self.step(images, labels)
+            if self.step.ema is not None:
+                self.step.ema.set_update(progress.step + 1)
+            torch.manual_seed(step_key(config.run.seed, progress.step))
+            loss, correct = self.step(self.resize(images), labels, mix=self._mix())
             self.sums.add(loss, correct, len(labels))
             progress.step += 1
             progress.step_in_epoch += 1
@@ -298,99 +237,147 @@ class Trainer:
             self.display.advance()
             if self.stop():
                 return
-            if config.run.save_every and progress.step % config.run.save_every == 0:
+            # The end of an epoch is saved when it has been evaluated.
+            at_end = progress.step_in_epoch == per_epoch
+            if config.run.save_every and progress.step % config.run.save_every == 0 and not at_end:
                 self.save()
+
+    def _mix(self) -> torch.Tensor | None:
+        """The mixing's numbers for the next step, on the device."""
+        if not self.config.mix.enabled:
+            return None
+        drawn = draw_mix(self.config.mix, self.resize.resolution, self.config.run.seed, self.progress.step)
+        return torch.tensor(drawn).to(self.device, non_blocking=True)
 
     def _log(self, total: int) -> None:
         progress = self.progress
+        health = self._check_health()
         loss, top1 = self.sums.read()
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is not finite at step {progress.step}: lower --lr or use --amp off; the checkpoint "
-                f"{self.folder / 'last.safetensors'} is from before."
-            )
         rate, waiting = self.clock.rates()
         memory = peak_memory_gb(self.device)
-        values = dict(step=progress.step, epoch=progress.epoch, loss=round(loss, 6), top1=round(top1, 4))
-        lr = self.step.optimizer.param_groups[0]["lr"]
-        self.metrics.write(
-            kind="train",
-            **values,
-            lr=lr,
-            images_per_s=round(rate, 2),
-            data_wait=round(waiting, 2),
-            memory_gb=memory,
+        values: dict[str, Any] = dict(
+            step=progress.step,
+            epoch=progress.epoch,
+            loss=round(loss, 6),
+            top1=round(top1, 4),
+            lr=learning_rate(
+                progress.step - 1, self.train_loader.steps_per_epoch, self.config.peak_lr, self.config.optimizer
+            ),
+            resolution=self.resize.resolution,
         )
-        left = (total - progress.step) * self.config.optimizer.batch_size / rate if rate else 0.0
         text = f"loss {loss:.3f}  top-1 {top1:.1f} %  {rate:.0f} images/s  waiting {waiting:.0f} %  {memory:.1f} GB"
+        if self.amp == "fp16":
+            values |= dict(skipped=health.skipped, loss_scale=health.loss_scale)
+            text += f"  skipped {health.skipped}"
+        self.metrics.write(
+            "train", **values, images_per_s=round(rate, 2), data_wait=round(waiting, 2), memory_gb=memory
+        )
+        left = (total - progress.step) * self.config.images_per_step / rate if rate else 0.0
         self.display.status(progress.step, progress.epoch, text, left)
 
-    def _finish_epoch(self) -> None:
-        """Evaluate, keep the best weights, and move on to the next epoch."""
-        config, progress = self.config, self.progress
-        common: dict[str, Any] = dict(device=self.device, amp=self.amp, stop=self.stop)
-        note = ""
-        if config.run.reestimate_bn:
-            batches = self.train_loader.batches(progress.epoch)
-            used = reestimate_batch_norm(self.model, batches, config.run.reestimate_bn, **common)
-            note = f"  (batch norm re-estimated on {used} training batches)"
-        result = evaluate_model(self.model, self.val_loader.batches(0), **common)
-        self.display.say(
-            f"epoch {progress.epoch}: top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  "
-            f"loss {result.loss:.4f}{note}"
-        )
-        values = dict(epoch=progress.epoch, step=progress.step, **dataclasses.asdict(result))
-        progress.evaluations.append(values)
-        self.metrics.write(kind="eval", **values)
-        if result.top1 > progress.best_top1:
-            progress.best_top1, progress.best_epoch = result.top1, progress.epoch
-            save_weights(
-                self.folder / "best.safetensors", self.model, classes=self.index.classes, resolution=self.resolution
+    def _check_health(self) -> Health:
+        """Waits for the device. UserError where the loss or a gradient was not finite and that is not fp16's range."""
+        health = self.step.health()
+        beyond_scaling = self.amp != "fp16" or health.loss_scale < LEAST_LOSS_SCALE
+        if health.skipped and beyond_scaling:
+            raise UserError(
+                f"the loss or a gradient is not finite at step {health.first_bad}: lower --lr or use --amp off; "
+                f"{self.last} is from before and can be continued with --resume {self.folder}."
             )
+        return health
+
+    def _finish_epoch(self) -> None:
+        """Evaluate the weights and their average, keep the better, and move on to the next epoch."""
+        config, progress = self.config, self.progress
+        self._check_health()
+        candidates: dict[str, EfficientNet] = {"model": self.model}
+        if self.step.ema is not None:
+            candidates["ema"] = self.step.ema.module
+        common: dict[str, Any] = dict(device=self.device, amp=self.amp, stop=self.stop)
+        results = []
+        for name, model in candidates.items():
+            note = ""
+            if config.run.reestimate_bn:
+                batches = self.train_loader.batches(progress.epoch)
+                used = reestimate_batch_norm(model, batches, config.run.reestimate_bn, **common)
+                note = f"  (batch norm re-estimated on {used} training batches)"
+            result = evaluate_model(model, self.val_loader.batches(0), **common)
+            self.display.say(
+                f"epoch {progress.epoch}{' averaged weights' if name == 'ema' else ''}: top-1 {result.top1:.2f} %  "
+                f"top-5 {result.top5:.2f} %  loss {result.loss:.4f}{note}"
+            )
+            results.append(dict(epoch=progress.epoch, step=progress.step, weights=name, **dataclasses.asdict(result)))
+        for values in results:  # all or none, should a stop come in between
+            self.metrics.write("eval", **values)
+        best = max(results, key=lambda values: values["top1"])
+        progress.evaluations.append(best)
+        self._keep(candidates[best["weights"]], best)
         progress.epoch += 1
         progress.step_in_epoch = 0
+
+    def _keep(self, model: EfficientNet, values: dict[str, Any]) -> None:
+        """Write what belongs to the best: best.safetensors, and of several checkpoint-<epoch>.safetensors."""
+        progress, hist = self.progress, self.config.run.checkpoint_hist
+        notes = {key: values[key] for key in ("weights", "epoch", "top1")}
+        common: dict[str, Any] = dict(classes=self.index.classes, resolution=self.resolution, notes=notes)
+        if values["top1"] > progress.best_top1:
+            progress.best_top1, progress.best_epoch = values["top1"], values["epoch"]
+            save_weights(self.folder / "best.safetensors", model, **common)
+        if hist < 2:
+            return
+        ranked = sorted(progress.evaluations, key=lambda one: (-one["top1"], one["epoch"]))
+        kept = {f"checkpoint-{one['epoch']}" for one in ranked[:hist]}
+        if f"checkpoint-{values['epoch']}" in kept:
+            save_weights(self.folder / f"checkpoint-{values['epoch']}.safetensors", model, **common)
+        for path in self.folder.glob("checkpoint-*"):
+            if path.stem not in kept:
+                path.unlink()
 
     # --- words ----------------------------------------------------------------------------------------------------
 
     def _announce(self, resumed: bool) -> None:
         config, index = self.config, self.index
         parameters = sum(p.numel() for p in self.model.parameters())
-        lines = [
+        self.say(
             f"{'continuing' if resumed else 'training'} efficientnet_{config.model.variant} "
             f"({parameters / 1e6:.1f} M parameters) at {self.resolution} px on {self.device}, amp {self.amp}, "
-            f"compile {config.run.compile}, kernels {config.model.kernels}, loader {self.train_loader.backend}",
+            f"compile {config.run.compile}, kernels {config.model.kernels}, loader {self.train_loader.backend}"
+        )
+        self.say(
             f"data {index.root}: {len(index.classes)} classes, {self.train_loader.num_images} training and "
-            f"{self.val_loader.num_images} validation images",
-            f"run {self.folder}",
-        ]
-        lines += [f"left out {path}: {reason}" for path, reason in index.excluded[:EXCLUDED_SHOWN]]
-        if len(index.excluded) > EXCLUDED_SHOWN:
-            lines.append(f"left out {len(index.excluded) - EXCLUDED_SHOWN} more, all in {self.folder / 'excluded.txt'}")
-        for line in lines:
-            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            f"{self.val_loader.num_images} validation images"
+        )
+        self.say(f"run {self.folder}")
+        say_excluded(self.console, index.excluded, self.folder / "excluded.txt")
 
     def _resume_command(self) -> str:
         return f"python -m fastnet.train --resume {self.folder}"
+
+    def _smaller_batch(self) -> str:
+        batch, parts = self.config.optimizer.batch_size, self.config.optimizer.grad_accum_steps
+        if batch < 4:
+            return f"out of memory on {self.device}: lower --resolution or choose a smaller --variant."
+        return (
+            f"out of memory on {self.device} with --batch-size {batch}: try --batch-size {batch // 2} "
+            f"--grad-accum-steps {2 * parts}, which updates the weights as often."
+        )
 
     def _conclude(self) -> None:
         progress = self.progress
         best = max(progress.evaluations, key=lambda values: values["top1"])
         rate, waiting = self.clock.rates()
-        table = Table(title=f"efficientnet_{self.config.model.variant} at {self.resolution} px", show_header=False)
-        table.add_column()
-        table.add_column(justify="right")
-        table.add_row("top-1", f"{best['top1']:.2f} %")
-        table.add_row("top-5", f"{best['top5']:.2f} %")
-        table.add_row("best epoch", f"{best['epoch']} of 0-{self.config.optimizer.epochs - 1}")
-        table.add_row("training time", format_seconds(progress.train_seconds))
-        table.add_row("throughput", f"{rate:.0f} images/s" if rate else "not measured")
-        table.add_row("waiting for data", f"{waiting:.0f} %")
-        table.add_row("peak memory", f"{peak_memory_gb(self.device):.1f} GB")
-        table.add_row("excluded files", str(len(self.index.excluded)))
-        self.console.print(table)
-        self.console.print(f"evaluate: python -m fastnet.evaluate {self.folder}", soft_wrap=True, highlight=False)
-        self.console.print(
-            f"train on: {self._resume_command()} --epochs {2 * self.config.optimizer.epochs}",
-            soft_wrap=True,
-            highlight=False,
-        )
+        averaged = " (averaged weights)" if best.get("weights") == "ema" else ""
+        rows = {
+            "top-1": f"{best['top1']:.2f} %{averaged}",
+            "top-5": f"{best['top5']:.2f} %",
+            "best epoch": f"{best['epoch']} of 0-{self.config.optimizer.epochs - 1}",
+            "training time": format_seconds(progress.train_seconds),
+            "throughput": f"{rate:.0f} images/s" if rate else "not measured",
+            "waiting for data": f"{waiting:.0f} %",
+            "peak memory": f"{peak_memory_gb(self.device):.1f} GB",
+            "excluded files": str(len(self.index.excluded)),
+        }
+        show_table(self.console, f"efficientnet_{self.config.model.variant} at {self.resolution} px", rows)
+        self.say(f"learning curves: {draw_curves(self.folder)}")
+        self.say(f"evaluate: python -m fastnet.evaluate {self.folder}")
+        self.say(f"train on: {self._resume_command()} --epochs {2 * self.config.optimizer.epochs}")

@@ -77,17 +77,23 @@ def load_weights(path: str | Path, *, style: Style | None = None) -> LoadedWeigh
 
 
 def save_weights(
-    path: str | Path, model: EfficientNet, *, classes: Sequence[str] | None = None, resolution: int | None = None
+    path: str | Path,
+    model: EfficientNet,
+    *,
+    classes: Sequence[str] | None = None,
+    resolution: int | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the model's tensors and ModelConfig to ``path`` (.safetensors), atomically; the config also as .json.
 
-    With the class names and the resolution in pixels the file needs no run beside it to predict.
+    With the class names and the resolution in pixels the file needs no run beside it to predict. notes: further
+    JSON-serialisable facts for its header.
     Raises ValueError for another suffix, UserError where the file cannot be written.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"weights are saved as .safetensors, not as {path.name}: change the file's suffix.")
-    metadata: dict[str, Any] = {"model": dataclasses.asdict(model.config)}
+    metadata: dict[str, Any] = {"model": dataclasses.asdict(model.config), **(notes or {})}
     if classes is not None:
         metadata["classes"] = list(classes)
     if resolution is not None:

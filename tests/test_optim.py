@@ -15,12 +15,12 @@ from torch import nn
 from fastnet.config import OptimizerOptions
 from fastnet.optim import (
     RMSpropTF,
-    learning_rate,
     load_optimizer_tensors,
     make_optimizer,
     optimizer_tensors,
     parameter_groups,
 )
+from fastnet.schedule import learning_rate
 
 
 def small_model() -> nn.Module:

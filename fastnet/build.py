@@ -1,0 +1,127 @@
+"""From a configuration to what a run is made of: loaders, model, optimizer, average, step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from data_pipeline import Index, Loader, make_loader
+from fastnet.config import TrainConfig
+from fastnet.device import pick_workers
+from fastnet.ema import ModelEma
+from fastnet.errors import UserError
+from fastnet.layers import operation_impl
+from fastnet.model import EfficientNet, ModelConfig, efficientnet
+from fastnet.optim import freeze_stages, make_optimizer
+from fastnet.pretrained import pretrained_file
+from fastnet.step import Amp, TrainStep
+from fastnet.weights import load_weights
+from kernels.launch import resolve
+
+
+def build_loaders(config: TrainConfig, index: Index, resolution: int, device: torch.device) -> tuple[Loader, Loader]:
+    """(training, validation). A training batch is a whole step's, however many parts it goes through the model in."""
+    images = len(index.splits["train"].paths)
+    if images < config.images_per_step:
+        flags = f"--batch-size {config.optimizer.batch_size}"
+        if config.optimizer.grad_accum_steps > 1:
+            flags += f" x --grad-accum-steps {config.optimizer.grad_accum_steps}"
+        raise UserError(
+            f"{flags} is more than the {images} training images of {index.root}: choose a smaller one.", exit_status=2
+        )
+    common: dict[str, Any] = dict(
+        backend=config.data.loader,
+        resolution=resolution,
+        seed=config.run.seed,
+        device=device.type,
+        workers=pick_workers(config.data.workers, device),
+    )
+    train = make_loader(
+        index, "train", train=True, augmentation=config.augment, batch_size=config.images_per_step, **common
+    )
+    val = make_loader(index, "val", train=False, augmentation=None, batch_size=config.optimizer.batch_size, **common)
+    return train, val
+
+
+def build_model(
+    config: TrainConfig, classes: int, device: torch.device, saved: ModelConfig | None, say: Callable[[str], None]
+) -> EfficientNet:
+    """The model to train, on `device`, with its first stages frozen if so asked.
+
+    saved: what a continued run's checkpoint holds, which will fill the weights; --pretrained is then not read again.
+    """
+    options = config.model
+    try:
+        resolve(operation_impl(options.kernels), torch.empty(0, device=device))
+    except RuntimeError as error:
+        raise UserError(f"--kernels {options.kernels} does not work here: {error}.", exit_status=2) from error
+    torch.manual_seed(config.run.seed)
+    if saved is not None:
+        model = EfficientNet(saved)
+    elif options.pretrained:
+        model = _pretrained(config, classes, say)
+    else:
+        model = efficientnet(
+            options.variant,
+            num_classes=classes,
+            scaling=options.scaling,
+            dropout=options.dropout,
+            drop_connect_rate=options.drop_connect_rate,
+            padding=options.padding,
+            kernels=options.kernels,
+        )
+    freeze_stages(model, config.optimizer.freeze_stages)
+    return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _pretrained(config: TrainConfig, classes: int, say: Callable[[str], None]) -> EfficientNet:
+    options = config.model
+    assert options.pretrained is not None
+    try:
+        file = pretrained_file(options.pretrained, options.variant)
+        loaded = load_weights(file, style=options.weights_style)
+    except (ValueError, OSError) as error:
+        raise UserError(f"--pretrained {options.pretrained}: {error}") from error
+    source = loaded.config
+    if (source.variant, source.scaling) != (options.variant, options.scaling):
+        raise UserError(
+            f"--pretrained {options.pretrained} holds a {source.variant} ({source.scaling} scaling): "
+            f"train it with --variant {source.variant} --scaling {source.scaling}."
+        )
+    model = efficientnet(
+        options.variant,
+        num_classes=classes,
+        scaling=options.scaling,
+        dropout=options.dropout,
+        drop_connect_rate=options.drop_connect_rate,
+        padding=source.padding,
+        bn_eps=source.bn_eps,
+        bn_momentum=source.bn_momentum,
+        kernels=options.kernels,
+    )
+    state = dict(loaded.state_dict)
+    if source.num_classes != classes:
+        say(f"new classifier: {options.pretrained} knows {source.num_classes} classes, the data has {classes}")
+        state |= {k: v for k, v in model.state_dict().items() if k.startswith("classifier.")}
+    model.load_state_dict(state)
+    return model
+
+
+def build_step(config: TrainConfig, model: EfficientNet, device: torch.device, amp: Amp) -> TrainStep:
+    """The training step of a model that is not yet compiled, with its optimizer and average."""
+    ema, capturable = None, device.type == "cuda"
+    if config.ema.model_ema:
+        ema = ModelEma(model, config.ema.model_ema_decay, warmup=config.ema.model_ema_warmup, capturable=capturable)
+    return TrainStep(
+        model,
+        make_optimizer(model, config.optimizer, config.peak_lr, capturable=capturable),
+        device=device,
+        amp=amp,
+        label_smoothing=config.optimizer.label_smoothing,
+        clip_grad_norm=config.optimizer.clip_grad_norm,
+        ema=ema,
+        grad_accum_steps=config.optimizer.grad_accum_steps,
+        capturable=capturable,
+    )

@@ -1,0 +1,82 @@
+"""What a run says on the screen: its beginning, a progress bar or lines, and what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+EXCLUDED_SHOWN = 20  # unreadable files named on screen; the run's folder names all
+
+
+class Display:
+    """A progress bar on a terminal, plain lines elsewhere; messages go above the bar."""
+
+    def __init__(self, console: Console, total_steps: int, done: int) -> None:
+        self.console = console
+        self._total = total_steps
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed}/{task.total} {task.fields[status]}"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._bar.add_task("training", total=total_steps, completed=done, status="")
+
+    def __enter__(self) -> Display:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.advance(self._task)
+
+    def status(self, step: int, epoch: int, text: str, eta_seconds: float) -> None:
+        """Show the latest numbers: in the bar, or as a line with the time to go."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=f"epoch {epoch}", status=text)
+        else:
+            self.say(f"step {step}/{self._total}  epoch {epoch}  {text}  eta {format_seconds(eta_seconds)}")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def format_seconds(seconds: float) -> str:
+    """75 -> '1:15', 3700 -> '1:01:40'."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def say_excluded(console: Console, excluded: Sequence[tuple[str, str]], listed_in: Path) -> None:
+    """Name (path, reason) of files that were left out, the first of them if they are many."""
+    lines = [f"left out {path}: {reason}" for path, reason in excluded[:EXCLUDED_SHOWN]]
+    if len(excluded) > EXCLUDED_SHOWN:
+        lines.append(f"left out {len(excluded) - EXCLUDED_SHOWN} more, all in {listed_in}")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def show_table(console: Console, title: str, rows: dict[str, str]) -> None:
+    table = Table(title=title, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
