@@ -23,7 +23,29 @@ EVAL_MARGIN = 1
 
 _ATTEMPTS = 10  # random crops tried before the centre crop, as in torchvision's RandomResizedCrop
 _DRAWS = 4 * _ATTEMPTS + 5  # crops first, then flip, brightness, contrast, saturation, hue
-_ORDER_STREAM, _DRAW_STREAM = 1, 2
+_ORDER_STREAM, _DRAW_STREAM, _OPERATION_STREAM, _ERASING_STREAM = 1, 2, 3, 4
+
+# Operations of RandAugment, in the order of their numbers (Cubuk et al. 2019, section 3; the set of its appendix).
+OPERATIONS = (
+    "identity",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+    "rotate",
+    "brightness",
+    "color",
+    "contrast",
+    "sharpness",
+    "posterize",
+    "solarize",
+    "autocontrast",
+    "equalize",
+)
+_REVERSIBLE = OPERATIONS[1:10]  # strength goes both ways
+MAX_MAGNITUDE = 30  # of RandAugment, as in the paper and torchvision; timm's scale ends at 10
+# Share of the image, and height over width, of an erased rectangle (Zhong et al. 2017, section 4.2).
+_ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 # RGB -> YIQ with the coefficients of DALI's color_twist.
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
@@ -49,6 +71,12 @@ class Augmentation:
     """Saturation factor drawn from 1 ± this."""
     hue: float = 5.0
     """Hue rotation drawn from ± this, in degrees."""
+    rand_augment_ops: int = 0
+    """RandAugment: so many random operations on each training image, one after another; 0: none (paper: 2)."""
+    rand_augment_magnitude: float = 9.0
+    """Strength of RandAugment's operations, 0 to 30 (torchvision's scale; timm's m9 is 27)."""
+    random_erasing: float = 0.0
+    """Probability that a rectangle of the training image is filled with a random colour."""
 
     def __post_init__(self) -> None:
         low, high = self.scale
@@ -64,6 +92,14 @@ class Augmentation:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
         if not 0 <= self.hue <= 180:
             raise ValueError(f"hue must lie between 0 and 180 degrees, got {self.hue}")
+        if not 0 <= self.rand_augment_ops <= 16:
+            raise ValueError(f"rand_augment_ops must lie between 0 and 16, got {self.rand_augment_ops}")
+        if not 0 <= self.rand_augment_magnitude <= MAX_MAGNITUDE:
+            raise ValueError(
+                f"rand_augment_magnitude must lie between 0 and {MAX_MAGNITUDE}, got {self.rand_augment_magnitude}"
+            )
+        if not 0 <= self.random_erasing <= 1:
+            raise ValueError(f"random_erasing must be a probability between 0 and 1, got {self.random_erasing}")
 
     @property
     def changes_color(self) -> bool:
@@ -71,7 +107,8 @@ class Augmentation:
 
 
 class Params(NamedTuple):
-    """What happens to each image of a batch: the window is resized, its margin cut off, flipped, then recoloured."""
+    """What happens to each image of a batch: the window is resized, its margin cut off, flipped, put through the
+    operations of RandAugment, recoloured, normalised, and a rectangle of it erased."""
 
     windows: NDArray[np.int32]
     """[N, 4]: x, y, width, height in oriented source pixels, always inside the image."""
@@ -79,6 +116,14 @@ class Params(NamedTuple):
     """[N]: mirrored left to right."""
     colors: NDArray[np.float32] | None
     """[N, 3, 4]: affine map of 8-bit RGB; None where colours stay as they are."""
+    operations: NDArray[np.uint8] | None = None
+    """[N, K]: numbers of `OPERATIONS`, first to last; None without RandAugment."""
+    strengths: NDArray[np.float32] | None = None
+    """[N, K]: of the operations, as a share of the strongest, negative where they go the other way."""
+    erased: NDArray[np.float32] | None = None
+    """[N, 4]: x, y, width, height of a rectangle as shares of the output's side, zeros where nothing is erased."""
+    fills: NDArray[np.float32] | None = None
+    """[N, 3]: what fills it, in normalised values."""
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -103,9 +148,9 @@ def epoch_order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
     return np.argsort(_hash(_ORDER_STREAM, seed, epoch, np.arange(n)), kind="stable").astype(np.int64)
 
 
-def _uniform(seed: int, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.float64]:
-    """[N, _DRAWS] numbers in [0, 1)."""
-    bits = _hash(_DRAW_STREAM, seed, epoch, indices[:, None], np.arange(_DRAWS)[None])
+def _uniform(stream: int, seed: int, epoch: int, indices: NDArray[np.int64], count: int) -> NDArray[np.float64]:
+    """[N, count] numbers in [0, 1)."""
+    bits = _hash(stream, seed, epoch, indices[:, None], np.arange(count)[None])
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -160,7 +205,7 @@ def color_matrices(
 def train_params(aug: Augmentation, seed: int, epoch: int, indices: ArrayLike, sizes: ArrayLike) -> Params:
     """The random changes to images `indices` ([N]) of oriented `sizes` ([N, 2]: width, height) in one epoch."""
     indices, sizes = np.asarray(indices, np.int64), np.asarray(sizes, np.int64)
-    draws = _uniform(seed, epoch, indices)
+    draws = _uniform(_DRAW_STREAM, seed, epoch, indices, _DRAWS)
     crops, (flip, *color) = draws[:, : 4 * _ATTEMPTS], draws[:, 4 * _ATTEMPTS :].T
     colors = None
     if aug.changes_color:
@@ -168,7 +213,39 @@ def train_params(aug: Augmentation, seed: int, epoch: int, indices: ArrayLike, s
         strengths = (aug.brightness, aug.contrast, aug.saturation)
         brightness, contrast, saturation = (1 + s * draw for s, draw in zip(strengths, signed[:3], strict=True))
         colors = color_matrices(brightness, contrast, saturation, aug.hue * signed[3])
-    return Params(_random_windows(crops, sizes, aug).astype(np.int32), flip < aug.hflip, colors)
+    operations = signed_strengths = erased = fills = None
+    if aug.rand_augment_ops:
+        which, sign = np.split(_uniform(_OPERATION_STREAM, seed, epoch, indices, 2 * aug.rand_augment_ops), 2, axis=1)
+        operations = (which * len(OPERATIONS)).astype(np.uint8)
+        reversed_ = (sign < 0.5) & np.isin(operations, [OPERATIONS.index(name) for name in _REVERSIBLE])
+        magnitude = aug.rand_augment_magnitude / MAX_MAGNITUDE
+        signed_strengths = np.where(reversed_, -magnitude, magnitude).astype(np.float32)
+    if aug.random_erasing:
+        erased, fills = _erased(_uniform(_ERASING_STREAM, seed, epoch, indices, 9), aug.random_erasing)
+    windows = _random_windows(crops, sizes, aug).astype(np.int32)
+    return Params(windows, flip < aug.hflip, colors, operations, signed_strengths, erased, fills)
+
+
+def _erased(draws: NDArray[np.float64], probability: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Rectangles [N, 4] of random area, log-uniform aspect and random place; fills [N, 3] from a normal
+    distribution."""
+    happens, area, aspect, along_x, along_y = draws[:, :5].T
+    area = _ERASED_AREA[0] + area * (_ERASED_AREA[1] - _ERASED_AREA[0])
+    low, high = np.log(_ERASED_RATIO)
+    aspect = np.exp(low + aspect * (high - low))
+    w, h = np.minimum(np.sqrt(area / aspect), 1), np.minimum(np.sqrt(area * aspect), 1)
+    rectangles = np.stack([along_x * (1 - w), along_y * (1 - h), w, h], axis=1)
+    # Box and Muller 1958; 1 - u lies in (0, 1].
+    radius, angle = np.sqrt(-2 * np.log(1 - draws[:, 5:7])), 2 * np.pi * draws[:, 7:9]
+    fills = np.concatenate([radius * np.cos(angle), (radius * np.sin(angle))[:, :1]], axis=1)
+    return np.where(happens[:, None] < probability, rectangles, 0).astype(np.float32), fills.astype(np.float32)
+
+
+def rectangles_in_pixels(erased: NDArray[np.float32], side: int) -> NDArray[np.int32]:
+    """[N, 4] x, y, width, height of `Params.erased` on an image of `side` pixels, edges rounded."""
+    corner = np.rint(erased[:, :2] * side)
+    end = np.rint((erased[:, :2] + erased[:, 2:]) * side)
+    return np.concatenate([corner, end - corner], axis=1).astype(np.int32)
 
 
 def eval_params(sizes: ArrayLike, resolution: int, crop_fraction: float = CROP_FRACTION) -> Params:
