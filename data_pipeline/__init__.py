@@ -8,11 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data_pipeline.augment import Augmentation
+    from data_pipeline.cache import PixelCache, choose_cache
     from data_pipeline.errors import DataError
     from data_pipeline.food101 import Index, Split, build_index
     from data_pipeline.loader import Batch, Loader, make_loader
 
-__all__ = ["Augmentation", "Batch", "DataError", "Index", "Loader", "Split", "build_index", "make_loader"]
+__all__ = [
+    "Augmentation",
+    "Batch",
+    "DataError",
+    "Index",
+    "Loader",
+    "PixelCache",
+    "Split",
+    "build_index",
+    "choose_cache",
+    "make_loader",
+]
 
 _HOME = {
     "Augmentation": "augment",
@@ -20,8 +32,10 @@ _HOME = {
     "DataError": "errors",
     "Index": "food101",
     "Loader": "loader",
+    "PixelCache": "cache",
     "Split": "food101",
     "build_index": "food101",
+    "choose_cache": "cache",
     "make_loader": "loader",
 }
 

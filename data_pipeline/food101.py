@@ -14,7 +14,6 @@ import stat
 import struct
 import tempfile
 import warnings
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +67,8 @@ class Index:
     """(path, reason) of every file that was left out."""
     fingerprint: str
     """Hash of classes, relative paths, labels and sizes: equal where a run can be resumed."""
+    content: str
+    """The same with every file's length and modification time: equal where decoded pixels can be reused."""
 
 
 class _Probe(NamedTuple):
@@ -277,11 +278,10 @@ def _stamp(path: str) -> list[int]:
     return [found.st_size, found.st_mtime_ns]
 
 
-def _probe_all(root: Path, names: Iterable[str], cache: Path) -> dict[str, _Probe]:
+def _probe_all(root: Path, stamps: dict[str, list[int]], cache: Path) -> dict[str, _Probe]:
     """Every file's probe by relative path, from the cache where the file has not changed since."""
     file = _cache_file(root, cache)
     known, fresh = _read_cache(file), {}
-    stamps = {name: _stamp(f"{root}/{name}") for name in names}
     probes: dict[str, _Probe] = {}
     unknown = []
     for name, stamp in stamps.items():
@@ -349,16 +349,22 @@ def build_index(data: str | Path, *, cache_dir: str | Path | None = None) -> Ind
             f"{error.filename or root} cannot be read ({error.strerror or error}): check its permissions."
         ) from error
     names = list(dict.fromkeys(name for listed in listing.files.values() for name, _ in listed))
-    probes = _probe_all(root, names, cache)
+    stamps = {name: _stamp(f"{root}/{name}") for name in names}
+    probes = _probe_all(root, stamps, cache)
     excluded = [(f"{root}/{name}", reason) for name in names if (reason := probes[name].reason) is not None]
     splits = {split: _split(root, listed, probes) for split, listed in listing.files.items()}
     _check(root, listing, splits, excluded)
-    content = [
+    kept = [name for name in names if probes[name].reason is None]
+    listed = [
         listing.classes,
         {
-            split: [[name, label, *probes[name][:2]] for name, label in listed if probes[name].reason is None]
-            for split, listed in listing.files.items()
+            split: [[name, label, *probes[name][:2]] for name, label in files if probes[name].reason is None]
+            for split, files in listing.files.items()
         },
     ]
-    fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return Index(root, tuple(listing.classes), splits, tuple(excluded), fingerprint)
+    fingerprint, content = _hash(listed), _hash([listed, [stamps[name] for name in kept]])
+    return Index(root, tuple(listing.classes), splits, tuple(excluded), fingerprint, content)
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +36,9 @@ from data_pipeline.augment import (
 )
 from data_pipeline.errors import BadFiles, DataError
 from data_pipeline.food101 import Index, Split
+
+if TYPE_CHECKING:
+    from data_pipeline.cache import PixelCache
 
 # Files that may go bad before it is the disk that is to blame, at most half of a split: this many, or 1 %.
 QUARANTINE_LIMIT, QUARANTINE_SHARE = 8, 0.01
@@ -201,32 +205,65 @@ class Loader(ABC):
         return Batch(finish(pixels, step.params.colors, self.device), labels.to(self.device, non_blocking=True))
 
 
-def finish(pixels: Tensor, colors: NDArray[np.float32] | None, device: torch.device) -> Tensor:
-    """8-bit pixels [B, 3, R, R], contiguous -> images [B, 3, R, R] as in `Batch`.
+class Finish:
+    """The last step of a batch: colours and normalisation, as one affine map of each image's 8-bit pixels.
 
     The colour affine is clamped to the range of 8-bit pixels, as color_twist's output is. It is folded with the
-    normalisation into one affine map, so the clamp is between normalised black and white.
+    normalisation, so the clamp is between normalised black and white.
     """
+
+    def __init__(self, colors: NDArray[np.float32] | None, count: int, side: int) -> None:
+        scale = 1 / (255 * torch.tensor(IMAGENET_STD))
+        self.black = -torch.tensor(IMAGENET_MEAN) / torch.tensor(IMAGENET_STD)
+        self.white = self.black + 255 * scale
+        self.side = side
+        self.changes_color = colors is not None
+        affine = torch.eye(3, 4).expand(count, 3, 4) if colors is None else torch.from_numpy(colors)
+        self.affine = affine * scale[:, None]
+        """[N, 3, 4]"""
+        self.affine[:, :, 3] += self.black
+        if self.changes_color:
+            # Several pixels at once through a block-diagonal matrix: a product with 3 columns has no vector code
+            # (200 pixels, one core: 0.13 ms with 8 pixels, 0.4 ms with one).
+            self._at_once = math.gcd(8, side * side)
+            blocks = torch.zeros(count, self._at_once, 3, self._at_once, 3)
+            for at in range(self._at_once):
+                blocks[:, at, :, at] = self.affine[:, :, :3].transpose(1, 2)
+            self._blocks = blocks.view(count, 3 * self._at_once, 3 * self._at_once)
+            self._bias = self.affine[:, :, 3].repeat(1, self._at_once)
+            self._bounds = self.black.repeat(side), self.white.repeat(side)
+        else:
+            self._scale, self._shift = scale.repeat(side), self.black.repeat(side)
+
+    def image(self, row: int, pixels: Tensor, out: Tensor) -> None:
+        """8-bit pixels [R, R, 3] of image `row` -> out [R, R, 3] float32, contiguous. Fast on one CPU thread."""
+        lines = out.view(self.side, 3 * self.side)
+        if not self.changes_color:
+            lines.copy_(pixels.reshape(lines.shape)).mul_(self._scale).add_(self._shift)
+            return
+        groups = out.view(-1, 3 * self._at_once)
+        torch.addmm(self._bias[row], pixels.reshape(groups.shape).float(), self._blocks[row], out=groups)
+        torch.clamp(lines, *self._bounds, out=lines)
+
+    def batch(self, pixels: Tensor) -> Tensor:
+        """8-bit pixels [N, R, R, 3] on a GPU -> float32 of the same shape."""
+        affine, black, white = (value.to(pixels.device) for value in (self.affine, self.black, self.white))
+        flat = pixels.flatten(1, 2).float()
+        mapped = torch.baddbmm(affine[:, None, :, 3], flat, affine[:, :, :3].transpose(1, 2))
+        return mapped.clamp_(black, white).view(pixels.shape)
+
+
+def finish(pixels: Tensor, colors: NDArray[np.float32] | None, device: torch.device) -> Tensor:
+    """8-bit pixels [B, 3, R, R], fastest in channels_last -> images [B, 3, R, R] as in `Batch`."""
     count, _, side, _ = pixels.shape
-    scale = 1 / (255 * torch.tensor(IMAGENET_STD))
-    black = -torch.tensor(IMAGENET_MEAN) / torch.tensor(IMAGENET_STD)
-    white = black + 255 * scale
-    affine = torch.eye(3, 4).expand(count, 3, 4) if colors is None else torch.from_numpy(colors)
-    affine = affine * scale[:, None]
-    affine[:, :, 3] += black
-    affine, black, white = affine.to(device), black.to(device)[:, None], white.to(device)[:, None]
-    images = torch.empty_strided(
-        (count, 3, side, side), (3 * side * side, 1, 3 * side, 3), dtype=torch.float32, device=device
-    )
-    # One image at a time stays in a CPU's cache: a third of the time of a pass over the batch for each operation.
-    at_once = 1 if device.type == "cpu" else max(1, count)
+    rows, last_step = pixels.permute(0, 2, 3, 1), Finish(colors, count, side)
+    if device.type != "cpu":
+        return last_step.batch(rows.to(device, non_blocking=True).contiguous()).permute(0, 3, 1, 2)
+    images = torch.empty(rows.shape)
     with _one_thread():
-        for first in range(0, count, at_once):
-            rows = slice(first, first + at_once)
-            planes = pixels[rows].to(device, non_blocking=True).flatten(2).float()
-            planes = torch.baddbmm(affine[rows, :, 3:], affine[rows, :, :3], planes).clamp_(black, white)
-            images[rows] = planes.unflatten(2, (side, side))
-    return images
+        for row in range(count):  # one image at a time stays in a core's cache
+            last_step.image(row, rows[row], images[row])
+    return images.permute(0, 3, 1, 2)
 
 
 @contextmanager
@@ -258,6 +295,7 @@ def make_loader(
     device: str | torch.device = "cpu",
     workers: int,
     crop_fraction: float = CROP_FRACTION,
+    cache: PixelCache | None = None,
 ) -> Loader:
     """A loader of `index.splits[split]` that gives square images of `resolution` pixels on `device`.
 
@@ -265,9 +303,11 @@ def make_loader(
     faster on a CPU. augmentation: None is `Augmentation()`; evaluation (train=False) uses none.
     workers: threads of DALI, or processes of the torch loader (0: none, in this process).
     crop_fraction: share of the short side that evaluation looks at, in its centre.
+    cache: of `choose_cache`; images come from there whatever the backend, unless its kind is "none". Where that is
+    "disk" and the files are not there, they are written now.
 
     Raises:
-        DataError: "dali" where DALI is not installed or cannot start.
+        DataError: "dali" where DALI is not installed or cannot start; a cache that cannot be written.
         ValueError: a resolution, batch size or number of workers that makes no sense.
     """
     if resolution < 1 or batch_size < 1 or workers < 0:
@@ -291,6 +331,10 @@ def make_loader(
         augmentation or Augmentation(),
         crop_fraction=crop_fraction,
     )
+    if cache is not None and cache.kind != "none":
+        from data_pipeline.cached_loader import CachedLoader
+
+        return CachedLoader(plan, device, workers, cache, split)
     if backend == "torch":
         from data_pipeline.torch_loader import TorchLoader
 

@@ -41,23 +41,29 @@ class _Batches(Dataset[_Prepared]):
         epoch, number, self.plan.quarantined = position
         step = self.plan.step(epoch, number)
         bad: dict[int, str] = {}
-        pixels = torch.empty(len(step.indices), 3, side, side, dtype=torch.uint8)
+        # channels_last, which the last step wants.
+        pixels = torch.empty(len(step.indices), side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         for row, index in enumerate(step.indices):
             try:
                 orientation = int(split.orientations[index])
                 box = step.params.windows[row]
-                view = window(split.paths[index], orientation, split.sizes[index], box, side + 2 * margin)
+                view = window(split.paths[index], orientation, split.sizes[index], box, (side + 2 * margin,) * 2)
             except (RuntimeError, OSError) as error:
                 # Handed over, not raised: DataLoader would wrap the sentence in the worker's traceback.
-                bad[int(index)] = str(error).splitlines()[0] if str(error) else type(error).__name__
+                bad[int(index)] = reason_of(error)
                 continue
             view = view[:, margin : margin + side, margin : margin + side]
             pixels[row] = view.flip(-1) if step.params.flips[row] else view
         return _Prepared(pixels, step, bad)
 
 
-def window(path: str, orientation: int, size: NDArray[np.int32], box: NDArray[np.int32], side: int) -> Tensor:
-    """[3, side, side] uint8: `box` (x, y, width, height) of the upright image, resized with antialiasing.
+def reason_of(error: Exception) -> str:
+    """The first line of what a decoder says."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def window(path: str, orientation: int, size: NDArray[np.int32], box: NDArray[np.int32], to: tuple[int, int]) -> Tensor:
+    """[3, H, W] uint8: `box` (x, y, width, height) of the upright image, resized with antialiasing to (width, height).
 
     Raises:
         RuntimeError: the file cannot be decoded, or its `size` (width, height) is another one now.
@@ -66,7 +72,7 @@ def window(path: str, orientation: int, size: NDArray[np.int32], box: NDArray[np
     if image.shape[2] != size[0] or image.shape[1] != size[1]:
         raise RuntimeError(f"it was {size[0]} x {size[1]} pixels and is {image.shape[2]} x {image.shape[1]} now")
     x, y, width, height = box.tolist()
-    return F.resize(image[:, y : y + height, x : x + width], [side, side], antialias=True)
+    return F.resize(image[:, y : y + height, x : x + width], [to[1], to[0]], antialias=True)
 
 
 def upright(image: Tensor, orientation: int) -> Tensor:

@@ -1,0 +1,393 @@
+"""Decoded images, kept: 8-bit pixels at the short side that the largest crop needs, in RAM or in a file.
+
+A cached image is the upright photo, resized with antialiasing so that its short side is `short_side(resolution)` (never
+enlarged). Its place and size follow from the index alone, so a store can be filled in any order. Windows are drawn in
+the photo's own pixels, as without a cache, and then scaled to the stored image (`PixelStore.boxes`).
+
+In RAM an image is decoded when it is first asked for. On disk the whole split is decoded first, into a scratch folder
+that is renamed when it is complete: `pixels.bin`, images [H, W, 3] one after another, and `index.json` with a CRC of
+each. One process builds at a time, the others wait for it; a folder of another version or of other data is replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data_pipeline.augment import CROP_FRACTION
+from data_pipeline.errors import BadFiles, DataError
+from data_pipeline.food101 import Index, Split
+from data_pipeline.sample import user_cache_folder
+
+Kind = Literal["none", "disk", "ram"]
+VERSION = 1  # of the files: raise it when a change alters a stored pixel or its place
+RAM_SHARE = 0.8  # of the memory that is available: the run needs some itself
+_INDEX, _PIXELS = "index.json", "pixels.bin"
+
+_log = logging.getLogger("data_pipeline")
+
+
+def short_side(resolution: int) -> int:
+    """Pixels of the short side that a training crop of the whole image, and evaluation's centre crop, need."""
+    return math.ceil(resolution / CROP_FRACTION)
+
+
+def stored_sizes(sizes: NDArray[np.int32], side: int) -> NDArray[np.int32]:
+    """[N, 2] widths and heights -> those of the stored images."""
+    scale = np.minimum(1.0, side / sizes.min(axis=1, keepdims=True))
+    return np.maximum(1, np.rint(sizes * scale)).astype(np.int32)
+
+
+def stored_bytes(split: Split, resolution: int) -> int:
+    return int(3 * stored_sizes(split.sizes, short_side(resolution)).astype(np.int64).prod(axis=1).sum())
+
+
+class PixelStore:
+    """Images of one split as ragged 8-bit pixels in one buffer.
+
+    buffer: uint8 [total], pinned where that was asked for; image i is `buffer[offsets[i]:]`, rows of RGB pixels.
+    offsets: int64 [N], in bytes. sizes: int32 [N, 2], stored width and height.
+    """
+
+    def __init__(self, split: Split, side: int, buffer: Tensor | None = None, *, pinned: bool = False) -> None:
+        self.split = split
+        self.sizes = stored_sizes(split.sizes, side)
+        lengths = 3 * self.sizes.astype(np.int64).prod(axis=1)
+        self.offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+        self.total = int(lengths.sum())
+        self.buffer = torch.empty(self.total, dtype=torch.uint8, pin_memory=pinned) if buffer is None else buffer
+        self.ready = np.zeros(len(split), np.bool_)
+        """[N]: the image is in the buffer, and was seen to be whole."""
+        self.checksums: NDArray[np.uint32] | None = None
+        """[N] CRC-32 of each image, where the buffer came from a file."""
+
+    def image(self, index: int) -> Tensor:
+        """[H, W, 3]: the stored pixels, where `ready`."""
+        width, height = self.sizes[index].tolist()
+        start = int(self.offsets[index])
+        return self.buffer[start : start + 3 * width * height].view(height, width, 3)
+
+    def boxes(self, indices: NDArray[np.int64], windows: NDArray[np.int32]) -> NDArray[np.int32]:
+        """[B, 4] x, y, width, height in the photos' own pixels -> in those of the stored images, edges rounded."""
+        scale = self.sizes[indices] / self.split.sizes[indices]
+        start, end = windows[:, :2] * scale, (windows[:, :2] + windows[:, 2:]) * scale
+        rounded = np.rint(end)
+        first = np.where(np.rint(start) < rounded, np.rint(start), np.floor(start))  # at least one pixel
+        return np.concatenate([first, np.maximum(rounded - first, 1)], axis=1).astype(np.int32)
+
+    def ensure(self, index: int) -> Tensor:
+        """`image`, after decoding it where it is not in the buffer, or is damaged there.
+
+        Raises:
+            BadFiles: it cannot be decoded.
+        """
+        pixels = self.image(index)
+        if not self.ready[index]:
+            if self.checksums is None:
+                self._decode(index, pixels)
+            elif zlib.crc32(pixels.numpy().data) != self.checksums[index]:
+                _log.warning("the cached pixels of %s are damaged: decoded again.", self.split.paths[index])
+                self._decode(index, pixels)
+            self.ready[index] = True
+        return pixels
+
+    def _decode(self, index: int, out: Tensor) -> None:
+        from data_pipeline.torch_loader import reason_of, window
+
+        split = self.split
+        size = split.sizes[index]
+        box = np.array([0, 0, *size], np.int32)
+        side = tuple(self.sizes[index].tolist())
+        try:
+            image = window(split.paths[index], int(split.orientations[index]), size, box, side)
+        except (RuntimeError, OSError) as error:
+            raise BadFiles({index: reason_of(error)}) from None
+        out.copy_(image.permute(1, 2, 0))
+
+    def complete(self, threads: int) -> dict[int, str]:
+        """Make every image `ready`; the bad ones stay behind: position in the split -> why."""
+        missing = np.flatnonzero(~self.ready)
+        return {
+            index: str(found) for index, found in _each(self.ensure, missing, max(1, threads)) if isinstance(found, str)
+        }
+
+
+def _each(act: Any, indices: Iterable[int], threads: int) -> Iterator[tuple[int, Any]]:
+    """(index, what `act` gave, or the reason of BadFiles) in the order of `indices`."""
+
+    def one(index: int) -> tuple[int, Any]:
+        try:
+            return index, act(index)
+        except BadFiles as bad:
+            return index, bad.reasons[index]
+
+    with one_thread_each(threads) as pool:
+        yield from pool.map(one, (int(index) for index in indices))
+
+
+def one_thread_each(threads: int) -> ThreadPoolExecutor:
+    """A pool in whose threads torch does not start threads of its own."""
+    return ThreadPoolExecutor(threads, "pixels", torch.set_num_threads, (1,))
+
+
+# --- the choice -----------------------------------------------------------------------------------------------------
+
+
+class PixelCache:
+    """Where the decoded images of a data set are kept: what `make_loader` takes. It makes one store a split, when it is
+    first asked for, which loaders of any resolution up to `resolution` share."""
+
+    def __init__(
+        self, kind: Kind, reason: str, index: Index, resolution: int, cache_dir: str | Path | None = None
+    ) -> None:
+        self.kind = kind
+        self.reason = reason
+        """Why, with the sizes, in one sentence without its full stop."""
+        self.index, self.resolution, self.cache_dir = index, resolution, cache_dir
+        self._stores: dict[str, tuple[PixelStore, dict[int, str]]] = {}
+
+    def store(self, split: str, threads: int, *, pinned: bool = False) -> tuple[PixelStore, dict[int, str]]:
+        """The store of a split, and the images that could not be decoded: position in the split -> why.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+        if split not in self._stores:
+            if self.kind == "disk":
+                self._stores[split] = disk_store(self.index, split, self.resolution, threads, self.cache_dir)
+            else:
+                store = PixelStore(self.index.splits[split], short_side(self.resolution), pinned=pinned)
+                self._stores[split] = store, {}
+        return self._stores[split]
+
+
+def choose_cache(
+    requested: Literal["none", "disk", "ram", "auto"],
+    index: Index,
+    resolution: int,
+    *,
+    cache_dir: str | Path | None = None,
+) -> PixelCache:
+    """The cache for both splits of `index`, at resolutions up to `resolution`; "auto" is the first of ram and disk that
+    fits, else none.
+
+    cache_dir: where "disk" keeps its files; default: the user's cache folder.
+
+    Raises:
+        DataError: what was asked for does not fit.
+    """
+    if requested not in ("none", "disk", "ram", "auto"):
+        raise ValueError(f'cache must be "none", "disk", "ram" or "auto", got "{requested}"')
+
+    def chosen(kind: Kind, reason: str) -> PixelCache:
+        return PixelCache(kind, reason, index, resolution, cache_dir)
+
+    if requested == "none":
+        return chosen("none", "images are decoded every time")
+    need = sum(stored_bytes(split, resolution) for split in index.splits.values())
+    what = f"{sum(map(len, index.splits.values()))} images at short side {short_side(resolution)} are {_size(need)}"
+    memory = available_memory()
+    fits = {"ram": need <= RAM_SHARE * memory}
+    said = {"ram": f"{_size(memory)} of memory are available"}
+    if requested != "ram" and not (requested == "auto" and fits["ram"]):
+        folder = _existing(Path(cache_dir) if cache_dir is not None else user_cache_folder())
+        there = all(
+            _open(cache_folder(index, split, resolution, cache_dir), index, split, resolution) for split in index.splits
+        )
+        free = shutil.disk_usage(folder).free
+        fits["disk"] = there or (need <= free and os.access(folder, os.W_OK))
+        writable = "" if os.access(folder, os.W_OK) else ", which cannot be written to"
+        said["disk"] = "the cache is there" if there else f"{_size(free)} are free in {folder}{writable}"
+    if requested == "auto":
+        kinds: tuple[Kind, ...] = ("ram", "disk")
+        for kind in kinds:
+            if fits[kind]:
+                return chosen(kind, f"auto: {what}, and {said[kind]}")
+        return chosen("none", f"auto: {what}; {said['ram']} and {said['disk']}")
+    if not fits[requested]:
+        other = "--cache disk" if requested == "ram" else "--cache ram, or another XDG_CACHE_HOME"
+        raise DataError(
+            f"--cache {requested} does not fit: {what}, and {said[requested]}: use {other} or --cache none."
+        )
+    return chosen(requested, f"{what}, and {said[requested]}")
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def available_memory() -> int:
+    """Bytes that can be taken without swapping, within the control group's limit where there is one."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(stat["inactive_file"]))
+    except (OSError, KeyError, ValueError):
+        pass  # no control group, or no limit ("max")
+    return max(0, free)
+
+
+# --- on disk --------------------------------------------------------------------------------------------------------
+
+
+def cache_folder(index: Index, split: str, resolution: int, cache_dir: str | Path | None = None) -> Path:
+    """Where the pixels of a split lie: one place for each data folder, split and size, whatever its content."""
+    base = Path(cache_dir) if cache_dir is not None else user_cache_folder()
+    key = hashlib.sha256(os.fsencode(index.root)).hexdigest()[:24]
+    return base / "pixels" / f"{key}-{split}-{short_side(resolution)}"
+
+
+def _signature(index: Index, split: str, resolution: int) -> dict[str, Any]:
+    return {"version": VERSION, "content": index.content, "split": split, "short_side": short_side(resolution)}
+
+
+def _open(folder: Path, index: Index, split: str, resolution: int) -> tuple[PixelStore, dict[int, str]] | None:
+    """The store in `folder` and its bad images; None where there is none, or a damaged one, or one of other data."""
+    photos = index.splits[split]
+    try:
+        stored = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        body = stored["body"]
+        if stored["checksum"] != _checksum(body) or body["signature"] != _signature(index, split, resolution):
+            return None
+        if (folder / _PIXELS).stat().st_size != body["bytes"]:
+            return None
+        # A private mapping: nothing that is written to it reaches the file.
+        buffer = torch.from_file(str(folder / _PIXELS), shared=False, size=body["bytes"], dtype=torch.uint8)
+        store = PixelStore(photos, short_side(resolution), buffer)
+        store.checksums = np.array(body["crc"], np.uint32)
+        return store, {int(index): reason for index, reason in body["bad"].items()}
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+        return None
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def disk_store(
+    index: Index, split: str, resolution: int, threads: int, cache_dir: str | Path | None = None
+) -> tuple[PixelStore, dict[int, str]]:
+    """The store of a split in the cache folder, built there first if need be; and the images that could not be decoded.
+
+    Raises:
+        DataError: the folder cannot be written to, or the disk is full.
+    """
+    folder = cache_folder(index, split, resolution, cache_dir)
+    if found := _open(folder, index, split, resolution):
+        return found
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            if found := _open(folder, index, split, resolution):
+                return found  # another process built it meanwhile
+            _build(folder, index, split, resolution, threads)
+    except OSError as error:
+        need = _size(stored_bytes(index.splits[split], resolution))
+        reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or error
+        raise DataError(
+            f"The cache {folder} cannot be written, which takes {need} ({reason}): free some space, set XDG_CACHE_HOME "
+            "to another folder, or use --cache ram or --cache none."
+        ) from error
+    found = _open(folder, index, split, resolution)
+    if found is None:
+        raise DataError(f"The cache {folder} changed while it was written: remove it and start again.")
+    return found
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of `folder`; a process that dies gives it back."""
+    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _log.warning("waiting for another run that is building the cache %s.", folder)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _build(folder: Path, index: Index, split: str, resolution: int, threads: int) -> None:
+    scratch = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a process that died
+    try:
+        scratch.mkdir()
+        photos = index.splits[split]
+        # One image's pixels at a time, never all of them: the buffer is the file.
+        layout = PixelStore(photos, short_side(resolution), torch.empty(0, dtype=torch.uint8))
+        crc, bad = [0] * len(photos), {}
+        with open(scratch / _PIXELS, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, layout.total)  # finds a full disk now
+
+            def write(at: int) -> int:
+                width, height = layout.sizes[at].tolist()
+                pixels = torch.empty(height, width, 3, dtype=torch.uint8)
+                layout._decode(at, pixels)
+                data = pixels.numpy().data
+                if os.pwrite(file.fileno(), data, int(layout.offsets[at])) != data.nbytes:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return zlib.crc32(data)
+
+            for at, found in _shown(_each(write, range(len(photos)), threads), len(photos), split):
+                if isinstance(found, str):
+                    bad[at] = found
+                else:
+                    crc[at] = found
+            file.flush()
+            os.fsync(file.fileno())
+        body = {
+            "signature": _signature(index, split, resolution),
+            "bytes": layout.total,
+            "crc": crc,
+            "bad": {str(at): reason for at, reason in bad.items()},
+        }
+        with open(scratch / _INDEX, "w", encoding="utf-8") as listing:
+            json.dump({"checksum": _checksum(body), "body": body}, listing)
+            listing.flush()
+            os.fsync(listing.fileno())
+        if folder.exists():
+            shutil.rmtree(folder)  # of other data; who has it open keeps it
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _shown(items: Iterator[tuple[int, Any]], count: int, split: str) -> Iterator[tuple[int, Any]]:
+    """`items`, with a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    yield from track(
+        items, f"decoding {split} images", total=count, console=console, disable=not sys.stderr.isatty(), transient=True
+    )

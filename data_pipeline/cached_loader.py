@@ -1,0 +1,118 @@
+"""The loader on cached pixels: threads crop, resize and finish one image at a time, from a `PixelStore`.
+
+torch resizes 8-bit channels_last pixels with antialiasing in vector instructions and without the interpreter's lock, so
+threads suffice; one image's pixels stay in a core's cache until they are written to the batch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from data_pipeline.cache import PixelCache, one_thread_each
+from data_pipeline.errors import BadFiles
+from data_pipeline.loader import Batch, Finish, Loader, Plan, Step
+
+AHEAD = 3  # batches under way at once
+_ROWS = 8  # images a job
+
+
+class CachedLoader(Loader):
+    """`workers` threads (at least one) that live until `close`."""
+
+    def __init__(
+        self, plan: Plan, device: str | torch.device, workers: int, cache: PixelCache, split: Literal["train", "val"]
+    ) -> None:
+        super().__init__(plan, device, workers)
+        self.backend = f"torch, cached ({cache.kind})"
+        self.store, bad = cache.store(split, max(1, workers), pinned=self.device.type == "cuda")
+        self._pool: ThreadPoolExecutor | None = None
+        self.quarantine(bad)
+
+    def _produce(self, epoch: int, numbers: Sequence[int]) -> Iterator[Batch]:
+        if self._pool is None:
+            self._pool = one_thread_each(max(1, self.workers))
+        ahead, under_way = iter(numbers), deque[_UnderWay]()
+        try:
+            for _ in numbers:
+                while len(under_way) < AHEAD and (number := next(ahead, None)) is not None:
+                    under_way.append(_UnderWay(self, self.plan.step(epoch, number), self._pool))
+                yield under_way.popleft().batch()
+        finally:
+            for batch in under_way:
+                batch.cancel()
+
+    def close(self) -> None:
+        super().close()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+
+class _UnderWay:
+    """One batch, which the threads of `pool` fill: finished images on a CPU, 8-bit pixels for a GPU."""
+
+    def __init__(self, loader: CachedLoader, step: Step, pool: ThreadPoolExecutor) -> None:
+        self.loader, self.step = loader, step
+        count, side = len(step.indices), loader.plan.resolution
+        on_cpu = loader.device.type == "cpu"
+        self.finish = Finish(step.params.colors, count, side) if on_cpu else None
+        kind = torch.float32 if on_cpu else torch.uint8
+        self.rows = torch.empty(count, side, side, 3, dtype=kind, pin_memory=not on_cpu)
+        self.boxes = loader.store.boxes(step.indices, step.params.windows).tolist()
+        self.jobs: list[Future[dict[int, str]]] = [
+            pool.submit(self._fill, range(first, min(first + _ROWS, count))) for first in range(0, count, _ROWS)
+        ]
+
+    def _fill(self, rows: range) -> dict[int, str]:
+        """Write these rows; the images that could not be read."""
+        plan = self.loader.plan
+        bad: dict[int, str] = {}
+        for row in rows:
+            try:
+                pixels = self.loader.store.ensure(int(self.step.indices[row]))
+            except BadFiles as found:
+                bad |= found.reasons
+                continue
+            flip = bool(self.step.params.flips[row])
+            view = resized(pixels, self.boxes[row], plan.resolution, plan.margin, flip)
+            if self.finish is None:
+                self.rows[row] = view
+            else:
+                self.finish.image(row, view, self.rows[row])
+        return bad
+
+    def batch(self) -> Batch:
+        bad: dict[int, str] = {}
+        for job in self.jobs:
+            bad |= job.result()
+        if bad:
+            raise BadFiles(bad)
+        images = self.rows.permute(0, 3, 1, 2)
+        if self.finish is None:
+            return self.loader._batch(images, self.step)
+        return Batch(images, torch.from_numpy(self.loader.plan.split.labels[self.step.indices]))
+
+    def cancel(self) -> None:
+        for job in self.jobs:
+            job.cancel()
+
+
+def resized(pixels: Tensor, box: Sequence[int], side: int, margin: int, flip: bool) -> Tensor:
+    """[side, side, 3]: `box` (x, y, width, height) of 8-bit pixels [H, W, 3], resized with antialiasing to a square
+    that is `margin` pixels larger on each side; that is cut off, and what is left mirrored."""
+    x, y, width, height = box
+    whole = side + 2 * margin
+    view = pixels[y : y + height, x : x + width].permute(2, 0, 1)[None]
+    if (height, width) != (whole, whole):
+        # A whole copy first: torch reads crops of channels_last pixels slowly.
+        view = view.contiguous(memory_format=torch.channels_last)
+        view = interpolate(view, (whole, whole), mode="bilinear", antialias=True)
+    view = view[:, :, margin : margin + side, margin : margin + side]
+    return (view.flip(-1) if flip else view)[0].permute(1, 2, 0)

@@ -1,0 +1,458 @@
+"""Decoded pixels in RAM and on disk: the same everywhere, built once and whole, refused where they don't fit."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from data_pipeline import Augmentation, Batch, DataError, Index, build_index, cache, make_loader
+from data_pipeline.augment import IMAGENET_STD
+from data_pipeline.cache import PixelStore, choose_cache, disk_store, short_side, stored_sizes
+from data_pipeline.cached_loader import CachedLoader, resized
+from data_pipeline.loader import Loader
+
+
+def picture(number: int, width: int, height: int, **options: Any) -> bytes:
+    y, x = np.mgrid[:height, :width]
+    pixels = np.stack([127 + 120 * np.sin(x / (5 + number % 3) + number), 250 * y / height, 2 * (x + y) % 250], 2)
+    out = io.BytesIO()
+    Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(out, "JPEG", quality=95, **options)
+    return out.getvalue()
+
+
+def write_photos(root: Path, each: int = 6) -> Path:
+    for split, count in (("train", each), ("val", 3)):
+        for at, name in enumerate(("a", "b ü")):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                tags = Image.Exif()
+                tags[0x0112] = 1 + (number + at) % 8
+                content = picture(at * count + number, 60 + 7 * number, 90 - 5 * number, exif=tags)
+                (root / split / name / f"{number}.jpg").write_bytes(content)
+    return root
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    return build_index(write_photos(tmp_path_factory.mktemp("photos")), cache_dir=tmp_path_factory.mktemp("index"))
+
+
+def make(index: Index, kind: Any, folder: Path, split: Any = "train", **changes: Any) -> Loader:
+    settings: dict[str, Any] = dict(resolution=24, batch_size=5, seed=3, workers=2, augmentation=None)
+    settings |= changes
+    pixels = choose_cache(kind, index, settings["resolution"], cache_dir=folder)
+    return make_loader(index, split, train=split == "train", cache=pixels, **settings)
+
+
+def everything(made: Loader, epoch: int = 0, start: int = 0) -> list[Batch]:
+    batches = list(made.batches(epoch, start))
+    made.close()
+    return batches
+
+
+def same(a: list[Batch], b: list[Batch]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x.images, y.images) and torch.equal(x.labels, y.labels) for x, y in zip(a, b, strict=True)
+    )
+
+
+@given(width=st.integers(1, 3000), height=st.integers(1, 3000), side=st.integers(1, 600))
+def test_stored_sizes(width: int, height: int, side: int) -> None:
+    stored = stored_sizes(np.array([[width, height]], np.int32), side)[0]
+    assert stored.min() == min(side, width, height)
+    assert (stored <= (width, height)).all()
+    # The shape stays, to half a pixel of the longer side.
+    assert abs(stored.max() - max(width, height) * stored.min() / min(width, height)) <= 0.5
+
+
+@given(
+    size=st.tuples(st.integers(1, 900), st.integers(1, 900)),
+    corner=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    far=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+def test_boxes_stay_inside_and_cover_the_window(
+    size: tuple[int, int], corner: tuple[float, float], far: tuple[float, float]
+) -> None:
+    first = np.minimum((np.array(size) * corner).astype(int), np.array(size) - 1)
+    extent = np.maximum(1, ((np.array(size) - first) * far).astype(int))
+    split = build_split(size)
+    store = PixelStore(split, 100)
+    box = store.boxes(np.array([0]), np.array([[*first, *extent]], np.int32))[0]
+    stored = store.sizes[0]
+    assert (box[:2] >= 0).all()
+    assert (box[2:] >= 1).all()
+    assert (box[:2] + box[2:] <= stored).all()
+    scale = stored / size
+    assert (np.abs(box[:2] - first * scale) <= 1).all()
+    assert (np.abs(box[:2] + box[2:] - (first + extent) * scale) <= 1).all()
+
+
+def build_split(size: tuple[int, int]) -> Any:
+    from data_pipeline.food101 import Split
+
+    one = np.ones(1, np.uint8)
+    return Split(("x",), np.zeros(1, np.int64), np.array([size], np.int32), one)
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_what_is_cached_is_the_upright_photo(index: Index, tmp_path: Path, kind: str) -> None:
+    made: Any = make(index, kind, tmp_path)
+    assert made.store.complete(2) == {}
+    for at, path in enumerate(index.splits["train"].paths):
+        upright = Image.open(path)
+        from PIL import ImageOps
+
+        turned = ImageOps.exif_transpose(upright).convert("RGB")
+        width, height = made.store.sizes[at].tolist()
+        expected = np.asarray(turned.resize((width, height), Image.Resampling.BILINEAR), int)
+        off = np.abs(made.store.image(at).numpy().astype(int) - expected)
+        assert min(width, height) == short_side(24) == 28
+        assert off.mean() < 0.5
+        assert off.max() <= 3
+
+
+def test_every_cache_gives_the_same_bits_whatever_the_threads(index: Index, tmp_path: Path) -> None:
+    whole = {epoch: everything(make(index, "ram", tmp_path, workers=1), epoch) for epoch in (0, 1)}
+    assert not same(whole[0], whole[1])
+    made = make(index, "ram", tmp_path)
+    for epoch in (0, 1, 0):  # the second time from the store
+        assert same(list(made.batches(epoch)), whole[epoch])
+    made.close()
+    for workers in (0, 1, 3):
+        assert same(everything(make(index, "disk", tmp_path, workers=workers), 1), whole[1])
+    for start in range(4):
+        assert same(everything(make(index, "ram", tmp_path), 1, start), whole[1][start:])
+    sixes = everything(make(index, "disk", tmp_path, batch_size=6), 1)
+    twos = everything(make(index, "disk", tmp_path, batch_size=2), 1)
+    assert torch.equal(torch.cat([b.images for b in sixes]), torch.cat([b.images for b in twos]))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_cached_images_are_those_without_a_cache(photos: Path, tmp_path: Path, split: str) -> None:
+    """The same crop, flip and colours of each photo: in blocks of 8 pixels they agree to the half pixel by which edges
+    are rounded; finer detail is what a stored image of 110 pixels cannot hold."""
+    index = build_index(photos, cache_dir=tmp_path)
+    settings: dict[str, Any] = dict(resolution=96, batch_size=50, augmentation=Augmentation(scale=(0.5, 1)), workers=1)
+    made = make(index, "ram", tmp_path, split, **settings)
+    plain = make(index, "none", tmp_path, split, backend="torch", **settings)
+    right, flipped = [], []
+    for a, b in zip(made.batches(1), plain.batches(1), strict=True):
+        assert torch.equal(a.labels, b.labels)
+        right.append(_distance(a.images, b.images))
+        flipped.append(_distance(a.images.flip(-1), b.images))
+    made.close()
+    plain.close()
+    assert torch.cat(right).max() < 8
+    assert torch.cat(right).median() < 0.05 * torch.cat(flipped).median()
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    """[B]: mean difference of blocks of 8 pixels, in 1/255."""
+    off = (a - b) * 255 * torch.tensor(IMAGENET_STD)[:, None, None]
+    return torch.nn.functional.avg_pool2d(off, 8).abs().flatten(1).mean(1)
+
+
+def test_resized_is_torchvisions_resize() -> None:
+    from torchvision.transforms.v2 import functional as F
+
+    pixels = torch.randint(0, 256, (50, 70, 3), dtype=torch.uint8)
+    for box in ([3, 4, 60, 40], [0, 0, 70, 50], [69, 49, 1, 1], [10, 0, 1, 50], [5, 5, 18, 18]):
+        x, y, width, height = box
+        for margin in (0, 1):
+            cut = pixels.permute(2, 0, 1)[:, y : y + height, x : x + width]
+            whole = F.resize(cut, [16 + 2 * margin] * 2, antialias=True)[:, margin : margin + 16, margin : margin + 16]
+            for flip in (False, True):
+                expected = whole.flip(-1) if flip else whole
+                assert torch.equal(resized(pixels, box, 16, margin, flip), expected.permute(1, 2, 0))
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_second_run_decodes_nothing(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = everything(make(index, "disk", tmp_path))
+    monkeypatch.setattr(PixelStore, "_decode", lambda *_: pytest.fail("decoded"))
+    assert same(everything(make(index, "disk", tmp_path)), first)
+    (folder,) = (path for path in (tmp_path / "pixels").iterdir() if path.is_dir())
+    assert {path.name for path in folder.iterdir()} == {"pixels.bin", "index.json"}
+
+
+def test_each_resolution_and_split_has_its_own(index: Index, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for resolution in (24, 32):
+            disk_store(index, split, resolution, 1, tmp_path)
+    assert len([path for path in (tmp_path / "pixels").iterdir() if path.is_dir()]) == 4
+
+
+def _rebuilt(index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    decoded: list[int] = []
+    decode = PixelStore._decode
+
+    def watched(self: PixelStore, at: int, out: Tensor) -> None:
+        decoded.append(at)
+        decode(self, at, out)
+
+    monkeypatch.setattr(PixelStore, "_decode", watched)
+    store, bad = disk_store(index, "train", 24, 2, folder)
+    assert bad == {}
+    assert store.complete(1) == {}
+    return len(decoded)
+
+
+def test_another_version_is_replaced(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk_store(index, "train", 24, 1, tmp_path)
+    monkeypatch.setattr(cache, "VERSION", cache.VERSION + 1)
+    assert _rebuilt(index, tmp_path, monkeypatch) == 12
+    assert _rebuilt(index, tmp_path, monkeypatch) == 0
+
+
+def test_changed_photos_are_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_photos(tmp_path / "photos")
+    index = build_index(root, cache_dir=tmp_path)
+    disk_store(index, "train", 24, 1, tmp_path)
+    again = build_index(root, cache_dir=tmp_path)
+    assert again.content == index.content
+    changed = root / "train" / "a" / "0.jpg"
+    size = Image.open(changed).size
+    changed.write_bytes(picture(77, *size))  # the same size in pixels
+    index = build_index(root, cache_dir=tmp_path)
+    assert index.content != again.content
+    assert _rebuilt(index, tmp_path, monkeypatch) == 12
+
+
+@pytest.mark.parametrize("damage", ["index garbage", "index edited", "pixels short", "pixels gone"])
+def test_a_damaged_cache_is_built_anew(
+    index: Index, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = everything(make(index, "disk", tmp_path))
+    folder = cache.cache_folder(index, "train", 24, tmp_path)
+    if damage == "index garbage":
+        (folder / "index.json").write_bytes(b"\xff{")
+    elif damage == "index edited":
+        stored = json.loads((folder / "index.json").read_text())
+        stored["body"]["crc"][3] ^= 1
+        (folder / "index.json").write_text(json.dumps(stored))
+    elif damage == "pixels short":
+        os.truncate(folder / "pixels.bin", 100)
+    else:
+        (folder / "pixels.bin").unlink()
+    assert _rebuilt(index, tmp_path, monkeypatch) == 12
+    assert same(everything(make(index, "disk", tmp_path)), first)
+
+
+def test_flipped_bits_are_found_and_mended(index: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made: Any = make(index, "disk", tmp_path)
+    at = int(made.plan.order(0)[3])
+    first = everything(made)
+    folder = cache.cache_folder(index, "train", 24, tmp_path)
+    content = bytearray((folder / "pixels.bin").read_bytes())
+    content[int(made.store.offsets[at]) + 5] ^= 0x10
+    (folder / "pixels.bin").write_bytes(content)
+    assert same(everything(make(index, "disk", tmp_path)), first)
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert index.splits["train"].paths[at] in said
+    assert (folder / "pixels.bin").read_bytes() == content  # others may be reading it
+
+
+@pytest.mark.parametrize("kind", ["ram", "disk"])
+def test_a_file_that_cannot_be_decoded_is_quarantined(tmp_path: Path, kind: str) -> None:
+    index = build_index(write_photos(tmp_path / "photos"), cache_dir=tmp_path)
+    path = index.splits["train"].paths[4]
+    Path(path).write_bytes(b"garbage")
+    for _ in range(2):  # on disk: also when the cache is read again
+        made = make(index, kind, tmp_path)
+        for epoch in range(2):
+            assert len(list(made.batches(epoch))) == 2
+            assert 4 not in made.plan.order(epoch)
+        assert [name for name, _ in made.quarantined] == [path]
+        made.close()
+
+
+def test_ram_after_the_photos_are_gone_goes_on(tmp_path: Path) -> None:
+    root = write_photos(tmp_path / "photos")
+    index = build_index(root, cache_dir=tmp_path)
+    made: Any = make(index, "ram", tmp_path)
+    made.store.complete(1)
+    expected = list(made.batches(0))
+    (root / "train").rename(tmp_path / "elsewhere")
+    assert same(list(made.batches(0)), expected)
+    made.close()
+
+
+def _sentence(error: BaseException, *words: str) -> None:
+    message = str(error)
+    assert message.endswith(".")
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for act in ("posix_fallocate", "pwrite"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, act, full)
+            with pytest.raises(DataError) as caught:
+                disk_store(index, "train", 24, 1, tmp_path)
+        _sentence(caught.value, "disk is full", "MB", "--cache ram", str(tmp_path))
+        assert [path.name for path in (tmp_path / "pixels").iterdir() if path.is_dir()] == []
+    assert disk_store(index, "train", 24, 1, tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_said_and_a_finished_cache_there_is_read(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk_store(index, "train", 24, 1, tmp_path)
+
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refused)  # the superuser may write anywhere
+    assert disk_store(index, "train", 24, 1, tmp_path)[0].total > 0
+    with pytest.raises(DataError) as caught:
+        disk_store(index, "val", 24, 1, tmp_path)
+    _sentence(caught.value, "Permission denied", "XDG_CACHE_HOME", str(tmp_path))
+
+
+def test_files_without_write_permission_are_enough(index: Index, tmp_path: Path) -> None:
+    first = everything(make(index, "disk", tmp_path))
+    folder = cache.cache_folder(index, "train", 24, tmp_path)
+    for path in (*folder.iterdir(), folder, folder.parent):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        assert same(everything(make(index, "disk", tmp_path)), first)
+    finally:
+        for path in (folder.parent, folder):
+            path.chmod(0o755)
+
+
+BUILD = """
+import sys, time
+from data_pipeline import build_index, cache
+index = build_index(sys.argv[1], cache_dir=sys.argv[2])
+def endlessly(self, at, out):
+    print("decoding", flush=True)
+    time.sleep(600)
+cache.PixelStore._decode = endlessly
+cache.disk_store(index, "train", 24, 1, sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_killed_while_it_is_written(index: Index, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", BUILD, str(index.root), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as builder:
+        assert builder.stdout is not None
+        assert builder.stdout.readline() == "decoding\n"
+        builder.send_signal(signal.SIGKILL)
+    folder = cache.cache_folder(index, "train", 24, tmp_path)
+    assert not folder.exists()
+    assert folder.with_name(f".{folder.name}.tmp").exists()
+    store, _ = disk_store(index, "train", 24, 1, tmp_path)
+    assert store.complete(1) == {}
+    assert {path.name for path in folder.parent.iterdir() if path.is_dir()} == {folder.name}
+
+
+def test_two_runs_building_one_cache_at_once(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The lock belongs to an open file, so that two threads exclude each other as two processes do."""
+    decode, decoded = PixelStore._decode, []
+
+    def slowly(self: PixelStore, at: int, out: Tensor) -> None:
+        decoded.append(at)
+        while not caplog.records:  # until the other one waits
+            time.sleep(0.01)
+        decode(self, at, out)
+
+    monkeypatch.setattr(PixelStore, "_decode", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        stores = list(pool.map(lambda _: disk_store(index, "train", 24, 1, tmp_path)[0], range(2)))
+    assert sorted(decoded) == list(range(12))
+    assert all(store.complete(1) == {} for store in stores)
+    assert torch.equal(stores[0].buffer, stores[1].buffer)
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert "waiting for another run" in said
+
+
+# --- the choice -----------------------------------------------------------------------------------------------------
+
+
+def test_auto_says_what_it_took_and_why(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose(kind: Any, memory: float, disk: float) -> cache.PixelCache:
+        monkeypatch.setattr(cache, "available_memory", lambda: int(memory))
+        monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": int(disk)}))
+        return choose_cache(kind, index, 24, cache_dir=tmp_path / "not" / "there")
+
+    need = sum(cache.stored_bytes(split, 24) for split in index.splits.values())
+    assert choose("none", 0, 0).kind == "none"
+    ram = choose("auto", 1e12, 0)
+    assert ram.kind == "ram"
+    assert "18 images at short side 28" in ram.reason
+    assert "1000.0 GB of memory" in ram.reason
+    assert choose("auto", need, 1e12).kind == "disk"
+    assert choose("auto", need / cache.RAM_SHARE + 1, 1e12).kind == "ram"
+    neither = choose("auto", 0, need - 1)
+    assert neither.kind == "none"
+    assert "0.0 MB of memory" in neither.reason
+    assert "free in" in neither.reason
+    for kind in ("ram", "disk"):
+        with pytest.raises(DataError) as caught:
+            choose(kind, 0, 0)
+        _sentence(caught.value, f"--cache {kind} does not fit", "0.1 MB", "0.0 MB", "--cache none")
+    with pytest.raises(ValueError, match="cache"):
+        choose("floppy", 0, 0)
+
+
+def test_a_cache_that_is_there_fits_a_full_disk(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "val"):
+        disk_store(index, split, 24, 1, tmp_path)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 0}))
+    assert choose_cache("disk", index, 24, cache_dir=tmp_path).kind == "disk"
+
+
+def test_available_memory_is_that_of_this_machine() -> None:
+    assert 1e6 < cache.available_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_loaders_of_other_resolutions_share_one_store(index: Index, tmp_path: Path) -> None:
+    """Progressive resizing: the pixels are those of the largest resolution."""
+    pixels = choose_cache("ram", index, 32)
+    settings: dict[str, Any] = dict(batch_size=5, seed=3, workers=1, augmentation=None, train=True, cache=pixels)
+    small, large = (make_loader(index, "train", resolution=side, **settings) for side in (16, 32))
+    assert isinstance(small, CachedLoader)
+    assert isinstance(large, CachedLoader)
+    assert small.store is large.store
+    assert [batch.images.shape[2] for batch in small.batches(0)] == [16, 16]
+    assert small.store.ready.sum() == 10
+    assert next(large.batches(0)).images.shape[2] == 32
+    small.close()
+    large.close()
+
+
+def test_a_pass_may_be_left_and_another_begun(index: Index, tmp_path: Path) -> None:
+    whole = everything(make(index, "ram", tmp_path))
+    made = make(index, "ram", tmp_path)
+    left = made.batches(0)
+    assert torch.equal(next(left).images, whole[0].images)
+    assert same(list(made.batches(0)), whole)
+    with pytest.raises(RuntimeError, match="another one started"):
+        next(left)
+    made.close()
+    assert same(everything(made), whole)
