@@ -62,7 +62,7 @@ class _UnderWay:
         self.loader, self.step = loader, step
         count, side = len(step.indices), loader.plan.resolution
         on_cpu = loader.device.type == "cpu"
-        self.finish = Finish(step.params.colors, count, side) if on_cpu else None
+        self.finish = Finish(step.params, side) if on_cpu else None
         kind = torch.float32 if on_cpu else torch.uint8
         self.rows = torch.empty(count, side, side, 3, dtype=kind, pin_memory=not on_cpu)
         self.boxes = loader.store.boxes(step.indices, step.params.windows).tolist()

@@ -32,6 +32,7 @@ from data_pipeline.augment import (
     Params,
     epoch_order,
     eval_params,
+    rectangles_in_pixels,
     train_params,
 )
 from data_pipeline.errors import BadFiles, DataError
@@ -202,17 +203,22 @@ class Loader(ABC):
 
     def _batch(self, pixels: Tensor, step: Step) -> Batch:
         labels = torch.from_numpy(self.plan.split.labels[step.indices])
-        return Batch(finish(pixels, step.params.colors, self.device), labels.to(self.device, non_blocking=True))
+        return Batch(finish(pixels, step.params, self.device), labels.to(self.device, non_blocking=True))
 
 
 class Finish:
-    """The last step of a batch: colours and normalisation, as one affine map of each image's 8-bit pixels.
+    """The last step of a batch: RandAugment's operations; colours and normalisation, as one affine map of each image's
+    8-bit pixels; erasing.
 
     The colour affine is clamped to the range of 8-bit pixels, as color_twist's output is. It is folded with the
     normalisation, so the clamp is between normalised black and white.
     """
 
-    def __init__(self, colors: NDArray[np.float32] | None, count: int, side: int) -> None:
+    def __init__(self, params: Params, side: int) -> None:
+        colors, count = params.colors, len(params.windows)
+        self.operations, self.strengths = params.operations, params.strengths
+        self.erased = None if params.erased is None else rectangles_in_pixels(params.erased, side)
+        self.fills = None if params.fills is None else torch.from_numpy(params.fills)
         scale = 1 / (255 * torch.tensor(IMAGENET_STD))
         self.black = -torch.tensor(IMAGENET_MEAN) / torch.tensor(IMAGENET_STD)
         self.white = self.black + 255 * scale
@@ -238,25 +244,45 @@ class Finish:
     def image(self, row: int, pixels: Tensor, out: Tensor) -> None:
         """8-bit pixels [R, R, 3] of image `row` -> out [R, R, 3] float32, contiguous. Fast on one CPU thread."""
         lines = out.view(self.side, 3 * self.side)
-        if not self.changes_color:
+        pixels = self._operated(pixels[None], slice(row, row + 1))[0]
+        if self.changes_color:
+            groups = out.view(-1, 3 * self._at_once)
+            torch.addmm(self._bias[row], pixels.reshape(groups.shape).float(), self._blocks[row], out=groups)
+            torch.clamp(lines, *self._bounds, out=lines)
+        else:
             lines.copy_(pixels.reshape(lines.shape)).mul_(self._scale).add_(self._shift)
-            return
-        groups = out.view(-1, 3 * self._at_once)
-        torch.addmm(self._bias[row], pixels.reshape(groups.shape).float(), self._blocks[row], out=groups)
-        torch.clamp(lines, *self._bounds, out=lines)
+        if self.erased is not None and self.fills is not None:
+            x, y, width, height = self.erased[row].tolist()
+            out[y : y + height, x : x + width] = self.fills[row]
 
     def batch(self, pixels: Tensor) -> Tensor:
         """8-bit pixels [N, R, R, 3] on a GPU -> float32 of the same shape."""
         affine, black, white = (value.to(pixels.device) for value in (self.affine, self.black, self.white))
-        flat = pixels.flatten(1, 2).float()
+        flat = self._operated(pixels, slice(None)).flatten(1, 2).float()
         mapped = torch.baddbmm(affine[:, None, :, 3], flat, affine[:, :, :3].transpose(1, 2))
-        return mapped.clamp_(black, white).view(pixels.shape)
+        images = mapped.clamp_(black, white).view(pixels.shape)
+        if self.erased is None or self.fills is None:
+            return images
+        corners = torch.from_numpy(self.erased).to(pixels.device)[:, None]
+        along = torch.arange(self.side, device=pixels.device)[:, None] - corners[..., :2]
+        inside = (along >= 0) & (along < corners[..., 2:])  # [N, R, 2]: of columns, and of rows
+        mask = inside[:, None, :, 0, None] & inside[:, :, None, 1, None]
+        return torch.where(mask, self.fills.to(pixels.device)[:, None, None], images)
+
+    def _operated(self, pixels: Tensor, rows: slice) -> Tensor:
+        """8-bit pixels [N, R, R, 3] of these rows of the batch after RandAugment."""
+        if self.operations is None or self.strengths is None:
+            return pixels
+        from data_pipeline.randaugment import rand_augment
+
+        changed = rand_augment(pixels.permute(0, 3, 1, 2), self.operations[rows], self.strengths[rows])
+        return changed.permute(0, 2, 3, 1)
 
 
-def finish(pixels: Tensor, colors: NDArray[np.float32] | None, device: torch.device) -> Tensor:
+def finish(pixels: Tensor, params: Params, device: torch.device) -> Tensor:
     """8-bit pixels [B, 3, R, R], fastest in channels_last -> images [B, 3, R, R] as in `Batch`."""
     count, _, side, _ = pixels.shape
-    rows, last_step = pixels.permute(0, 2, 3, 1), Finish(colors, count, side)
+    rows, last_step = pixels.permute(0, 2, 3, 1), Finish(params, side)
     if device.type != "cpu":
         return last_step.batch(rows.to(device, non_blocking=True).contiguous()).permute(0, 3, 1, 2)
     images = torch.empty(rows.shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,10 @@ import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from data_pipeline import build_index, choose_cache, make_loader
 from data_pipeline.augment import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     MAX_MAGNITUDE,
     OPERATIONS,
     Augmentation,
@@ -18,7 +23,9 @@ from data_pipeline.augment import (
     rectangles_in_pixels,
     train_params,
 )
+from data_pipeline.loader import Finish, finish
 from data_pipeline.randaugment import apply, rand_augment
+from tests.test_cache import write_photos
 
 SIDE = 33
 
@@ -140,3 +147,47 @@ def test_draws_depend_on_seed_epoch_and_image_alone_and_leave_the_other_draws_as
 def test_settings_that_make_no_sense_are_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
         Augmentation(**change)
+
+
+def test_the_last_step_does_the_same_to_one_image_and_to_a_batch() -> None:
+    """What a CPU runs an image at a time, and a GPU on the batch: each operation, colours, normalisation, erasing."""
+    aug = Augmentation(rand_augment_ops=2, rand_augment_magnitude=20, random_erasing=0.5)
+    for changed in (aug, replace(aug, brightness=0, contrast=0, saturation=0, hue=0)):
+        drawn = params(changed, np.arange(24))
+        pixels = torch.randint(0, 256, (24, SIDE, SIDE, 3), dtype=torch.uint8)
+        step = Finish(drawn, SIDE)
+        whole = step.batch(pixels)
+        for row in range(24):
+            alone = torch.empty(SIDE, SIDE, 3)
+            step.image(row, pixels[row], alone)
+            torch.testing.assert_close(alone, whole[row], rtol=0, atol=1e-5)
+        assert drawn.erased is not None
+        assert drawn.fills is not None
+        x, y, w, h = rectangles_in_pixels(drawn.erased, SIDE).T
+        assert 6 < (w > 0).sum() < 18
+        for row in np.flatnonzero(w):
+            seen = whole[row, y[row] : y[row] + h[row], x[row] : x[row] + w[row]]
+            assert (seen == torch.from_numpy(drawn.fills[row])).all()
+        plain = Finish(drawn._replace(erased=None, fills=None), SIDE).batch(pixels)
+        kept = (plain == whole).all(-1).sum((1, 2))
+        assert (kept >= SIDE**2 - torch.from_numpy(w * h)).all()
+
+
+def test_every_loader_augments_alike(tmp_path: Path) -> None:
+    """Decoded every time or kept in RAM, by processes or threads: what the last step makes of plain images."""
+    plain = Augmentation(brightness=0, contrast=0, saturation=0, hue=0)
+    aug = replace(plain, rand_augment_ops=2, random_erasing=0.5)
+    index = build_index(write_photos(tmp_path, 12), cache_dir=tmp_path / "cache")
+    scale, shift = (255 * torch.tensor(values)[:, None, None] for values in (IMAGENET_STD, IMAGENET_MEAN))
+    for kind in ("none", "ram"):
+        pixels = choose_cache(kind, index, 32)
+        given: dict[str, Any] = dict(resolution=32, batch_size=24, seed=1, train=True, workers=1, cache=pixels)
+        loaders = [make_loader(index, "train", backend="torch", augmentation=a, **given) for a in (plain, aug)]
+        before, after = (next(loader.batches(0)).images for loader in loaders)
+        drawn = loaders[1].plan.step(0, 0).params
+        assert drawn.operations is not None
+        rounded = (before * scale + shift).round().to(torch.uint8)
+        assert torch.equal(finish(rounded, drawn, torch.device("cpu")), after), kind
+        assert not torch.equal(before, after)
+        for loader in loaders:
+            loader.close()
