@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -37,9 +37,13 @@ from data_pipeline.errors import BadFiles, DataError
 from data_pipeline.food101 import Index, Split
 from data_pipeline.sample import user_cache_folder
 
-Kind = Literal["none", "disk", "ram"]
+if TYPE_CHECKING:
+    from data_pipeline.device_augment import DeviceStore
+
+Kind = Literal["none", "disk", "ram", "gpu"]
 VERSION = 1  # of the files: raise it when a change alters a stored pixel or its place
 RAM_SHARE = 0.8  # of the memory that is available: the run needs some itself
+GPU_SHARE = 0.6  # of the GPU's that is free: activations and gradients need more
 _INDEX, _PIXELS = "index.json", "pixels.bin"
 
 _log = logging.getLogger("data_pipeline")
@@ -109,6 +113,17 @@ class PixelStore:
             self.ready[index] = True
         return pixels
 
+    def decoded(self, index: int) -> Tensor:
+        """[H, W, 3]: the pixels to store, decoded now; the buffer is left alone.
+
+        Raises:
+            BadFiles: it cannot be decoded.
+        """
+        width, height = self.sizes[index].tolist()
+        pixels = torch.empty(height, width, 3, dtype=torch.uint8)
+        self._decode(index, pixels)
+        return pixels
+
     def _decode(self, index: int, out: Tensor) -> None:
         from data_pipeline.torch_loader import reason_of, window
 
@@ -163,6 +178,7 @@ class PixelCache:
         """Why, with the sizes, in one sentence without its full stop."""
         self.index, self.resolution, self.cache_dir = index, resolution, cache_dir
         self._stores: dict[str, tuple[PixelStore, dict[int, str]]] = {}
+        self._device_stores: dict[str, DeviceStore] = {}
 
     def store(self, split: str, threads: int, *, pinned: bool = False) -> tuple[PixelStore, dict[int, str]]:
         """The store of a split, and the images that could not be decoded: position in the split -> why.
@@ -178,24 +194,41 @@ class PixelCache:
                 self._stores[split] = store, {}
         return self._stores[split]
 
+    def device_store(self, split: str, device: torch.device) -> DeviceStore:
+        """The store of a split on `device`, which fills itself from the cache on disk where there is one."""
+        from data_pipeline.device_augment import DeviceStore
+
+        if split not in self._device_stores:
+            found = _open(
+                cache_folder(self.index, split, self.resolution, self.cache_dir), self.index, split, self.resolution
+            )
+            side, none = short_side(self.resolution), torch.empty(0, dtype=torch.uint8)
+            host, bad = found or (PixelStore(self.index.splits[split], side, none), {})
+            self._device_stores[split] = DeviceStore(host, bad, device)
+        return self._device_stores[split]
+
 
 def choose_cache(
-    requested: Literal["none", "disk", "ram", "auto"],
+    requested: Literal["none", "disk", "ram", "gpu", "auto"],
     index: Index,
     resolution: int,
     *,
+    device: str | torch.device = "cpu",
     cache_dir: str | Path | None = None,
 ) -> PixelCache:
-    """The cache for both splits of `index`, at resolutions up to `resolution`; "auto" is the first of ram and disk that
-    fits, else none.
+    """The cache for both splits of `index`, at resolutions up to `resolution`; "auto" is the first of gpu (where
+    `device` is one), ram and disk that fits, else none.
 
     cache_dir: where "disk" keeps its files; default: the user's cache folder.
 
     Raises:
         DataError: what was asked for does not fit.
     """
-    if requested not in ("none", "disk", "ram", "auto"):
-        raise ValueError(f'cache must be "none", "disk", "ram" or "auto", got "{requested}"')
+    if requested not in ("none", "disk", "ram", "gpu", "auto"):
+        raise ValueError(f'cache must be "none", "disk", "ram", "gpu" or "auto", got "{requested}"')
+    device = torch.device(device)
+    if requested == "gpu" and device.type != "cuda":
+        raise DataError("--cache gpu needs a GPU to train on, and this run has none: use --cache ram.")
 
     def chosen(kind: Kind, reason: str) -> PixelCache:
         return PixelCache(kind, reason, index, resolution, cache_dir)
@@ -207,7 +240,11 @@ def choose_cache(
     memory = available_memory()
     fits = {"ram": need <= RAM_SHARE * memory}
     said = {"ram": f"{_size(memory)} of memory are available"}
-    if requested != "ram" and not (requested == "auto" and fits["ram"]):
+    if device.type == "cuda":
+        free = gpu_memory(device)
+        fits["gpu"] = need <= GPU_SHARE * free
+        said["gpu"] = f"{_size(free)} are free on the GPU, of which the cache may take {GPU_SHARE:.0%}"
+    if requested == "disk" or (requested == "auto" and not any(fits.values())):
         folder = _existing(Path(cache_dir) if cache_dir is not None else user_cache_folder())
         there = all(
             _open(cache_folder(index, split, resolution, cache_dir), index, split, resolution) for split in index.splits
@@ -217,13 +254,15 @@ def choose_cache(
         writable = "" if os.access(folder, os.W_OK) else ", which cannot be written to"
         said["disk"] = "the cache is there" if there else f"{_size(free)} are free in {folder}{writable}"
     if requested == "auto":
-        kinds: tuple[Kind, ...] = ("ram", "disk")
+        kinds: tuple[Kind, ...] = ("gpu", "ram", "disk")
         for kind in kinds:
-            if fits[kind]:
-                return chosen(kind, f"auto: {what}, and {said[kind]}")
-        return chosen("none", f"auto: {what}; {said['ram']} and {said['disk']}")
+            if fits.get(kind):
+                return chosen(kind, f"{what}, and {said[kind]}")
+        return chosen("none", f"{what}; {said['ram']} and {said['disk']}")
     if not fits[requested]:
-        other = "--cache disk" if requested == "ram" else "--cache ram, or another XDG_CACHE_HOME"
+        other = {"gpu": "--cache ram", "ram": "--cache disk", "disk": "--cache ram, or another XDG_CACHE_HOME"}[
+            requested
+        ]
         raise DataError(
             f"--cache {requested} does not fit: {what}, and {said[requested]}: use {other} or --cache none."
         )
@@ -238,6 +277,12 @@ def _existing(folder: Path) -> Path:
     while not folder.exists():
         folder = folder.parent
     return folder
+
+
+def gpu_memory(device: torch.device) -> int:
+    """Bytes that are free on a GPU, with those that torch keeps in reserve."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def available_memory() -> int:
@@ -350,10 +395,7 @@ def _build(folder: Path, index: Index, split: str, resolution: int, threads: int
             os.posix_fallocate(file.fileno(), 0, layout.total)  # finds a full disk now
 
             def write(at: int) -> int:
-                width, height = layout.sizes[at].tolist()
-                pixels = torch.empty(height, width, 3, dtype=torch.uint8)
-                layout._decode(at, pixels)
-                data = pixels.numpy().data
+                data = layout.decoded(at).numpy().data
                 if os.pwrite(file.fileno(), data, int(layout.offsets[at])) != data.nbytes:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 return zlib.crc32(data)

@@ -30,7 +30,7 @@ class CachedLoader(Loader):
         self, plan: Plan, device: str | torch.device, workers: int, cache: PixelCache, split: Literal["train", "val"]
     ) -> None:
         super().__init__(plan, device, workers)
-        self.backend = f"torch, cached ({cache.kind})"
+        self.backend = f"cached ({cache.kind})"
         self.store, bad = cache.store(split, max(1, workers), pinned=self.device.type == "cuda")
         self._pool: ThreadPoolExecutor | None = None
         self.quarantine(bad)
@@ -70,6 +70,7 @@ class _UnderWay:
             pool.submit(self._fill, range(first, min(first + _ROWS, count))) for first in range(0, count, _ROWS)
         ]
 
+    @torch.inference_mode()  # which is a thread's own, and the consumer's may have made `rows`
     def _fill(self, rows: range) -> dict[int, str]:
         """Write these rows; the images that could not be read."""
         plan = self.loader.plan

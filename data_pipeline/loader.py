@@ -128,6 +128,8 @@ class Loader(ABC):
     backend: str
     quarantined: list[tuple[str, str]]
     """(path, reason) of every file that went bad since it was indexed, in the order in which they were found."""
+    cache_note: str = ""
+    """Which cache was chosen, and why."""
 
     def __init__(self, plan: Plan, device: str | torch.device, workers: int) -> None:
         self.plan = plan
@@ -357,6 +359,24 @@ def make_loader(
         augmentation or Augmentation(),
         crop_fraction=crop_fraction,
     )
+    made = _make(backend, plan, device, workers, split, cache)
+    if cache is not None:
+        made.cache_note = f"{cache.kind}: {cache.reason}"
+    return made
+
+
+def _make(
+    backend: str,
+    plan: Plan,
+    device: torch.device,
+    workers: int,
+    split: Literal["train", "val"],
+    cache: PixelCache | None,
+) -> Loader:
+    if cache is not None and cache.kind == "gpu":
+        from data_pipeline.device_augment import DeviceLoader
+
+        return DeviceLoader(plan, device, workers, cache.device_store(split, device))
     if cache is not None and cache.kind != "none":
         from data_pipeline.cached_loader import CachedLoader
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline import Index, Loader, make_loader
+from data_pipeline import Index, Loader, choose_cache, make_loader
 from fastnet.config import TrainConfig
 from fastnet.device import pick_workers
 from fastnet.ema import ModelEma
@@ -33,6 +33,7 @@ def build_loaders(config: TrainConfig, index: Index, resolution: int, device: to
         )
     common: dict[str, Any] = dict(
         backend=config.data.loader,
+        cache=choose_cache(config.data.cache, index, resolution),
         resolution=resolution,
         seed=config.run.seed,
         device=device.type,

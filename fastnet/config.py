@@ -48,7 +48,10 @@ class DataOptions:
     loader: Literal["auto", "dali", "torch"] = "auto"
     """Input pipeline: NVIDIA DALI (decodes on the GPU where there is one) or torchvision v2 on a DataLoader."""
     workers: int | None = None
-    """Worker threads (DALI) or processes (torch). Default: the cores, at most 16; on a CPU half of them."""
+    """Worker threads (DALI, cache) or processes (torch). Default: the cores, at most 16; on a CPU half of them."""
+    cache: Literal["none", "disk", "ram", "auto"] = "none"
+    """Decode each image once, to the short side that the largest crop needs, and augment from there: kept in RAM, or
+    in a file that later runs find again. auto takes the first of ram and disk that fits, and says so."""
 
 
 @dataclass(frozen=True)

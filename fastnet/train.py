@@ -36,6 +36,7 @@ CHANGEABLE = {
     "epochs",
     "workers",
     "loader",
+    "cache",
     "device",
     "compile",
     "kernels",

@@ -347,6 +347,8 @@ class Trainer:
             f"data {index.root}: {len(index.classes)} classes, {self.train_loader.num_images} training and "
             f"{self.val_loader.num_images} validation images"
         )
+        if config.data.cache != "none":
+            self.say(f"cache {self.train_loader.cache_note}")
         self.say(f"run {self.folder}")
         say_excluded(self.console, index.excluded, self.folder / "excluded.txt")
 

@@ -160,6 +160,17 @@ def test_cached_images_are_those_without_a_cache(photos: Path, tmp_path: Path, s
     assert torch.cat(right).median() < 0.05 * torch.cat(flipped).median()
 
 
+def test_batches_are_for_training_and_for_inference_alike(index: Index, tmp_path: Path) -> None:
+    made = make(index, "ram", tmp_path, "val")
+    with torch.inference_mode():
+        expected = list(made.batches(0))
+    batches = list(made.batches(0))
+    made.close()
+    assert same(batches, expected)
+    weight = torch.ones(1, requires_grad=True)
+    (batches[0].images * weight).sum().backward()  # refused for tensors of inference mode
+
+
 def _distance(a: Tensor, b: Tensor) -> Tensor:
     """[B]: mean difference of blocks of 8 pixels, in 1/255."""
     off = (a - b) * 255 * torch.tensor(IMAGENET_STD)[:, None, None]
