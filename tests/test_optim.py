@@ -1,26 +1,28 @@
-"""RMSprop in TF's form, the groups that decay, and the schedule."""
+"""RMSprop in both forms, what is frozen, the groups that decay, and state by name."""
 
 from __future__ import annotations
 
+import copy
 import math
-from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from timm.optim import RMSpropTF as TimmRMSpropTF
 from torch import nn
 
 from fastnet.config import OptimizerOptions
+from fastnet.errors import UserError
+from fastnet.model import EfficientNet, ModelConfig
 from fastnet.optim import (
+    RMSprop,
     RMSpropTF,
+    freeze_stages,
     load_optimizer_tensors,
     make_optimizer,
     optimizer_tensors,
     parameter_groups,
+    set_learning_rate,
 )
-from fastnet.schedule import learning_rate
 
 
 def small_model() -> nn.Module:
@@ -57,13 +59,13 @@ def test_many_steps_equal_timms(weight_decay: float, momentum: float) -> None:
 def test_vectors_do_not_decay() -> None:
     model = small_model()
     decayed, plain = parameter_groups(model, 0.1)
-    assert decayed["weight_decay"] == 0.1
-    assert plain["weight_decay"] == 0.0
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert decayed["lr_scale"] == plain["lr_scale"] == 1.0
     assert {tuple(p.shape) for p in decayed["params"]} == {(4, 3, 3, 3), (2, 4)}
     assert sum(len(group["params"]) for group in (decayed, plain)) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("name", ["rmsprop_tf", "rmsprop"])
+@pytest.mark.parametrize("name", ["rmsprop_tf", "rmsprop", "adamw", "sgd"])
 def test_state_survives_the_way_through_named_tensors(name: str) -> None:
     options = OptimizerOptions(optimizer=name)  # type: ignore[arg-type]
     models = [small_model() for _ in range(2)]
@@ -92,20 +94,93 @@ def test_foreign_state_is_refused() -> None:
         load_optimizer_tensors(model, optimizer, {"square_avg/9.weight": torch.zeros(2)})
 
 
-def test_schedule_has_the_known_values() -> None:
-    options = OptimizerOptions(warmup_epochs=5, lr_decay=0.96, decay_epochs=8)
-    rate = [learning_rate(step, 10, 1.0, options) for step in range(300)]
-    assert rate[0] == pytest.approx(1 / 50)
-    assert rate[49] == rate[50] == rate[129] == 1.0
-    assert rate[130] == rate[209] == pytest.approx(0.96)
-    assert rate[210] == pytest.approx(0.96**2)
+def test_foreign_options_name_their_flag() -> None:
+    model = small_model().requires_grad_(False)
+    with pytest.raises(UserError, match="--freeze-stages"):
+        make_optimizer(model, OptimizerOptions(), 0.1)
 
 
-@given(warmup=st.floats(0, 3), per_epoch=st.integers(1, 50), peak=st.floats(1e-4, 1.0), decay=st.floats(0.5, 1.0))
-def test_schedule_rises_to_the_peak_and_never_after(warmup: float, per_epoch: int, peak: float, decay: float) -> None:
-    options = OptimizerOptions(warmup_epochs=warmup, lr_decay=decay, decay_epochs=0.7)
-    rates = [learning_rate(step, per_epoch, peak, options) for step in range(6 * per_epoch)]
-    top = math.ceil(warmup * per_epoch)
-    assert all(0 < r <= peak * (1 + 1e-9) for r in rates)
-    assert all(a <= b + 1e-12 for a, b in pairwise(rates[:top]))
-    assert all(a >= b - 1e-12 for a, b in pairwise(rates[top:]))
+@pytest.mark.parametrize("capturable", [True, False])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_torch_flavour_equals_torchs(capturable: bool, momentum: float) -> None:
+    mine, theirs = ([nn.Parameter(torch.linspace(-1, 1, n)) for n in (5, 7)] for _ in range(2))
+    ours = RMSprop(
+        mine, torch.tensor(0.05), decay=0.9, momentum=momentum, eps=1e-3, weight_decay=1e-2, capturable=capturable
+    )
+    torchs = torch.optim.RMSprop(theirs, 0.05, alpha=0.9, momentum=momentum, eps=1e-3, weight_decay=1e-2)
+    for step in range(5):
+        set_learning_rate(ours, 0.05 * 0.9**step)
+        set_learning_rate(torchs, 0.05 * 0.9**step)
+        for a, b in zip(mine, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        ours.step()
+        torchs.step()
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_capturable_moves_as_the_other() -> None:
+    models = [small_model() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [
+        make_optimizer(m, OptimizerOptions(), 0.1, capturable=c) for m, c in zip(models, (True, False), strict=True)
+    ]
+    for _ in range(4):
+        for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_the_rate_is_filled_where_a_graph_reads_it() -> None:
+    optimizer = make_optimizer(tiny(), OptimizerOptions(layer_decay=0.5), 0.1)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    set_learning_rate(optimizer, 1.0)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        assert group["lr"] is rate
+        assert rate.item() == group["lr_scale"]
+
+
+def tiny() -> EfficientNet:
+    return EfficientNet(ModelConfig(width=0.25, depth=0.1, num_classes=5, kernels="torch"))
+
+
+def test_each_layer_down_learns_slower() -> None:
+    model = tiny()
+    groups = parameter_groups(model, 0.1, layer_decay=0.5)
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert len(scale) == len(list(model.parameters()))
+    blocks = len(model.blocks)
+    for name, p in model.named_parameters():
+        parts = name.split(".")
+        above = {"stem": blocks + 1, "blocks": blocks - int(parts[1]) if parts[0] == "blocks" else 0}.get(parts[0], 0)
+        assert scale[id(p)] == 0.5**above, name
+    assert all((group["weight_decay"] > 0) == (p.ndim > 1) for group in groups for p in group["params"])
+
+
+@pytest.mark.parametrize(("stages", "blocks"), [(0, 0), (2, 3), (7, 16)])
+def test_frozen_stages_stay_as_they_are(stages: int, blocks: int) -> None:
+    model = EfficientNet(ModelConfig(width=0.25, num_classes=5, kernels="torch"))
+    freeze_stages(model, stages)
+    copied = copy.deepcopy(model)
+    for one in (model, copied):
+        one.eval()
+        one.train()
+        frozen = [name for name, p in one.named_parameters() if not p.requires_grad]
+        expected = [f"blocks.{i}." for i in range(blocks)] + (["stem."] if stages else [])
+        assert {name for name, _ in one.named_parameters() if name.startswith(tuple(expected))} == set(frozen)
+        assert [block.training for block in one.blocks] == [i >= blocks for i in range(len(one.blocks))]
+        assert one.head.training
+        assert (one.survival_prob[:blocks] == 1).all()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = make_optimizer(model, OptimizerOptions(), 0.1)
+    for _ in range(2):
+        model(torch.randn(2, 3, 48, 48)).square().mean().backward()
+        optimizer.step()
+    moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k]) and "tracked" not in k}
+    assert moved == {k for k in before if not k.startswith(tuple(expected)) and "tracked" not in k}
+    assert copied.stem is not model.stem
