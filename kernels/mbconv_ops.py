@@ -251,7 +251,9 @@ def _(
     out_bias: Tensor, e: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     taps: Tensor, *others: Any,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    return L.empty_image(e), _vector(e, *taps.shape), None if mean is None else _vector(e, 2, e.shape[1])
+    k2 = taps.shape[-1] ** 2
+    sums_of_e = None if mean is None else _vector(e, k2 + 2, e.shape[1])[k2:]
+    return L.empty_image(e), _vector(e, *taps.shape), sums_of_e
 
 
 @torch.library.custom_op(
@@ -333,7 +335,8 @@ def _(
     return empty_nhwc(x, project[0].shape[0], L.cdiv(x.shape[2], stride), L.cdiv(x.shape[3], stride))
 
 
-for _op in (
+OPERATIONS = (
     expand, depthwise_forward, project, join_backward, project_backward, depthwise_gradients, expand_backward, inference
-):  # fmt: skip
+)  # fmt: skip
+for _op in OPERATIONS:
     L.once_differentiable(_op, "mbconv")

@@ -19,6 +19,10 @@ with suppress(ImportError):  # the tests of kernels on a GPU run without it
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    with suppress(ImportError):
+        from tests import interpreter
+
+        interpreter.mend()
 
 ROOT = Path(__file__).resolve().parents[1]
 
