@@ -33,7 +33,7 @@ def build_loaders(config: TrainConfig, index: Index, resolution: int, device: to
         )
     common: dict[str, Any] = dict(
         backend=config.data.loader,
-        cache=choose_cache(config.data.cache, index, resolution),
+        cache=choose_cache(config.data.cache, index, resolution, device=device),
         resolution=resolution,
         seed=config.run.seed,
         device=device.type,

@@ -49,9 +49,10 @@ class DataOptions:
     """Input pipeline: NVIDIA DALI (decodes on the GPU where there is one) or torchvision v2 on a DataLoader."""
     workers: int | None = None
     """Worker threads (DALI, cache) or processes (torch). Default: the cores, at most 16; on a CPU half of them."""
-    cache: Literal["none", "disk", "ram", "auto"] = "none"
-    """Decode each image once, to the short side that the largest crop needs, and augment from there: kept in RAM, or
-    in a file that later runs find again. auto takes the first of ram and disk that fits, and says so."""
+    cache: Literal["none", "disk", "ram", "gpu", "auto"] = "none"
+    """Decode each image once, to the short side that the largest crop needs, and augment from there: kept in RAM, on
+    the GPU, or in a file that later runs find again. auto takes the first of gpu, ram and disk that fits, and says
+    so."""
 
 
 @dataclass(frozen=True)

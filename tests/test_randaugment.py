@@ -165,7 +165,7 @@ def test_the_last_step_does_the_same_to_one_image_and_to_a_batch() -> None:
         assert drawn.fills is not None
         x, y, w, h = rectangles_in_pixels(drawn.erased, SIDE).T
         assert 6 < (w > 0).sum() < 18
-        for row in np.flatnonzero(w):
+        for row in np.flatnonzero(w).tolist():
             seen = whole[row, y[row] : y[row] + h[row], x[row] : x[row] + w[row]]
             assert (seen == torch.from_numpy(drawn.fills[row])).all()
         plain = Finish(drawn._replace(erased=None, fills=None), SIDE).batch(pixels)
