@@ -69,6 +69,21 @@ def test_a_newer_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         load_checkpoint(path)
 
 
+def test_format_1_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.safetensors"
+    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    metadata = {"progress": {"step": 7}, "scaler": {"scale": 512.0, "_growth_tracker": 9}}
+    save_checkpoint(path, {}, {"sums": torch.zeros(3)}, metadata)
+    save_checkpoint(tmp_path / "best.safetensors", {"x": torch.zeros(1)}, {}, {"model": {}})
+    monkeypatch.undo()
+    _, training, read = load_checkpoint(path)
+    assert {k.removeprefix("step/"): v.item() for k, v in training.items() if k.startswith("step/")} == {
+        "loss_scale": 512.0, "growth_tracker": 9, "steps": 7, "skipped": 0, "first_bad": 0,
+    }  # fmt: skip
+    assert "scaler" not in read
+    assert list(load_checkpoint(tmp_path / "best.safetensors")[1]) == []
+
+
 def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

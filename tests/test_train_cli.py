@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastnet.config import FOOD101, QUICK, RECIPES, config_from_dict, read_config
-from fastnet.errors import UserError
+from fastnet.errors import UserError, run_command
 from fastnet.train import parse_arguments, run_folder
 
 
@@ -50,12 +51,34 @@ def test_flags_are_flat_and_reach_their_place() -> None:
 
 def test_the_recipe_gives_the_defaults_and_flags_win() -> None:
     assert parse_arguments(["--recipe", "quick"]) == QUICK
+    assert parse_arguments(["--recipe", "finetune", "--lr", "0.1"]).peak_lr == 0.1
+    assert parse_arguments(["--recipe", "finetune"]).ema.model_ema
     assert parse_arguments(["--recipe", "quick", "--epochs", "3"]).optimizer.epochs == 3
     assert parse_arguments([]) == FOOD101
 
 
 def test_the_default_learning_rate_follows_the_batch() -> None:
     assert parse_arguments(["--batch-size", "512"]).peak_lr == pytest.approx(0.128)
+    assert parse_arguments(["--batch-size", "128", "--grad-accum-steps", "4"]).peak_lr == pytest.approx(0.128)
+    assert parse_arguments(["--batch-size", "256", "--optimizer", "sgd"]).peak_lr == pytest.approx(0.1)
+    assert parse_arguments(["--batch-size", "256", "--optimizer", "adamw"]).peak_lr == pytest.approx(0.001)
+
+
+def test_a_user_of_timm_may_type_timms_names() -> None:
+    theirs = "--opt adamw --opt-betas 0.8 0.9 --drop 0.1 --drop-path=0.3 --smoothing 0 --clip-grad 2 --decay-rate 0.9"
+    ours = (
+        "--optimizer adamw --betas 0.8 0.9 --dropout 0.1 --drop-connect-rate=0.3 --label-smoothing 0 "
+        "--clip-grad-norm 2 --lr-decay 0.9"
+    )
+    same = (
+        "--mixup 0.2 --cutmix 1 --mixup-prob 0.5 --mixup-switch-prob 0.4 --model-ema --model-ema-decay 0.99 "
+        "--model-ema-warmup --grad-accum-steps 2 --sched cosine --min-lr 1e-6 --warmup-lr 1e-5 --warmup-epochs 3 "
+        "--layer-decay 0.8 --checkpoint-hist 3 --weight-decay 0.1 --momentum 0.8 --epochs 3 --batch-size 8 --seed 4"
+    )
+    config = parse_arguments(f"{theirs} {same}".split())
+    assert config == parse_arguments(f"{ours} {same}".split())
+    assert (config.optimizer.betas, config.model.drop_connect_rate) == ((0.8, 0.9), 0.3)
+    config.validate()
 
 
 def test_torch_is_not_needed_for_help() -> None:
@@ -73,6 +96,11 @@ def test_torch_is_not_needed_for_help() -> None:
         (["--epochs", "0"], "--epochs 0 must lie between"),
         (["--resolution", "8"], "--resolution 8 must lie between"),
         (["--label-smoothing", "1"], "--label-smoothing"),
+        (["--mixup-prob", "2"], "--mixup-prob 2.0 must lie between"),
+        (["--layer-decay", "1.5"], "--layer-decay"),
+        (["--freeze-stages", "8"], "--freeze-stages 8 must lie between 0 and 7"),
+        (["--betas", "0.9", "1"], "--betas"),
+        (["--resolution", "96", "--progressive-start", "128"], "--progressive-start 128 must lie between 32 and 96"),
         (["--weights-style", "timm"], "--weights-style needs --pretrained"),
     ],
 )
@@ -114,6 +142,9 @@ def test_resume_takes_the_runs_settings_and_lets_some_change(tmp_path: Path) -> 
     with pytest.raises(UserError, match="--batch-size 7 differs from the 32") as caught:
         parse_arguments(["--resume", str(run), "--batch-size", "7"])
     assert caught.value.exit_status == 2
+    # The same images in each step: the way out of a GPU's memory.
+    smaller = parse_arguments(["--resume", str(run), "--batch-size", "16", "--grad-accum-steps", "2"])
+    assert smaller.optimizer.batch_size == 16
 
 
 def test_resume_auto_means_out_or_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +154,21 @@ def test_resume_auto_means_out_or_the_newest(tmp_path: Path, monkeypatch: pytest
     run = saved_run(Path("runs/a"))
     assert parse_arguments(["--resume", "auto"]).run.resume == str(run)
     assert parse_arguments(["--resume", "auto", "--out", "elsewhere"]).run.resume is None
+
+
+def test_waiting_threads_sleep_in_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+
+    def command() -> int:
+        seen.append(os.environ.get("OMP_WAIT_POLICY"))
+        return 0
+
+    for given, expected in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        if given:
+            monkeypatch.setenv("OMP_WAIT_POLICY", given)
+        assert run_command(command) == 0
+        assert seen[-1] == expected
 
 
 def test_resume_without_a_run_is_named(tmp_path: Path) -> None:

@@ -38,6 +38,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def rich(folder: Path, **run: Any) -> TrainConfig:
+    """Everything at once that a step may hold."""
+    config = tiny(folder, **run)
+    return replace(
+        config,
+        optimizer=replace(
+            config.optimizer, optimizer="adamw", lr=1e-3, sched="cosine", batch_size=2, grad_accum_steps=2,
+            layer_decay=0.9, freeze_stages=1,
+        ),
+        mix=replace(config.mix, mixup=0.5, cutmix=1.0),
+        ema=replace(config.ema, model_ema=True, model_ema_decay=0.9),
+        progressive=replace(config.progressive, progressive=2, progressive_start=32),
+        model=replace(config.model, resolution=40),
+    )  # fmt: skip
+
+
 def tiny(folder: Path, **run: Any) -> TrainConfig:
     return replace(
         FOOD101,
@@ -110,6 +126,60 @@ def test_stopped_and_continued_ends_in_the_same_bits(
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     assert without_times(out / "metrics.jsonl") == without_times(finished[0] / "metrics.jsonl")
+
+
+def test_a_rich_run_stopped_and_continued_ends_in_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    trainers = []
+    for name, stops in (("a", [None]), ("b", [2, 4, None])):
+        for stop_at in stops:
+            torch.manual_seed(999)
+            status, text, trainer = train(rich(folder), tmp_path / name, stop_at)
+            assert status == (0 if stop_at is None else 130)
+        trainers.append((text, trainer))
+    expected, found = (load_file(tmp_path / name / "last.safetensors") for name in "ab")
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+    assert without_times(tmp_path / "b" / "metrics.jsonl") == without_times(tmp_path / "a" / "metrics.jsonl")
+    lines = without_times(tmp_path / "a" / "metrics.jsonl")
+    assert [line["resolution"] for line in lines if line["kind"] == "train"] == [32, 40, 40]
+    evaluations = [line for line in lines if line["kind"] == "eval"]
+    assert [line["weights"] for line in evaluations] == ["model", "ema"] * 2
+    # The best file holds the better of both, and says which; of equals the first.
+    best = max(evaluations, key=lambda line: line["top1"])
+    notes = json.loads((tmp_path / "a" / "best.json").read_text())
+    assert {key: notes[key] for key in ("weights", "epoch", "top1")} == {
+        key: best[key] for key in ("weights", "epoch", "top1")
+    }
+    result = evaluate_run(tmp_path / "a", None, None, 4, "torch", 0, "cpu", "off")
+    assert result.loss == pytest.approx(best["loss"], rel=1e-5)
+    ema = {name for name in expected if name.startswith("training/ema/")}
+    assert len(ema) == len(trainers[0][1].model.state_dict())
+
+
+def test_the_averages_own_weights_are_kept_when_better(folder: Path, tmp_path: Path) -> None:
+    trainer = Trainer(rich(folder), tmp_path / "a", Console(file=StringIO()))
+    assert trainer.step.ema is not None
+    with torch.no_grad():
+        for p in trainer.step.ema.module.parameters():
+            p.mul_(1.5)
+    trainer._keep(trainer.step.ema.module, dict(weights="ema", epoch=0, top1=50.0))
+    kept = load_file(tmp_path / "a" / "best.safetensors")
+    assert torch.equal(kept["classifier.weight"], trainer.step.ema.state_dict()["classifier.weight"])
+    assert not torch.equal(kept["classifier.weight"], trainer.model.state_dict()["classifier.weight"])
+
+
+def test_the_best_epochs_are_kept(folder: Path, tmp_path: Path) -> None:
+    trainer = Trainer(tiny(folder, checkpoint_hist=2), tmp_path / "a", Console(file=StringIO()))
+    left = []
+    for epoch, top1 in enumerate((10.0, 30.0, 20.0, 5.0, 30.0)):
+        values = dict(weights="model", epoch=epoch, top1=top1)
+        trainer.progress.evaluations.append(values)
+        trainer._keep(trainer.model, values)
+        left.append(sorted(path.name for path in (tmp_path / "a").glob("checkpoint-*.safetensors")))
+    names = [[f"checkpoint-{epoch}.safetensors" for epoch in kept] for kept in ([0], [0, 1], [1, 2], [1, 2], [1, 4])]
+    assert left == names
+    assert len(list((tmp_path / "a").glob("checkpoint-*"))) == 4  # nor a .json of one that went
+    assert json.loads((tmp_path / "a" / "best.json").read_text())["epoch"] == 1
 
 
 def test_fp16_keeps_its_loss_scale_over_a_stop(folder: Path, tmp_path: Path) -> None:
@@ -187,6 +257,80 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path) -
     with pytest.raises(UserError, match=r"not finite at step 1: lower --lr"):
         trainer.run()
     assert json.loads((tmp_path / "a" / "last.json").read_text())["progress"]["step"] == 0
+
+
+def test_a_bad_step_between_two_looks_is_named_and_leaves_the_checkpoint(folder: Path, tmp_path: Path) -> None:
+    trainer = Trainer(tiny(folder, save_every=2), tmp_path / "a", Console(file=StringIO()))
+    run = trainer.step.run
+
+    def step(images: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
+        if trainer.progress.step == 4:
+            images = images * float("inf")
+        return run(images, *others)  # type: ignore[arg-type]
+
+    trainer.step._call = step
+    with pytest.raises(UserError, match=r"not finite at step 5: .*--resume") as caught:
+        trainer.run()
+    assert "\n" not in str(caught.value)
+    assert json.loads((tmp_path / "a" / "last.json").read_text())["progress"]["step"] == 4
+    saved = load_file(tmp_path / "a" / "last.safetensors")
+    assert all(value.isfinite().all() for value in saved.values())
+    # The weights are still those of step 4, and the next process goes on from there.
+    state = trainer.model.state_dict()
+    assert [n for n in state if "tracked" not in n and not torch.equal(state[n], saved[n])] == []
+    assert train(tiny(folder), tmp_path / "a")[0] == 0
+
+
+def test_fp16_counts_what_it_skips_and_stops_where_scaling_does_not_help(folder: Path, tmp_path: Path) -> None:
+    config = tiny(folder, amp="fp16")
+    trainer = Trainer(config, tmp_path / "a", Console(file=StringIO()))
+    run = trainer.step.run
+    trainer.step._call = lambda images, *others: run(
+        images * (float("nan") if trainer.progress.step < 3 else 1.0), *others
+    )
+    assert trainer.run() == 0
+    lines = [line for line in without_times(tmp_path / "a" / "metrics.jsonl") if line["kind"] == "train"]
+    assert lines[0]["skipped"] == 2
+    assert lines[-1]["skipped"] >= 3
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    trainer = Trainer(config, tmp_path / "b", Console(file=StringIO()))
+    trainer.step.loss_scale.fill_(1.0)
+    torch.nn.init.constant_(trainer.model.classifier.bias, float("nan"))
+    with pytest.raises(UserError, match="not finite at step 1"):
+        trainer.run()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        MemoryError(),
+    ],
+)
+def test_no_memory_left_is_one_sentence_with_a_batch_to_try(folder: Path, tmp_path: Path, error: Exception) -> None:
+    trainer = Trainer(tiny(folder), tmp_path / "a", Console(file=StringIO()))
+
+    def step(*_: Tensor | None) -> tuple[Tensor, ...]:
+        raise error
+
+    trainer.step._call = step
+    with pytest.raises(UserError, match=r"--batch-size 4: try --batch-size 2 --grad-accum-steps 2"):
+        trainer.run()
+
+
+def test_a_continued_run_does_not_need_the_file_it_started_from(folder: Path, tmp_path: Path) -> None:
+    from fastnet.weights import save_weights
+
+    weights = tmp_path / "w.safetensors"
+    save_weights(weights, efficientnet("b0", num_classes=2, padding="same", bn_eps=1e-5))
+    config = tiny(folder)
+    config = replace(config, model=replace(config.model, pretrained=str(weights)))
+    assert train(config, tmp_path / "a", 2)[0] == 130
+    weights.unlink()
+    status, _, trainer = train(config, tmp_path / "a")
+    assert status == 0
+    assert (trainer.model.config.padding, trainer.model.config.bn_eps) == ("same", 1e-5)
 
 
 def test_reestimated_statistics_are_plain_means() -> None:
