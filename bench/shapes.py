@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-import fastnet.model
+import fastnet.layers
 import kernels
 from fastnet.model import efficientnet
 
@@ -71,7 +71,7 @@ def model_shapes(variant: str = "b0", resolution: int = 224, batch: int = 128) -
     model = efficientnet(variant, kernels="torch").train()
     images = torch.randn(2, 3, resolution, resolution)
     replaced = {op: recorder(op, getattr(kernels, op)) for op in CALLED_BY_MODEL}
-    with torch.no_grad(), patch.dict(vars(fastnet.model), replaced):
+    with torch.no_grad(), patch.dict(vars(fastnet.layers), replaced):
         model(images)
     return dict(calls)
 

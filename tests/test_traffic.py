@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from bench.cases import DIRECTIONS, OpCase, image_bytes
+from bench.count_kernels import Traffic, count_traffic
 from bench.shapes import OpShape, activations, largest, model_shapes
-from bench.traffic import Traffic, count_traffic
+from kernels import ConvNorm, Excite, mbconv, mbconv_traffic
+from kernels.mbconv_traffic import Block
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted under the interpreter, on a CPU")
 
@@ -80,6 +82,46 @@ def test_bandwidth_is_computed_from_the_image_bytes_that_move(shape: OpShape) ->
     found = counted(shape, torch.bfloat16)
     for direction in DIRECTIONS:
         assert found[direction].of_size(2) == image_bytes(shape, torch.bfloat16, direction)
+
+
+BLOCKS = (
+    Block(3, 8, 48, 8, 2, 7, 9, 3, 1, residual=True, scaled=True),
+    Block(3, 16, 96, 24, 4, 15, 8, 5, 2, "same"),
+    Block(2, 32, 32, 16, 8, 9, 9, 3, 1, expands=False),
+)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda b: "-".join(map(str, b)))
+def test_a_fused_block_moves_the_bytes_that_its_schedule_states(block: Block) -> None:
+    dtype = torch.bfloat16
+
+    def norm(*shape: int) -> ConvNorm:
+        out = shape[0]
+        return ConvNorm(torch.randn(shape), torch.ones(out), torch.zeros(out), torch.zeros(out), torch.ones(out))
+
+    c, s, k = block.channels, block.squeezed, block.kernel_size
+    x = torch.randn(block.images, block.in_channels, block.height, block.width).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    with count_traffic() as counted_forward:
+        y = mbconv(
+            x, norm(c, block.in_channels, 1, 1) if block.expands else None, norm(c, 1, k, k),
+            Excite(torch.randn(s, c), torch.zeros(s), torch.randn(c, s), torch.zeros(c)),
+            norm(block.out_channels, c, 1, 1), torch.ones(block.images) if block.scaled else None,
+            stride=block.stride, padding=block.padding, residual=block.residual, training=True, momentum=0.1, eps=1e-3,
+            impl="triton",
+        )  # fmt: skip
+    with count_traffic() as counted_backward:
+        y.sum().backward()
+    for found, stated_steps in (
+        (counted_forward, mbconv_traffic.forward(block, dtype)),
+        (counted_backward, mbconv_traffic.backward(block, dtype)),
+    ):
+        expected: Counter[str] = Counter()
+        for launches in stated_steps.values():
+            expected.update(launches)
+        assert set(found.kernels) == set(expected)
+        for name, moved in found.kernels.items():
+            assert moved.total == pytest.approx(expected[name], rel=0.02), name
 
 
 def test_counter_counts_unmasked_lanes_only() -> None:
