@@ -1,42 +1,167 @@
-"""`python -m fastnet.evaluate RUN_OR_FILE`: top-1, top-5 and loss on the validation split."""
+"""`python -m fastnet.evaluate RUN_OR_FILE`: how good a model is on the validation split, in numbers and pictures."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from fastnet.errors import run_command
+from fastnet.config import Variant
+from fastnet.errors import UserError, run_command
+from fastnet.predict import check_numbers
+
+if TYPE_CHECKING:
+    from data_pipeline import Index
+    from fastnet.predictions import Predictions, Tta
+    from fastnet.scores import Scores
+    from fastnet.step import Amp
+    from fastnet.trained import Trained
+
+
+def evaluate_run(
+    trained: Trained,
+    index: Index,
+    *,
+    tta: Tta = "off",
+    amp: Amp = "off",
+    batch_size: int = 64,
+    loader: Literal["auto", "dali", "torch"] = "auto",
+    workers: int = 0,
+) -> tuple[Predictions, Scores]:
+    """Predict the validation split of `index` once and score it; the images are streamed."""
+    from fastnet.predictions import collect, view_loader
+    from fastnet.scores import score
+
+    batches = view_loader(trained, index, tta=tta, backend=loader, batch_size=batch_size, workers=workers)
+    try:
+        found = collect(trained, batches, tta=tta, amp=amp)
+    finally:
+        batches.close()
+    return found, score(found, index.classes)
 
 
 def evaluate(
     target: str,
     /,
     data: str | None = None,
+    report: bool = True,
+    out: str | None = None,
+    json: bool = False,
+    checkpoint: Literal["best", "last"] = "best",
+    variant: Variant | None = None,
+    weights_style: Literal["fastnet", "torchvision", "timm", "timm_tf"] | None = None,
     resolution: int | None = None,
+    crop_fraction: float | None = None,
+    tta: Literal["off", "hflip", "five", "ten"] = "off",
+    worst: int = 20,
+    gradcam_stages: tuple[int, ...] = (4, 6, 9),
+    gradcam_images: tuple[str, ...] = (),
     batch_size: int = 64,
     loader: Literal["auto", "dali", "torch"] = "auto",
     workers: int | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto",
+    kernels: Literal["auto", "triton", "triton-ops", "torch"] = "auto",
 ) -> int:
-    """Evaluate a run, or a file of weights, on the validation split: top-1, top-5 and loss.
+    """Evaluate a run, or a file of weights, on the validation split: top-1, top-5, macro F1, AUC, calibration; and a
+    report with curves, confusion matrix, the worst predictions and Grad-CAM.
 
     Args:
-        target: A run's folder, or a .safetensors file that fastnet wrote.
+        target: A run's folder, a .safetensors or .pth file, or imagenet with --variant.
         data: Data set; default: the one that the run was trained on.
-        resolution: Image side in pixels; default: the run's.
+        report: Write report.html and its pictures; --no-report prints the numbers alone.
+        out: Folder of the report; default: report/ in the run's folder.
+        json: Print the numbers, also of each class, as JSON.
+        checkpoint: Which weights of a run.
+        variant: Which of the published weights imagenet means; with a file, what it must hold.
+        weights_style: Whose names the file uses, when the file itself does not tell.
+        resolution: Image side in pixels; default: the run's, or the one that the weights were published with.
+        crop_fraction: Share of the short side to look at; default: 0.875, or as the weights were published.
+        tta: Mean over views: hflip (mirrored too), five (centre and corners), ten (both).
+        worst: Wrong predictions to show.
+        gradcam_stages: Stages that Grad-CAM shows, 1 (stem) to 9 (head), as `python -m fastnet.summary` counts them.
+        gradcam_images: Images that Grad-CAM explains; default: the surest right ones and the worst of the split.
         batch_size: Images a batch.
         loader: Input pipeline.
         workers: Loader threads or processes.
         device: Where to run.
         amp: Mixed precision; auto is bf16 on CUDA and off on a CPU.
+        kernels: Operations inside MBConv.
     """
-    from fastnet.evaluation import evaluate_run
+    from fastnet.device import pick_amp, pick_device, pick_workers
+    from fastnet.trained import data_of, load_trained
 
-    result = evaluate_run(Path(target), data, resolution, batch_size, loader, workers, device, amp)
-    print(f"top-1 {result.top1:.2f} %  top-5 {result.top5:.2f} %  loss {result.loss:.4f}  ({result.images} images)")
+    check_numbers(batch_size=batch_size, workers=workers or 0, gradcam_stages=gradcam_stages)
+    if worst < 0:
+        raise UserError(f"--worst {worst} must be 0 or more.", exit_status=2)
+    where = pick_device(device)
+    trained = load_trained(
+        target,
+        which=checkpoint,
+        variant=variant,
+        style=weights_style,
+        resolution=resolution,
+        crop_fraction=crop_fraction,
+        device=where,
+        kernels=kernels,
+    )
+    folder = _report_folder(trained, out) if report else None
+    index = data_of(trained, data)
+    if folder is not None:
+        _check_images(gradcam_images)
+    found, scores = evaluate_run(
+        trained,
+        index,
+        tta=tta,
+        amp=pick_amp(amp, where),
+        batch_size=batch_size,
+        loader=loader,
+        workers=pick_workers(workers, where),
+    )
+    _print_json(scores) if json else _print_numbers(scores)
+    if folder is not None:
+        from fastnet.report import write_report
+
+        page = write_report(
+            trained, index, found, scores, folder, tta=tta, worst=worst, stages=gradcam_stages, explained=gradcam_images
+        )
+        print(f"report: {page}", file=sys.stderr if json else sys.stdout)
+    elif report and not json:
+        print("for a report, name a folder with --out")
     return 0
+
+
+def _report_folder(trained: Trained, out: str | None) -> Path | None:
+    """--out, else report/ in the run; None for weights of no run. UserError where it cannot be written, before the
+    work starts."""
+    if out is None and trained.run is None:
+        return None
+    folder = Path(out) if out is not None else trained.run / "report"  # type: ignore[operator]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"no report can be written to {folder} ({error.strerror}): name another --out.") from error
+    return folder
+
+
+def _check_images(files: tuple[str, ...]) -> None:
+    from fastnet.predictions import index_files
+
+    for path, reason in index_files(files)[1]:
+        raise UserError(f"--gradcam-images {path} cannot be read ({reason}): name another image.", exit_status=2)
+
+
+def _print_json(scores: Scores) -> None:
+    print(json.dumps(scores.as_dict(), indent=2))
+
+
+def _print_numbers(scores: Scores) -> None:
+    print(f"top-1 {scores.top1:.2f} %  top-5 {scores.top5:.2f} %  loss {scores.loss:.4f}  ({scores.images} images)")
+    print(
+        f"macro F1 {scores.macro_f1:.4f}  AUC {scores.macro_auc:.4f}  average precision "
+        f"{scores.mean_average_precision:.4f}  calibration error {scores.ece:.4f}"
+    )
 
 
 def main() -> None:

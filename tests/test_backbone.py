@@ -7,22 +7,14 @@ import timm
 import torch
 
 from fastnet import FeatureExtractor
-from fastnet.model import EfficientNet, efficientnet
+from fastnet.model import efficientnet
 from fastnet.weights import to_timm
-
-
-def settled(model: EfficientNet) -> EfficientNet:
-    """Statistics of one batch, so that no map vanishes or explodes in evaluation."""
-    for norm in model.batch_norms():
-        norm.momentum = 1.0
-    with torch.no_grad():
-        model.train()(torch.randn(8, 3, 64, 64), torch.ones(len(model.blocks), 8))
-    return model.eval()
+from tests.runs import settle
 
 
 @pytest.mark.parametrize("variant", ["b0", pytest.param("b3", marks=pytest.mark.slow)])
 def test_equal_to_timm(variant: str) -> None:
-    model = settled(efficientnet(variant, num_classes=2)).double()
+    model = settle(efficientnet(variant, num_classes=2)).double()
     # At features_only timm leaves the head out and keeps the other names.
     theirs = timm.create_model(f"efficientnet_{variant}", features_only=True, bn_eps=1e-3).double().eval()
     wanted = theirs.state_dict()
@@ -38,7 +30,7 @@ def test_equal_to_timm(variant: str) -> None:
 
 
 def test_the_head_on_the_last_map_is_the_model() -> None:
-    model = settled(efficientnet("b1", num_classes=3))
+    model = settle(efficientnet("b1", num_classes=3))
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(model.classify(FeatureExtractor(model)(x)[-1]), model(x))

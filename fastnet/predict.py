@@ -1,0 +1,203 @@
+"""`python -m fastnet.predict RUN_OR_FILE IMAGE...`: what a model sees in images or folders of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fastnet.config import Variant
+from fastnet.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from fastnet.predictions import Tta
+    from fastnet.step import Amp
+    from fastnet.trained import Trained
+
+SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp"}
+
+
+def expand(images: Iterable[str]) -> list[Path]:
+    """Files as they are, folders as the images below them, sorted. UserError where a folder holds none."""
+    files: list[Path] = []
+    for name in images:
+        path = Path(name)
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        if not found:
+            raise UserError(f"{path} holds no image ({', '.join(sorted(SUFFIXES))}): name another folder.")
+        files += found
+    return files
+
+
+def predict_files(
+    trained: Trained,
+    files: Sequence[str | Path],
+    *,
+    top: int = 5,
+    tta: Tta = "off",
+    amp: Amp = "off",
+    batch_size: int = 32,
+    workers: int = 0,
+) -> list[dict[str, Any]]:
+    """For each file, in order: {"file", "top": [{"class", "label", "probability"}, ...]}, or {"file", "error"}.
+
+    The images are cut, resized and normalised as validation images are.
+    """
+    from fastnet.predictions import collect, index_files, view_loader
+
+    index, bad = index_files(files)
+    results: dict[str, dict[str, Any]] = {path: {"file": path, "error": reason} for path, reason in bad}
+    paths = index.splits["val"].paths
+    if paths:
+        loader = view_loader(trained, index, tta=tta, backend="torch", batch_size=batch_size, workers=workers)
+        try:
+            found = collect(trained, loader, tta=tta, amp=amp)
+        finally:
+            loader.close()
+        results |= {path: {"file": path, "error": reason} for path, reason in loader.quarantined}
+        best = found.probabilities.topk(min(top, trained.model.config.num_classes), 1)
+        for position, values, labels in zip(found.positions.tolist(), *best, strict=True):
+            ranked = [
+                {"class": trained.class_name(label), "label": label, "probability": probability}
+                for probability, label in zip(values.tolist(), labels.tolist(), strict=True)
+            ]
+            results[paths[position]] = {"file": paths[position], "top": ranked}
+    return [results[str(file)] for file in files]
+
+
+def write_grad_cams(trained: Trained, results: list[dict[str, Any]], stages: Sequence[int], folder: Path) -> list[Path]:
+    """One PNG for each predicted file: the model's view, and where each stage saw what speaks for the prediction."""
+    import torch
+
+    from fastnet.figures import grad_cam_grid, save
+    from fastnet.gradcam import grad_cam
+    from fastnet.predictions import index_files, load_views
+
+    written: list[Path] = []
+    for result in results:
+        if "top" not in result:
+            continue
+        index, _ = index_files([result["file"]])
+        best = result["top"][0]
+        images = load_views(trained, index)
+        _, maps = grad_cam(trained.model, images, torch.tensor([best["label"]], device=trained.device), stages=stages)
+        stem, number = Path(result["file"]).stem, 2
+        path = folder / f"{stem}.png"
+        while path in written:
+            path, number = folder / f"{stem}-{number}.png", number + 1
+        save(grad_cam_grid(images, maps, [f"{best['class']} {100 * best['probability']:.1f} %"]), path)
+        written.append(path)
+    return written
+
+
+def predict(
+    target: str,
+    images: tuple[str, ...],
+    /,
+    top: int = 5,
+    json: bool = False,
+    gradcam: bool = False,
+    gradcam_stages: tuple[int, ...] = (4, 6, 9),
+    out: str = "gradcam",
+    variant: Variant | None = None,
+    weights_style: Literal["fastnet", "torchvision", "timm", "timm_tf"] | None = None,
+    resolution: int | None = None,
+    crop_fraction: float | None = None,
+    tta: Literal["off", "hflip", "five", "ten"] = "off",
+    batch_size: int = 32,
+    workers: int = 0,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    amp: Literal["auto", "bf16", "fp16", "off"] = "off",
+    kernels: Literal["auto", "triton", "triton-ops", "torch"] = "auto",
+) -> int:
+    """Name the most probable classes of each image. A file that cannot be read is said so, and the rest go on (exit
+    status 1 at the end).
+
+    Args:
+        target: A run's folder, a .safetensors or .pth file, or imagenet with --variant.
+        images: Images, or folders of images.
+        top: Classes to name.
+        json: Print one JSON array instead of lines.
+        gradcam: Also write a picture of each image with what speaks for its class (Grad-CAM).
+        gradcam_stages: Stages to look at, 1 (stem) to 9 (head), as `python -m fastnet.summary` counts them.
+        out: Folder for --gradcam's pictures.
+        variant: Which of the published weights imagenet means; with a file, what it must hold.
+        weights_style: Whose names the file uses, when the file itself does not tell.
+        resolution: Image side in pixels; default: the run's, or the one that the weights were published with.
+        crop_fraction: Share of the short side to look at; default: 0.875, or as the weights were published.
+        tta: Mean over views: hflip (mirrored too), five (centre and corners), ten (both).
+        batch_size: Images a batch.
+        workers: Processes that decode; 0 is best for a few images.
+        device: Where to run.
+        amp: Mixed precision.
+        kernels: Operations inside MBConv.
+    """
+    from fastnet.device import pick_amp, pick_device
+    from fastnet.trained import load_trained
+
+    check_numbers(top=top, batch_size=batch_size, workers=workers, gradcam_stages=gradcam_stages)
+    if not images:
+        raise UserError("name at least one image or folder after the run or file.", exit_status=2)
+    where = pick_device(device)
+    trained = load_trained(
+        target,
+        variant=variant,
+        style=weights_style,
+        resolution=resolution,
+        crop_fraction=crop_fraction,
+        device=where,
+        kernels=kernels,
+    )
+    results = predict_files(
+        trained,
+        expand(images),
+        top=top,
+        tta=tta,
+        amp=pick_amp(amp, where),
+        batch_size=batch_size,
+        workers=workers,
+    )
+    _print_json(results) if json else _print_lines(results)
+    if gradcam:
+        pictures = write_grad_cams(trained, results, gradcam_stages, Path(out))
+        print(f"{len(pictures)} Grad-CAM pictures in {Path(out)}", file=sys.stderr)
+    return int(any("error" in result for result in results))
+
+
+def check_numbers(*, top: int = 1, batch_size: int = 1, workers: int = 0, gradcam_stages: Sequence[int] = (9,)) -> None:
+    """UserError (exit status 2) that names the flag that can't be right."""
+    for flag, value, low in (("--top", top, 1), ("--batch-size", batch_size, 1), ("--workers", workers, 0)):
+        if value < low:
+            raise UserError(f"{flag} {value} must be {low} or more.", exit_status=2)
+    if not gradcam_stages or not all(1 <= stage <= 9 for stage in gradcam_stages):
+        raise UserError("--gradcam-stages must be numbers from 1 (the stem) to 9 (the head).", exit_status=2)
+
+
+def _print_json(results: list[dict[str, Any]]) -> None:
+    print(json.dumps(results, indent=2))
+
+
+def _print_lines(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        if "error" in result:
+            print(f"error: {result['file']} cannot be read ({result['error']}): it is left out.", file=sys.stderr)
+            continue
+        print(result["file"])
+        width = max(len(entry["class"]) for entry in result["top"])
+        for entry in result["top"]:
+            print(f"  {entry['class']:{width}}  {100 * entry['probability']:5.1f} %")
+
+
+def main() -> None:
+    import tyro
+
+    sys.exit(run_command(lambda: tyro.cli(predict, prog="python -m fastnet.predict")))
+
+
+if __name__ == "__main__":
+    main()
