@@ -18,8 +18,8 @@ from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
 from data_pipeline.errors import BadFiles, DataError
-from data_pipeline.food101 import probe_image
 from data_pipeline.loader import Batch, Loader, Plan, Step
+from data_pipeline.probe import probe_image
 
 PREFETCH = 2
 

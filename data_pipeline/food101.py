@@ -3,35 +3,30 @@
 Three forms of data: Food-101's official layout (images/<class>/<id>.jpg with meta/train.json and meta/test.json, or the
 same as .txt), a plain train/<class>/* with val/<class>/* (or test/), and "sample", which is generated.
 
-Every file is decoded once, at an eighth of its size, which reads all of its bytes; files that fail are left out and
-counted. The result is remembered in the user's cache folder by path, size and modification time.
+Of every file the header and the end are read (data_pipeline/probe.py); files that fail are left out and counted. The
+result is remembered in the user's cache folder by path, size and modification time.
 """
 
 import hashlib
 import json
 import os
-import stat
-import struct
 import tempfile
-import warnings
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from bisect import insort
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from data_pipeline.errors import DataError
+from data_pipeline.probe import Probe, scan_files
 from data_pipeline.sample import make_sample, user_cache_folder
 
 SAMPLE = "sample"
-_FORMATS = {"JPEG", "MPO", "PNG", "WEBP"}  # what both decoders read
 _SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp"}
-_EXIF_ORIENTATION = 0x0112
-_PNG_END = b"IEND\xaeB`\x82"
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _LAYOUTS = (
     "images/<class>/*.jpg with meta/train.json and meta/test.json (Food-101's layout), "
     "or train/<class>/* and val/<class>/*"
@@ -50,6 +45,8 @@ class Split:
     """[N, 2]: width and height in pixels, after EXIF rotation."""
     orientations: NDArray[np.uint8]
     """[N]: EXIF orientation, 1 to 8; 1 is upright."""
+    kinds: NDArray[np.uint8]
+    """[N]: position in `data_pipeline.probe.KINDS`."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -69,98 +66,25 @@ class Index:
     """Hash of classes, relative paths, labels and sizes: equal where a run can be resumed."""
     content: str
     """The same with every file's length and modification time: equal where decoded pixels can be reused."""
+    quarantined: dict[str, dict[int, str]] = field(default_factory=dict)
+    """split -> position -> why: images that the loaders must not ask for, though they keep their places."""
 
-
-class _Probe(NamedTuple):
-    """What decoding a file told; `reason` is None where it went well."""
-
-    width: int
-    height: int
-    orientation: int
-    reason: str | None
+    def quarantine_records(self, found: Iterable[tuple[str, str]]) -> list[list[Any]]:
+        """What `build_index` needs to know of files (path, reason) that went bad during a run; of JSON's types."""
+        reasons, records = dict(found), []
+        for name, split in self.splits.items():
+            for at, path in enumerate(split.paths):
+                if path in reasons:
+                    fields = [*split.sizes[at], split.orientations[at], split.kinds[at]]
+                    relative = path[len(str(self.root)) + 1 :]
+                    records.append([name, relative, int(split.labels[at]), *map(int, fields), reasons[path]])
+        return records
 
 
 class _Listing(NamedTuple):
     classes: list[str]
     files: dict[str, list[tuple[str, int]]]
     """split -> (path relative to the root, label)."""
-
-
-def probe_image(path: str) -> tuple[int, int, int]:
-    """Width, height (both after rotation) and EXIF orientation of an image.
-
-    Raises:
-        DataError: the file cannot be decoded; the message is the reason alone.
-    """
-    found = _probe(path)
-    if found.reason is not None:
-        raise DataError(found.reason)
-    return found.width, found.height, found.orientation
-
-
-def _probe(path: str) -> _Probe:
-    try:
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):  # opening a pipe would block
-            return _Probe(0, 0, 1, "a folder" if stat.S_ISDIR(mode) else "not a regular file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's remarks on metadata and size
-            with Image.open(path) as image:
-                if image.format not in _FORMATS:
-                    return _Probe(0, 0, 1, f"{image.format} is not supported, only JPEG, PNG and WebP")
-                if unsupported := _unsupported(path, image.format):
-                    return _Probe(0, 0, 1, unsupported)
-                orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-                width, height = image.size
-                # A JPEG at an eighth of its size skips most of the arithmetic and still reads every byte.
-                image.draft(None, (max(1, width // 8), max(1, height // 8)))
-                image.load()
-    except Image.DecompressionBombError:
-        return _Probe(0, 0, 1, "too many pixels")
-    except Image.UnidentifiedImageError:
-        return _Probe(0, 0, 1, "empty file" if os.path.getsize(path) == 0 else "not an image")
-    except OSError as error:
-        return _Probe(0, 0, 1, error.strerror.lower() if error.strerror else str(error) or "cannot be read")
-    except (ValueError, SyntaxError, IndexError, TypeError, EOFError, struct.error) as error:
-        # What PIL's parsers raise on damaged headers.
-        return _Probe(0, 0, 1, f"damaged: {error}" if str(error) else "damaged")
-    orientation = orientation if orientation in range(1, 9) else 1
-    if orientation >= 5:
-        width, height = height, width
-    return _Probe(width, height, orientation, None)
-
-
-def _unsupported(path: str, form: str) -> str:
-    """Why a decoder refuses, misreads or crashes on a file whose pixels PIL would read; "" where none does."""
-    with open(path, "rb") as file:
-        if form in ("JPEG", "MPO"):
-            return "" if _whole_jpeg_header(file) else "damaged JPEG header"
-        data = file.read()
-    if form == "WEBP":
-        return "WebP with alpha, animation or metadata is not supported" if data[12:16] == b"VP8X" else ""
-    if data[24:25] == b"\x10":
-        return "PNG with 16 bits a channel is not supported"
-    if _PNG_END not in data:
-        return "truncated PNG"
-    with Image.open(path) as image:
-        image.verify()  # every checksum: loading passes over some, and torchvision's decoder crashes on them
-    return ""
-
-
-def _whole_jpeg_header(file: BinaryIO) -> bool:
-    """Whether segment follows segment up to the pixels. libjpeg looks for the next marker in the dirt; DALI stops."""
-    file.seek(2)
-    while True:
-        if file.read(1) != b"\xff":
-            return False
-        while (marker := file.read(1)) == b"\xff":  # padding
-            pass
-        if marker == b"\xda":
-            return True
-        length = file.read(2)
-        if len(length) < 2 or (skip := int.from_bytes(length) - 2) < 0:
-            return False
-        file.seek(skip, os.SEEK_CUR)
 
 
 def _names(path: Path) -> list[str]:
@@ -278,34 +202,36 @@ def _stamp(path: str) -> list[int]:
     return [found.st_size, found.st_mtime_ns]
 
 
-def _probe_all(root: Path, stamps: dict[str, list[int]], cache: Path) -> dict[str, _Probe]:
+def _probe_of(fields: Sequence[int]) -> Probe:
+    width, height, orientation, kind = fields
+    return Probe(width, height, orientation, kind, None)
+
+
+def _probe_all(root: Path, stamps: dict[str, list[int]], cache: Path) -> dict[str, Probe]:
     """Every file's probe by relative path, from the cache where the file has not changed since."""
     file = _cache_file(root, cache)
     known, fresh = _read_cache(file), {}
-    probes: dict[str, _Probe] = {}
+    probes: dict[str, Probe] = {}
     unknown = []
     for name, stamp in stamps.items():
         entry = known.get(name)
         # Failures are looked at again: what was unreadable may have been repaired without a trace.
-        if isinstance(entry, list) and len(entry) == 5 and entry[:2] == stamp:
-            width, height, orientation = entry[2:]
-            probes[name] = _Probe(width, height, orientation, None)
+        if isinstance(entry, list) and len(entry) == 6 and entry[:2] == stamp:
+            probes[name] = _probe_of(entry[2:])
         else:
             unknown.append(name)
     if unknown:
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            found = pool.map(_probe, (f"{root}/{name}" for name in unknown))
-            probes.update(zip(unknown, found, strict=True))
+        probes.update(zip(unknown, scan_files([f"{root}/{name}" for name in unknown]), strict=True))
         for name, stamp in stamps.items():
             probe = probes[name]
             if probe.reason is None:
-                fresh[name] = [*stamp, probe.width, probe.height, probe.orientation]
+                fresh[name] = [*stamp, *probe[:4]]
         if fresh != known:
             _write_cache(file, fresh)
     return probes
 
 
-def _split(root: Path, listed: list[tuple[str, int]], probes: dict[str, _Probe]) -> Split:
+def _split(root: Path, listed: list[tuple[str, int]], probes: dict[str, Probe]) -> Split:
     kept = [(name, label) for name, label in listed if probes[name].reason is None]
     found = [probes[name] for name, _ in kept]
     return Split(
@@ -313,6 +239,7 @@ def _split(root: Path, listed: list[tuple[str, int]], probes: dict[str, _Probe])
         labels=np.array([label for _, label in kept], np.int64),
         sizes=np.array([(probe.width, probe.height) for probe in found], np.int32).reshape(-1, 2),
         orientations=np.array([probe.orientation for probe in found], np.uint8),
+        kinds=np.array([probe.kind for probe in found], np.uint8),
     )
 
 
@@ -329,12 +256,15 @@ def _check(root: Path, listing: _Listing, splits: dict[str, Split], excluded: li
         raise DataError(f'The class "{name}" of {root} has no readable training image: add some or remove the class.')
 
 
-def build_index(data: str | Path, *, cache_dir: str | Path | None = None) -> Index:
+def build_index(
+    data: str | Path, *, cache_dir: str | Path | None = None, quarantined: Sequence[Sequence[Any]] = ()
+) -> Index:
     """The index of a folder of photos, or of the generated "sample".
 
     Files that cannot be decoded, and files that the metadata names but are missing, are left out and listed in
     `excluded`. `cache_dir` (default: the user's cache folder) remembers what was found; where it cannot be written,
-    the index is built anew each time.
+    the index is built anew each time. `quarantined`: records of `Index.quarantine_records`, of files that went bad
+    during the run that is continued: they keep their places, whatever became of them, so that all others do.
 
     Raises:
         DataError: no folder, no images, a class without images, damaged metadata, no permission.
@@ -348,9 +278,13 @@ def build_index(data: str | Path, *, cache_dir: str | Path | None = None) -> Ind
         raise DataError(
             f"{error.filename or root} cannot be read ({error.strerror or error}): check its permissions."
         ) from error
+    kept_places = {record[1]: _probe_of(record[3:7]) for record in quarantined}
+    for split, name, label, *_ in quarantined:
+        if (name, label) not in listing.files[split]:  # a folder lists only what is there
+            insort(listing.files[split], (name, label), key=lambda file: (file[1], file[0]))
     names = list(dict.fromkeys(name for listed in listing.files.values() for name, _ in listed))
     stamps = {name: _stamp(f"{root}/{name}") for name in names}
-    probes = _probe_all(root, stamps, cache)
+    probes = _probe_all(root, stamps, cache) | kept_places
     excluded = [(f"{root}/{name}", reason) for name in names if (reason := probes[name].reason) is not None]
     splits = {split: _split(root, listed, probes) for split, listed in listing.files.items()}
     _check(root, listing, splits, excluded)
@@ -363,7 +297,10 @@ def build_index(data: str | Path, *, cache_dir: str | Path | None = None) -> Ind
         },
     ]
     fingerprint, content = _hash(listed), _hash([listed, [stamps[name] for name in kept]])
-    return Index(root, tuple(listing.classes), splits, tuple(excluded), fingerprint, content)
+    waiting: dict[str, dict[int, str]] = {}
+    for split, name, *_, reason in quarantined:
+        waiting.setdefault(split, {})[splits[split].paths.index(f"{root}/{name}")] = reason
+    return Index(root, tuple(listing.classes), splits, tuple(excluded), fingerprint, content, waiting)
 
 
 def _hash(value: object) -> str:

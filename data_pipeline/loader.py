@@ -360,6 +360,7 @@ def make_loader(
         crop_fraction=crop_fraction,
     )
     made = _make(backend, plan, device, workers, split, cache)
+    made.quarantine(index.quarantined.get(split, {}))
     if cache is not None:
         made.cache_note = f"{cache.kind}: {cache.reason}"
     return made

@@ -105,7 +105,7 @@ def build_split(size: tuple[int, int]) -> Any:
     from data_pipeline.food101 import Split
 
     one = np.ones(1, np.uint8)
-    return Split(("x",), np.zeros(1, np.int64), np.array([size], np.int32), one)
+    return Split(("x",), np.zeros(1, np.int64), np.array([size], np.int32), one, one)
 
 
 @pytest.mark.parametrize("kind", ["ram", "disk"])

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline import DataError, Index, build_index, food101
+from data_pipeline import DataError, Index, build_index, food101, make_loader
+from data_pipeline.probe import Probe
 
 RNG = np.random.default_rng(0)
 
@@ -96,7 +97,7 @@ def test_damaged_files_are_left_out_and_named(tmp_path: Path) -> None:
     assert set(reasons) == set(BAD)
     assert all(reasons.values())
     assert reasons["empty.jpg"] == "empty file"
-    assert reasons["no end.jpg"].startswith("image file is truncated")
+    assert reasons["no end.jpg"] == "truncated: its end is missing"
     assert reasons["bitmap.jpg"] == "BMP is not supported, only JPEG, PNG and WebP"
     assert len(index.splits["train"]) == 4
     assert len(index.splits["val"]) == 4
@@ -248,19 +249,19 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: py
     assert str(root / "train") in str(caught.value)
 
 
-def test_second_start_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_start_reads_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = folders(tmp_path / "data", GOOD)
     first = indexed(root)
-    decoded: list[str] = []
-    probe = food101._probe
+    scanned: list[str] = []
+    scan_files = food101.scan_files
 
-    def watched(path: str) -> food101._Probe:
-        decoded.append(Path(path).name)
-        return probe(path)
+    def watched(paths: list[str]) -> list[Probe]:
+        scanned.extend(Path(path).name for path in paths)
+        return scan_files(paths)
 
-    monkeypatch.setattr(food101, "_probe", watched)
+    monkeypatch.setattr(food101, "scan_files", watched)
     second = indexed(root)
-    assert decoded == []
+    assert scanned == []
     assert second.fingerprint == first.fingerprint
     assert second.splits["train"].paths == first.splits["train"].paths
     assert (second.splits["train"].sizes == first.splits["train"].sizes).all()
@@ -268,7 +269,7 @@ def test_second_start_decodes_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     changed = root / "train" / "a" / "good0.jpg"
     changed.write_bytes(encoded(size=(50, 60)))
     third = indexed(root)
-    assert set(decoded) == {"good0.jpg", "link.jpg"}
+    assert set(scanned) == {"good0.jpg", "link.jpg"}
     assert (50, 60) in {tuple(size) for size in third.splits["train"].sizes.tolist()}
     assert third.fingerprint != first.fingerprint
 
@@ -279,8 +280,8 @@ def test_second_start_decodes_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         b"",
         b"{",
         b"[]",
-        b'{"version": 1, "files": null}',
-        b'{"version": 1, "files": {"train/a/good0.jpg": [1]}}',
+        b'{"version": 2, "files": null}',
+        b'{"version": 2, "files": {"train/a/good0.jpg": [1]}}',
         b"\xff",
     ],
 )
@@ -303,6 +304,41 @@ def test_fingerprint_follows_the_content_and_not_the_place(tmp_path: Path) -> No
     assert indexed(one).fingerprint == indexed(two).fingerprint
     (two / "train" / "a" / "good0.jpg").rename(two / "train" / "b" / "moved.jpg")
     assert indexed(one).fingerprint != indexed(two).fingerprint
+
+
+@pytest.mark.parametrize("layout", ["folders", "metadata"])
+@pytest.mark.parametrize("damage", ["gone", "garbage", "mended"])
+def test_quarantined_files_keep_their_places(tmp_path: Path, layout: str, damage: str) -> None:
+    """So that a run which met bad files can be continued: the same fingerprint, paths and labels."""
+    root = tmp_path / "data"
+    if layout == "folders":
+        folders(root, {"x.jpg": encoded(exif=exif(6)), "z.jpg": JPEG})
+    else:
+        official(root, {"train": ["pie/2", "pie/1", "pie/4", "soup/7"], "test": ["pie/3", "soup/8"]}, "txt")
+    before = indexed(root)
+    bad = before.splits["train"].paths[2], before.splits["val"].paths[0]
+    records = json.loads(json.dumps(before.quarantine_records([(path, f"bad {path}") for path in bad])))
+    for path in bad:
+        if damage != "mended":
+            os.unlink(path)
+        if damage == "garbage":
+            Path(path).write_bytes(b"garbage")
+    if damage != "mended":
+        assert indexed(root).fingerprint != before.fingerprint
+    after = build_index(root, cache_dir=tmp_path / "cache", quarantined=records)
+    assert after.fingerprint == before.fingerprint
+    assert after.excluded == ()
+    for name, split in before.splits.items():
+        assert after.splits[name].paths == split.paths
+        for field in ("labels", "sizes", "orientations", "kinds"):
+            assert (getattr(after.splits[name], field) == getattr(split, field)).all()
+    assert after.quarantined == {"train": {2: f"bad {bad[0]}"}, "val": {0: f"bad {bad[1]}"}}
+    common = dict(resolution=8, batch_size=2, seed=0, augmentation=None, workers=0)
+    train = make_loader(after, "train", train=True, **common)  # type: ignore[arg-type]
+    assert train.quarantined == [(bad[0], f"bad {bad[0]}")]
+    assert 2 not in train.plan.order(0)
+    val = make_loader(after, "val", train=False, **common)  # type: ignore[arg-type]
+    assert sum(len(labels) for _, labels in val.batches(0)) == len(after.splits["val"]) - 1
 
 
 def test_huge_and_odd_metadata_raise_no_warnings(tmp_path: Path) -> None:

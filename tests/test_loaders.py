@@ -307,7 +307,9 @@ def test_quarantine_changes_no_other_row(n: int, size: int, epoch: int, bad: set
     bad = {index for index in bad if index < n}
     if 2 * len(bad) > n or n < size:
         return
-    split = Split(("",) * n, np.zeros(n, np.int64), np.full((n, 2), 40, np.int32), np.ones(n, np.uint8))
+    split = Split(
+        ("",) * n, np.zeros(n, np.int64), np.full((n, 2), 40, np.int32), np.ones(n, np.uint8), np.zeros(n, np.uint8)
+    )
     whole = Plan(split, 8, size, 1, True, Augmentation()).order(epoch)
     plan = Plan(split, 8, size, 1, True, Augmentation(), frozenset(bad))
     order = plan.order(epoch)

@@ -1,0 +1,288 @@
+"""What a file is, without decoding it: kind, size and orientation from a JPEG's header, and whether its end is there.
+
+A JPEG costs two short reads and a walk over its segments (bench/bench_loader.py measures files a second). Other files,
+and JPEGs of rare kinds, are decoded by PIL. Pixels that are damaged between a whole header and a whole end are found
+when they are decoded: by `decode_fully`, or in training, which quarantines the file.
+
+`python -m data_pipeline.probe` reads file names and prints what they are: how `scan_files` uses more than one core.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import struct
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from PIL import Image
+
+from data_pipeline.errors import DataError
+
+KINDS = ("baseline", "progressive", "cmyk", "other")
+"""JPEG kinds by number: what a GPU's JPEG engine decodes; what its hybrid decoder does; four-channel JPEGs; the rest
+(rarer JPEGs, PNG, WebP)."""
+BASELINE, PROGRESSIVE, CMYK, OTHER = range(4)
+
+_FORMATS = {"JPEG", "MPO", "PNG", "WEBP"}  # what both decoders read
+_EXIF_ORIENTATION = 0x0112
+_PNG_END = b"IEND\xaeB`\x82"
+_HEAD, _TAIL = 4096, 256  # bytes read at once: most headers fit, and most files end with their end
+_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start-of-frame markers
+_BARE = frozenset(range(0xD0, 0xD9)) | {0x01}  # markers without a length
+_PARSE_ERRORS = (ValueError, SyntaxError, IndexError, KeyError, TypeError, EOFError, struct.error)
+_MANY = 10_000  # files from which on processes are worth their start (0.2 s each)
+
+
+class Probe(NamedTuple):
+    """What a file told: width and height after rotation; `reason` is None where it seems whole."""
+
+    width: int
+    height: int
+    orientation: int
+    kind: int
+    reason: str | None
+
+
+def _failed(reason: str) -> Probe:
+    return Probe(0, 0, 1, OTHER, reason)
+
+
+class _Reader:
+    """Bytes of an open file at any position, most of them from one read."""
+
+    def __init__(self, handle: int) -> None:
+        self.handle, self.base, self.data = handle, 0, os.pread(handle, _HEAD, 0)
+
+    def at(self, position: int, count: int) -> bytes:
+        """Fewer at the end of the file."""
+        start = position - self.base
+        if start < 0 or start + count > len(self.data):
+            self.base, self.data = position, os.pread(self.handle, max(count, _HEAD), position)
+            start = 0
+        return self.data[start : start + count]
+
+
+def scan(path: str) -> Probe:
+    """Header and end of a JPEG; other files are decoded."""
+    try:
+        # A pipe would block.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        return _failed(_words(error))
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            return _failed("a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file")
+        if found.st_size == 0:
+            return _failed("empty file")
+        reader = _Reader(handle)
+        if reader.at(0, 2) == b"\xff\xd8":
+            probe = _scan_jpeg(reader, found.st_size)
+            if probe is not None:
+                return probe
+    except OSError as error:
+        return _failed(_words(error))
+    finally:
+        os.close(handle)
+    return decode_fully(path)
+
+
+def _scan_jpeg(reader: _Reader, size: int) -> Probe | None:
+    """None where PIL should look at it."""
+    position, orientation = 2, 1
+    frame: tuple[int, int, int, int] | None = None  # kind, width, height
+    while True:
+        # libjpeg looks for the next marker in the dirt between segments; DALI stops there.
+        head = reader.at(position, 4)
+        if len(head) < 4:
+            return _failed("truncated in its header")
+        if head[0] != 0xFF:
+            return _failed("damaged JPEG header")
+        marker = head[1]
+        if marker == 0xFF or marker in _BARE:  # padding
+            position += 1 if marker == 0xFF else 2
+            continue
+        if marker == 0xD9:
+            return _failed("no pixels before its end")
+        length = head[2] << 8 | head[3]
+        if length < 2:
+            return _failed("damaged JPEG header")
+        if marker == 0xDA:
+            break
+        if marker in _SIZES:
+            body = reader.at(position + 4, 6)
+            if len(body) < 6:
+                return _failed("truncated in its header")
+            bits, height, width, channels = struct.unpack(">BHHB", body)
+            frame = marker, width, height, channels
+            if bits != 8:
+                return _failed(f"JPEG with {bits} bits a channel is not supported")
+        elif marker == 0xE1 and reader.at(position + 4, 6) == b"Exif\0\0":
+            orientation = _orientation(reader.at(position + 4, length - 2))
+        position += 2 + length
+    if frame is None:
+        return _failed("damaged JPEG header")
+    marker, width, height, channels = frame
+    if marker not in (0xC0, 0xC2) or channels not in (1, 3, 4) or not width or not height:
+        return None
+    if width * height > 2 * (Image.MAX_IMAGE_PIXELS or 1 << 62):
+        return _failed("too many pixels")
+    # In the pixels themselves every 0xFF is followed by 0 or a restart marker.
+    start = max(position, size - _TAIL)
+    if b"\xff\xd9" not in reader.at(start, size - start) and b"\xff\xd9" not in reader.at(position, size - position):
+        return _failed("truncated: its end is missing")
+    kind = CMYK if channels == 4 else BASELINE if marker == 0xC0 else PROGRESSIVE
+    if orientation >= 5:
+        width, height = height, width
+    return Probe(width, height, orientation, kind, None)
+
+
+def _orientation(segment: bytes) -> int:
+    """1 to 8 from an EXIF segment; 1 where it says nothing sensible."""
+    tags = Image.Exif()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tags.load(segment)
+            found = tags.get(_EXIF_ORIENTATION, 1)
+    except (OSError, *_PARSE_ERRORS):
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def _words(error: OSError) -> str:
+    return error.strerror.lower() if error.strerror else str(error) or "cannot be read"
+
+
+def decode_fully(path: str, *, every_pixel: bool = False) -> Probe:
+    """What PIL makes of a file, reading all of its bytes: a JPEG at an eighth of its size unless `every_pixel`."""
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):  # opening a pipe would block
+            return _failed("a folder" if stat.S_ISDIR(mode) else "not a regular file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's remarks on metadata and size
+            with Image.open(path) as image:
+                if image.format not in _FORMATS:
+                    return _failed(f"{image.format} is not supported, only JPEG, PNG and WebP")
+                if unsupported := _unsupported(path, image.format):
+                    return _failed(unsupported)
+                orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+                (width, height), kind = image.size, _kind(image)
+                if not every_pixel:
+                    # Skips most of a JPEG's arithmetic and still reads every byte.
+                    image.draft(None, (max(1, width // 8), max(1, height // 8)))
+                image.load()
+    except Image.DecompressionBombError:
+        return _failed("too many pixels")
+    except Image.UnidentifiedImageError:
+        return _failed("empty file" if os.path.getsize(path) == 0 else "not an image")
+    except OSError as error:
+        return _failed(_words(error))
+    except _PARSE_ERRORS as error:  # what PIL's parsers raise on damaged headers
+        return _failed(f"damaged: {error}" if str(error) else "damaged")
+    orientation = orientation if orientation in range(1, 9) else 1
+    if orientation >= 5:
+        width, height = height, width
+    return Probe(width, height, orientation, kind, None)
+
+
+def _kind(image: Image.Image) -> int:
+    if image.format not in ("JPEG", "MPO"):
+        return OTHER
+    if image.mode == "CMYK":
+        return CMYK
+    return PROGRESSIVE if "progressive" in image.info else BASELINE
+
+
+def _unsupported(path: str, form: str) -> str:
+    """Why a decoder refuses, misreads or crashes on a file whose pixels PIL would read; "" where none does."""
+    with open(path, "rb") as file:
+        if form in ("JPEG", "MPO"):
+            return "" if _whole_jpeg_header(file) else "damaged JPEG header"
+        data = file.read()
+    if form == "WEBP":
+        return "WebP with alpha, animation or metadata is not supported" if data[12:16] == b"VP8X" else ""
+    if data[24:25] == b"\x10":
+        return "PNG with 16 bits a channel is not supported"
+    if _PNG_END not in data:
+        return "truncated PNG"
+    with Image.open(path) as image:
+        image.verify()  # every checksum: loading passes over some, and torchvision's decoder crashes on them
+    return ""
+
+
+def _whole_jpeg_header(file: BinaryIO) -> bool:
+    """Whether segment follows segment up to the pixels. libjpeg looks for the next marker in the dirt; DALI stops."""
+    file.seek(2)
+    while True:
+        if file.read(1) != b"\xff":
+            return False
+        while (marker := file.read(1)) == b"\xff":  # padding
+            pass
+        if marker == b"\xda":
+            return True
+        length = file.read(2)
+        if len(length) < 2 or (skip := int.from_bytes(length) - 2) < 0:
+            return False
+        file.seek(skip, os.SEEK_CUR)
+
+
+def probe_image(path: str) -> tuple[int, int, int]:
+    """Width, height (both after rotation) and EXIF orientation of an image, after decoding it.
+
+    Raises:
+        DataError: the file cannot be decoded; the message is the reason alone.
+    """
+    found = decode_fully(path)
+    if found.reason is not None:
+        raise DataError(found.reason)
+    return found.width, found.height, found.orientation
+
+
+# --- many files -----------------------------------------------------------------------------------------------------
+
+
+def scan_files(paths: Sequence[str], cores: int | None = None) -> list[Probe]:
+    """`scan` of each file, on all cores."""
+    cores = cores or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if len(paths) < _MANY or cores == 1:
+        with ThreadPoolExecutor(cores) as pool:
+            return list(pool.map(scan, paths))
+    share = -(-len(paths) // cores)
+    with ThreadPoolExecutor(cores) as pool:
+        parts = pool.map(_scan_elsewhere, [paths[at : at + share] for at in range(0, len(paths), share)])
+        return [probe for part in parts for probe in part]
+
+
+def _scan_elsewhere(paths: Sequence[str]) -> list[Probe]:
+    """`scan` in a process of its own: most of the time of one goes into Python."""
+    here = str(Path(__file__).resolve().parents[1])
+    paths_before = os.environ.get("PYTHONPATH")
+    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{paths_before}" if paths_before else here}
+    done = subprocess.run(
+        [sys.executable, "-m", "data_pipeline.probe"],
+        input=b"\0".join(map(os.fsencode, paths)),
+        stdout=subprocess.PIPE,
+        env=environment,
+        check=False,
+    )
+    if done.returncode != 0:  # little memory, or a folder that only this process may read
+        return [scan(path) for path in paths]
+    return [Probe(*fields) for fields in json.loads(done.stdout)]
+
+
+def main() -> None:
+    paths = sys.stdin.buffer.read().split(b"\0")
+    json.dump([scan(os.fsdecode(path)) for path in paths], sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
