@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline import Batch, DataError, Index, Loader, Split, make_loader
+from data_pipeline import Batch, Index, Loader, Split, make_loader
 from data_pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
-from data_pipeline.food101 import probe_image
+from data_pipeline.probe import Probe, decode_fully
 from fastnet.errors import UserError
 from fastnet.model import EfficientNet
 from fastnet.step import Amp, autocast
@@ -132,18 +132,20 @@ def _advancing(loader: Loader) -> Iterable[Batch]:
 
 def index_files(files: Sequence[str | Path]) -> tuple[Index, list[tuple[str, str]]]:
     """(an index of these images alone, all of label 0, as its validation split; (path, reason) of what is none)."""
-    good: list[tuple[str, int, int, int]] = []
+    good: list[tuple[str, Probe]] = []
     bad: list[tuple[str, str]] = []
     for path in map(str, files):
-        try:
-            good.append((path, *probe_image(path)))
-        except DataError as error:
-            bad.append((path, str(error)))
+        probe = decode_fully(path)
+        if probe.reason is None:
+            good.append((path, probe))
+        else:
+            bad.append((path, probe.reason))
     split = Split(
-        paths=tuple(path for path, *_ in good),
+        paths=tuple(path for path, _ in good),
         labels=np.zeros(len(good), np.int64),
-        sizes=np.array([size[:2] for _, *size in good], np.int32).reshape(-1, 2),
-        orientations=np.array([size[2] for _, *size in good], np.uint8),
+        sizes=np.array([probe[:2] for _, probe in good], np.int32).reshape(-1, 2),
+        orientations=np.array([probe.orientation for _, probe in good], np.uint8),
+        kinds=np.array([probe.kind for _, probe in good], np.uint8),
     )
     return Index(Path(), (), {"val": split}, excluded=(), fingerprint="", content=""), bad
 
@@ -156,6 +158,7 @@ def subset(index: Index, positions: Sequence[int]) -> Index:
         labels=split.labels[rows],
         sizes=split.sizes[rows],
         orientations=split.orientations[rows],
+        kinds=split.kinds[rows],
     )
     return replace(index, splits={"val": part})
 

@@ -57,9 +57,11 @@ class Trainer:
         arch = architecture(config.model.variant, config.model.scaling)
         self.resolution = config.model.resolution or arch.resolution
         self.resize = DynamicResize(self.resolution)
-        self.index = build_index(config.data.data)
-        self.train_loader, self.val_loader = build_loaders(config, self.index, self.resolution, self.device)
         self._saved = load_checkpoint(self.last) if self.last.exists() else None
+        # Who replaces a file that went bad depends on all that did, and on the places of all others.
+        quarantined = self._saved[2].get("quarantined", []) if self._saved else []
+        self.index = build_index(config.data.data, quarantined=quarantined)
+        self.train_loader, self.val_loader = build_loaders(config, self.index, self.resolution, self.device)
         saved_model = None
         if self._saved is not None:
             saved_model = ModelConfig(**self._saved[2]["model"] | {"kernels": config.model.kernels})
@@ -97,7 +99,7 @@ class Trainer:
             "classes": list(self.index.classes),
             "resolution": self.resolution,
             "data_fingerprint": self.index.fingerprint,
-            "quarantined": self.train_loader.quarantined,
+            "quarantined": self.index.quarantine_records(self.train_loader.quarantined + self.val_loader.quarantined),
         }
         save_checkpoint(self.last, self.model.state_dict(), training, metadata)
 
@@ -127,10 +129,6 @@ class Trainer:
         if self.step.ema is not None:
             self.step.ema.load_state_dict(parts["ema"])
         self.progress = Progress(**metadata["progress"])
-        # Who replaces a file that went bad depends on all that did.
-        positions = {path: i for i, path in enumerate(self.train_loader.plan.split.paths)}
-        quarantined = {positions[path]: reason for path, reason in metadata.get("quarantined", []) if path in positions}
-        self.train_loader.quarantine(quarantined)
 
     def _train_seconds(self) -> float:
         seconds, self.clock.train_seconds = self.clock.train_seconds, 0.0
