@@ -44,6 +44,7 @@ from kernels.launch import tl
 from kernels.squeeze_excite import Norm
 from kernels.strips import (
     CONFIGURATIONS,
+    MAX_REGISTERS,
     NUM_WARPS,
     Geometry,
     Padding,
@@ -130,7 +131,7 @@ def _depthwise_kernel(
     in_channels = c < channels
     lanes = tl.arange(0, UNITS)[:, None]
     # Of the shape of a tile, so that a lane loads its own taps.
-    taps = load_taps(taps_ptr + c0 * (K * K) + lanes * 0 + tl.arange(0, BLOCK_C)[None, :], 0, 1, K, BLOCK_C)
+    taps = load_taps(taps_ptr + c0 * (K * K) + lanes * 0 + tl.arange(0, BLOCK_C)[None, :], K * K, BLOCK_C)
     if NORM:
         bn_mean, _rstd, gain, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
     if STATS:
@@ -307,8 +308,8 @@ def depthwise(
         _depthwise_kernel, (plan.blocks * plan.partials,), x, pack_taps(weight), y, partial, counts,
         *norm, g.height, g.width, g.out_height, g.out_width, g.pad_top, g.pad_left, plan.strips, plan.bands,
         plan.band_rows, steps, plan.units, plan.groups, plan.partials, channels // vec,
-        like=x, num_warps=NUM_WARPS, NORM=norm.mean is not None, STATS=stats, K=g.kernel_size, STRIDE=g.stride,
-        **plan.constexprs(vec),
+        like=x, num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS, NORM=norm.mean is not None, STATS=stats,
+        K=g.kernel_size, STRIDE=g.stride, **plan.constexprs(vec),
     )  # fmt: skip
     return y, partial, counts
 
@@ -425,7 +426,9 @@ def traffic(
         columns += inside(left, left + (plan.columns - 1) * g.stride + g.kernel_size, g.width)
     pixels = (rows * columns if again else g.height * g.width) + g.out_height * g.out_width
     moved = images * channels * dtype.itemsize * pixels
-    moved += plan.partials * (plan.blocks * tap_bytes(g.kernel_size**2, again) + (16 * channels if norm else 0))
+    moved += plan.partials * (
+        plan.blocks * tap_bytes(g.kernel_size**2, plan.tile_units, again) + (16 * channels if norm else 0)
+    )
     if not stats:
         return {"_depthwise_kernel": moved}
     merge = L.cdiv(channels, MERGE["BLOCK_C"])

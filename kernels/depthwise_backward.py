@@ -51,6 +51,7 @@ from kernels.batch_norm import (
 from kernels.launch import tl
 from kernels.squeeze_excite import NORM_VECTORS, Norm
 from kernels.strips import (
+    MAX_REGISTERS,
     NUM_WARPS,
     Geometry,
     Plan,
@@ -176,13 +177,14 @@ def _depthwise_backward_kernel(
         window = ()
         for _i in tl.static_range((LINES - 1) * SPAN):
             window = window + (tl.zeros([UNITS, BLOCK_C], tl.float32),)
-        # Scalar pointers move down the rows: a tile of pointers that a loop carries changes its layout in every step,
+        # Scalars move down the rows: a tile of pointers that a loop carries changes its layout in every step,
         # through shared memory.
-        dy_row, x_in_row, dx_row = dy_ptr, x_ptr, dx_ptr
+        dy_row = dy_ptr
         if OUT_NORM:
             y_row = y_ptr
         else:
             y_row = dy_ptr
+        x_below = tl.full([], 0, tl.int64)
         step = 0
         while step < lead:
             stop = tl.where((row >= 0) & (row < out_height), right, 0)
@@ -217,26 +219,30 @@ def _depthwise_backward_kernel(
             for phase in tl.static_range(STRIDE):
                 y = row * STRIDE + phase - pad_top
                 stop = tl.where((y >= 0) & (y < height) & (row < end), x_right, 0)
-                # The taps stay in the first-level cache and come when they are wanted: 25 of them have no room.
-                taps = load_taps(taps_ptrs, phase, STRIDE, K, BLOCK_C)
                 dxs = ()
-                for j in tl.static_range(COLUMNS * STRIDE):
-                    dx = tl.zeros([UNITS, BLOCK_C], tl.float32)
-                    for a in tl.static_range((K - 1 - phase) // STRIDE + 1):
+                for _j in tl.static_range(COLUMNS * STRIDE):
+                    dxs = dxs + (tl.zeros([UNITS, BLOCK_C], tl.float32),)
+                for a in tl.static_range((K - 1 - phase) // STRIDE + 1):
+                    # Taps stay in the first-level cache and come a row at a time: 25 of them have no room.
+                    taps = load_taps(taps_ptrs + (phase + a * STRIDE) * (K * BLOCK_C), K, BLOCK_C)
+                    added = ()
+                    for j in tl.static_range(COLUMNS * STRIDE):
+                        dx = dxs[j]
                         for b in tl.static_range((K - 1 - j % STRIDE) // STRIDE + 1):
                             d = rows[(LINES - 1 - a) * SPAN + j // STRIDE + LINES - 1 - b]
-                            dx += d * taps[(phase + a * STRIDE) * K + j % STRIDE + b * STRIDE]
-                    dxs = dxs + (dx,)
+                            dx += d * taps[j % STRIDE + b * STRIDE]
+                        added = added + (dx,)
+                    dxs = added
                 inputs = ()
                 for j in tl.static_range(COLUMNS * STRIDE):
                     inside = j < stop
                     if j < STRIDE - 1:
                         inside = inside & (j >= -x_left)
-                    x = tl.load(x_in_row + j * channels + x_offsets, mask=inside & in_channels, other=0.0).to(
-                        tl.float32
-                    )
+                    x = tl.load(
+                        x_ptr + (x_offsets + (x_below + j * channels)), mask=inside & in_channels, other=0.0
+                    ).to(tl.float32)
                     dx = dxs[j].to(dx_ptr.dtype.element_ty)
-                    tl.store(dx_row + j * channels + x_offsets, dx, mask=inside & in_channels)
+                    tl.store(dx_ptr + (x_offsets + (x_below + j * channels)), dx, mask=inside & in_channels)
                     if NORM:
                         centred = x - mean
                         x, slope = silu_and_slope(centred * gain + bias)
@@ -255,8 +261,7 @@ def _depthwise_backward_kernel(
                                 dtap += d * inputs[i * STRIDE + kx % STRIDE]
                         added = added + (dtap,)
                 dtaps = added
-                x_in_row += width * channels
-                dx_row += width * channels
+                x_below += width * channels
             moved = ()
             for i in tl.static_range((LINES - 1) * SPAN):
                 moved = moved + (rows[i + SPAN],)
@@ -296,7 +301,7 @@ class OutNorm(NamedTuple):
 
 NO_OUT_NORM = OutNorm()
 # Predicted, not measured: the widest strips that spill nowhere load and activate an element least often.
-COLUMNS = {(3, 1): 4, (3, 2): 3, (5, 1): 3, (5, 2): 2}
+COLUMNS = {(3, 1): 4, (3, 2): 3, (5, 1): 2, (5, 2): 2}
 PROGRAMS = 528  # two rounds of what 132 multiprocessors hold at two programs each; each writes k² + 2 sums a channel
 
 
@@ -334,8 +339,8 @@ def depthwise_backward(
         pack_taps(weight), dx, partial, eps, 1.0 / (images * g.out_height * g.out_width),
         g.height, g.width, g.out_height, g.out_width, g.pad_top, g.pad_left, plan.strips, plan.bands, plan.band_rows,
         lead, plan.units, plan.groups, plan.partials, channels // vec,
-        like=x, num_warps=NUM_WARPS, NORM=norm.mean is not None, OUT_NORM=out.y is not None, K=g.kernel_size,
-        STRIDE=g.stride, **plan.constexprs(vec),
+        like=x, num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS, NORM=norm.mean is not None,
+        OUT_NORM=out.y is not None, K=g.kernel_size, STRIDE=g.stride, **plan.constexprs(vec),
     )  # fmt: skip
     sums = sum_partials(partial)
     dweight = sums[:taps].t().reshape(channels, 1, g.kernel_size, g.kernel_size).contiguous()
@@ -383,7 +388,7 @@ def traffic(
     sums = taps + (2 if norm else 0)
     return {
         "_depthwise_backward_kernel": image * (pixels * (2 if out_norm else 1) + 2 * g.height * g.width)
-        + walks * plan.blocks * tap_bytes(taps, again)
+        + walks * plan.blocks * tap_bytes(taps, plan.tile_units, again)
         + 4 * channels * ((vectors + sums) * plan.partials + (2 * plan.units * plan.bands if out_norm else 0)),
         "_sum_partials_kernel": sum_traffic(sums, plan.partials, channels),
     }

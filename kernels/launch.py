@@ -195,7 +195,7 @@ def rows_per_program(rows: int, tile: Tile, lanes: int, most: int = MAX_PARTIALS
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, like: Tensor, num_warps: int, **constexprs: Any) -> None:
-    """Run `kernel` on the device of `like`."""
+    """Run `kernel` on the device of `like`; `maxnreg` may be among the keywords."""
     if like.is_cuda:
         with torch.cuda.device(like.device):
             kernel[grid](*args, num_warps=num_warps, num_stages=1, **constexprs)
@@ -208,12 +208,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, like: Tensor, num_war
         )
 
 
+Kind = Literal["elementwise", "reduction", "strips", "gemm", "small"]
+
+
 @dataclass(frozen=True)
 class KernelSpec:
     """One configuration that a launch can select, with what `triton.compile(ASTSource(...))` needs to build it.
 
-    `kind` is "elementwise" (reads and writes images), "reduction" (reads images, writes vectors) or "small"
-    (vectors only). `attrs` states 16-byte alignment of every pointer, which holds for whatever PyTorch allocates.
+    `kind` is "elementwise" (reads and writes images), "reduction" (reads images, writes vectors), "strips" (walks
+    images by columns, two channels a lane), "gemm" or "small" (vectors only). `attrs` states 16-byte alignment of
+    every pointer, which holds for whatever PyTorch allocates. `maxnreg` is the launch's bound on registers, if any.
     """
 
     name: str
@@ -222,18 +226,20 @@ class KernelSpec:
     constexprs: dict[str, Any]
     num_warps: int
     num_stages: int
-    kind: Literal["elementwise", "reduction", "small"]
+    kind: Kind
     attrs: dict[tuple[int, ...], list[list[Any]]] = field(default_factory=dict)
+    maxnreg: int | None = None
 
 
 def spec(
     fn: Any,
-    kind: Literal["elementwise", "reduction", "small"],
+    kind: Kind,
     dtype: str,
     constexprs: dict[str, Any],
     *,
     images: Iterable[str] = (),
     num_warps: int = 4,
+    maxnreg: int | None = None,
 ) -> KernelSpec:
     """The specification of one compilation of `fn`: pointers named in `images` have the storage dtype, others fp32."""
     signature: dict[str, str] = {}
@@ -248,7 +254,7 @@ def spec(
             signature[name] = "fp32" if name == "eps" or name.startswith("inverse_") else "i32"
     label = ",".join(f"no_{k.removesuffix('_ptr')}" if v is None else f"{k}={v}" for k, v in constexprs.items())
     name = f"{fn.fn.__name__.strip('_')}[{dtype},{label}]"
-    return KernelSpec(name, fn, signature, constexprs, num_warps, 1, kind, attrs)
+    return KernelSpec(name, fn, signature, constexprs, num_warps, 1, kind, attrs, maxnreg)
 
 
 def tile_specs(

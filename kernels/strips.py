@@ -1,13 +1,14 @@
 """How a depthwise convolution's images are cut into strips of columns, and the taps that every strip holds.
 
-A tile is [UNITS, BLOCK_C]: UNITS strips, side by side and running on into the next images, by BLOCK_C channels, two
-elements a lane. A program walks down all its strips together, then takes the next ones.
+A tile is [UNITS, BLOCK_C]: UNITS strips, side by side and running on into the next images, by BLOCK_C channels. A lane
+has two elements, or one where channels cannot be loaded in pairs: each of a pair would have its own mask and address,
+for which there are no registers. A program walks down all its strips together, then takes the next ones.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment, var-annotated, unreachable"
 # (Triton's kernels take no annotations but constexpr; a tuple grows under one name.)
-# ruff: noqa: RUF005, SIM108
-# (Its compiler joins tuples by + alone and chooses at compile time by `if` statements.)
+# ruff: noqa: RUF005
+# (Its compiler joins tuples by + alone.)
 
 from __future__ import annotations
 
@@ -23,21 +24,24 @@ from kernels.launch import tl
 
 Padding = Literal["symmetric", "same"]
 NUM_WARPS = 4
+# Stated, because ptxas otherwise trades a few spilled bytes for one more resident program.
+MAX_REGISTERS = 255
 CONFIGURATIONS = ((3, 1), (3, 2), (5, 1), (5, 2))  # kernel size, stride
 # Predicted, not measured: 32 channels keep a row's segment at 64 bytes of a 16-bit type, the unit that HBM transfers.
 BLOCK_C = 32
-UNITS = 2 * 32 * NUM_WARPS // BLOCK_C
+
+
+def units_for(vec: int) -> int:
+    """UNITS for a vector width."""
+    return (2 if vec > 1 else 1) * 32 * NUM_WARPS // BLOCK_C
 
 
 @L.helper
-def load_taps(taps_ptrs, PHASE: tl.constexpr, STRIDE: tl.constexpr, K: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The K² taps of a channel block, row by row; zero for rows other than PHASE, PHASE + STRIDE, ..."""
+def load_taps(taps_ptrs, COUNT: tl.constexpr, BLOCK_C: tl.constexpr):
+    """COUNT taps of a channel block, one after the other."""
     taps = ()
-    for i in tl.static_range(K * K):
-        if i // K % STRIDE == PHASE:
-            taps = taps + (tl.load(taps_ptrs + i * BLOCK_C),)
-        else:
-            taps = taps + (0.0,)
+    for i in tl.static_range(COUNT):
+        taps = taps + (tl.load(taps_ptrs + i * BLOCK_C),)
     return taps
 
 
@@ -72,20 +76,21 @@ def geometry(height: int, width: int, kernel_size: int, stride: int, padding: Pa
 
 @dataclass(frozen=True)
 class Plan:
-    """How strips are dealt to programs: `groups` tiles of `units` strips × `bands`, walked by `partials` programs for
-    each of `blocks` blocks of channels."""
+    """How strips are dealt to programs: `groups` tiles, each `tile_units` of all `units` strips in one of `bands`,
+    walked by `partials` programs for each of `blocks` blocks of channels."""
 
     columns: int
     strips: int
     bands: int
     band_rows: int
     units: int
+    tile_units: int
     groups: int
     blocks: int
     partials: int
 
     def constexprs(self, vec: int) -> dict[str, int]:
-        return {"COLUMNS": self.columns, "UNITS": UNITS, "BLOCK_C": BLOCK_C, "VEC": vec}
+        return {"COLUMNS": self.columns, "UNITS": self.tile_units, "BLOCK_C": BLOCK_C, "VEC": vec}
 
 
 def make_plan(images: int, channels: int, rows: int, columns: int, strip: int, lines: int, programs: int) -> Plan:
@@ -96,13 +101,14 @@ def make_plan(images: int, channels: int, rows: int, columns: int, strip: int, l
     """
     blocks = L.cdiv(channels, BLOCK_C)
     strips = L.cdiv(columns, strip)
-    sides = L.cdiv(images * strips, UNITS)
+    units = units_for(L.vector_width(channels))
+    sides = L.cdiv(images * strips, units)
     bands = max(min(programs // (sides * blocks), rows // (8 * max(lines - 1, 1))), 1)
     band_rows = L.cdiv(rows, bands)
     bands = L.cdiv(rows, band_rows)
     groups = sides * bands
     walk = L.cdiv(groups, max(programs // blocks, 1))
-    return Plan(strip, strips, bands, band_rows, images * strips, groups, blocks, L.cdiv(groups, walk))
+    return Plan(strip, strips, bands, band_rows, images * strips, units, groups, blocks, L.cdiv(groups, walk))
 
 
 def pack_taps(weight: Tensor) -> Tensor:
@@ -129,9 +135,11 @@ def strip_specs(
         for mode in modes:
             for k, stride in CONFIGURATIONS:
                 for vec in (8, 1):
-                    shape = {"K": k, "STRIDE": stride, "COLUMNS": columns[k, stride], "UNITS": UNITS}
+                    shape = {"K": k, "STRIDE": stride, "COLUMNS": columns[k, stride], "UNITS": units_for(vec)}
                     constexprs = {**mode, **shape, "BLOCK_C": BLOCK_C, "VEC": vec}
-                    yield L.spec(fn, "small", dtype, constexprs, images=images, num_warps=NUM_WARPS)
+                    yield L.spec(
+                        fn, "strips", dtype, constexprs, images=images, num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS
+                    )
 
 
 def inside(first: int, end: int, size: int) -> int:
@@ -139,6 +147,6 @@ def inside(first: int, end: int, size: int) -> int:
     return max(min(end, size) - max(first, 0), 0)
 
 
-def tap_bytes(taps: int, again: bool) -> int:
+def tap_bytes(taps: int, units: int, again: bool) -> int:
     """Bytes of a program's taps: each strip of a tile loads its own copy, all but one from the first-level cache."""
-    return 4 * taps * BLOCK_C * (UNITS if again else 1)
+    return 4 * taps * BLOCK_C * (units if again else 1)
