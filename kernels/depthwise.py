@@ -31,26 +31,21 @@ for activations, and is bound by that. Wider strips would activate less often, b
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from kernels import launch as L
-from kernels import reference
 from kernels.batch_norm import bn_vectors, locate, sigmoid, store_channels
-from kernels.depthwise_backward import NO_INPUT_VECTORS, NO_NORM, depthwise_backward
+from kernels.depthwise_backward import NO_INPUT_VECTORS, NO_NORM
 from kernels.launch import tl
 from kernels.squeeze_excite import Norm
 from kernels.strips import (
-    CONFIGURATIONS,
     MAX_REGISTERS,
     NUM_WARPS,
     Geometry,
-    Padding,
     Plan,
     empty_nhwc,
-    geometry,
     inside,
     load_taps,
     make_plan,
@@ -326,80 +321,6 @@ def merge_stats(partial: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         channels, like=partial, num_warps=NUM_WARPS, **MERGE,
     )  # fmt: skip
     return mean, var
-
-
-@torch.library.custom_op(
-    "fastnet::depthwise_conv2d",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor x, Tensor weight, int stride, str padding) -> Tensor",
-)
-def depthwise_conv2d_op(x: Tensor, weight: Tensor, stride: int, padding: str) -> Tensor:
-    x = L.nhwc(x)
-    return depthwise(x, weight, _geometry(x, weight, stride, padding))[0]
-
-
-@torch.library.custom_op(
-    "fastnet::depthwise_conv2d_backward",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor dy, Tensor x, Tensor weight, int stride, str padding) -> (Tensor, Tensor)",
-)
-def depthwise_conv2d_backward_op(
-    dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: str
-) -> tuple[Tensor, Tensor]:
-    """dx and dweight."""
-    dy, x = L.nhwc(dy), L.nhwc(x)
-    return depthwise_backward(dy, x, weight, _geometry(x, weight, stride, padding))[:2]
-
-
-def _geometry(x: Tensor, weight: Tensor, stride: int, padding: Any) -> Geometry:
-    return geometry(x.shape[2], x.shape[3], weight.shape[2], stride, padding)
-
-
-@depthwise_conv2d_op.register_fake
-def _(x: Tensor, weight: Tensor, stride: int, padding: str) -> Tensor:
-    g = _geometry(x, weight, stride, padding)
-    return empty_nhwc(x, x.shape[1], g.out_height, g.out_width)
-
-
-@depthwise_conv2d_backward_op.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: str) -> tuple[Tensor, Tensor]:
-    return empty_nhwc(x, *x.shape[1:]), weight.new_empty(weight.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, ctx.stride, ctx.padding = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return *depthwise_conv2d_backward_op(dy, *ctx.saved_tensors, ctx.stride, ctx.padding), None, None
-
-
-depthwise_conv2d_op.register_autograd(_backward, setup_context=_setup_context)
-L.once_differentiable(depthwise_conv2d_backward_op, "depthwise_conv2d")
-
-
-def depthwise_conv2d(
-    x: Tensor, weight: Tensor, *, stride: int = 1, padding: Padding = "symmetric", impl: L.Impl = "auto"
-) -> Tensor:
-    """Depthwise convolution of `x` [B, C, H, W] by `weight` [C, 1, k, k] fp32: [B, C, ⌈H / stride⌉, ⌈W / stride⌉] in
-    the dtype of `x`.
-
-    padding: "symmetric" is k // 2 on every side, "same" TF's, which puts an odd pixel right and below. On the Triton
-    path sums are fp32, k is 3 or 5 and stride 1 or 2, and an `x` that is not channels_last is copied first. Raises
-    ValueError or TypeError for a wrong shape, dtype, device or option, RuntimeError where `impl="triton"` cannot run.
-    """
-    k = weight.shape[-1] if weight.dim() else 0
-    L.check(x, weight=(weight, (x.shape[1], 1, k, k) if x.dim() == 4 else ()))
-    if (k, stride) not in CONFIGURATIONS:
-        raise ValueError(f"a depthwise convolution has k 3 or 5 and stride 1 or 2, got k {k} and stride {stride!r}")
-    if padding not in get_args(Padding):
-        raise ValueError(f"padding must be 'symmetric' or 'same', got {padding!r}")
-    if L.resolve(impl, x) == "torch":
-        return reference.depthwise_conv2d(x, weight, stride=stride, padding=padding)
-    return depthwise_conv2d_op(x, weight, stride, padding)
 
 
 def aot_specs() -> Iterator[L.KernelSpec]:

@@ -41,7 +41,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import launch as L
@@ -50,7 +49,6 @@ from kernels.batch_norm import MERGE, MERGE_CHANNELS, MERGE_WARPS, _merge_stats_
 from kernels.pointwise_gemm import gemm, gemm_traffic, plan
 from kernels.pointwise_operand import coefficient_traffic, coefficients
 from kernels.pointwise_wgrad import wgrad, wgrad_traffic
-from kernels.strips import empty_nhwc
 
 __all__ = [
     "aot_specs",
@@ -58,7 +56,6 @@ __all__ = [
     "expansion_dgrad",
     "expansion_wgrad",
     "forward",
-    "pointwise_conv2d",
     "projection_dgrad",
     "projection_wgrad",
     "traffic",
@@ -127,67 +124,6 @@ def expansion_dgrad(
 def expansion_wgrad(da: Tensor, e: Tensor, norm: Tensor, x: Tensor) -> Tensor:
     """dW1 [C_exp, C_in] in fp32; arguments as in `expansion_dgrad`, x [B, C_in, H, W]."""
     return wgrad(da, x, wide_prologue="bn_silu_grad", wide_x=e, wide_vectors=norm)
-
-
-@torch.library.custom_op(
-    "fastnet::pointwise_conv2d",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor x, Tensor weight) -> Tensor",
-)
-def pointwise_conv2d_op(x: Tensor, weight: Tensor) -> Tensor:
-    return gemm(x, weight.flatten(1))[0]
-
-
-@torch.library.custom_op(
-    "fastnet::pointwise_conv2d_backward",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor dy, Tensor x, Tensor weight, bool need_dx, bool need_dweight) -> (Tensor?, Tensor?)",
-)
-def pointwise_conv2d_backward_op(
-    dy: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    dx = gemm(dy, weight.flatten(1), dgrad=True)[0] if need_dx else None
-    return dx, wgrad(dy, x).view(weight.shape) if need_dweight else None
-
-
-@pointwise_conv2d_op.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return empty_nhwc(x, weight.shape[0], *x.shape[2:])
-
-
-@pointwise_conv2d_backward_op.register_fake
-def _(dy: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool) -> tuple[Tensor | None, Tensor | None]:
-    return L.empty_image(x) if need_dx else None, x.new_empty(
-        weight.shape, dtype=torch.float32
-    ) if need_dweight else None
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return pointwise_conv2d_backward_op(dy, *ctx.saved_tensors, *ctx.needs_input_grad)
-
-
-pointwise_conv2d_op.register_autograd(_backward, setup_context=_setup_context)
-L.once_differentiable(pointwise_conv2d_backward_op, "pointwise_conv2d")
-
-
-def pointwise_conv2d(x: Tensor, weight: Tensor, *, impl: L.Impl = "auto") -> Tensor:
-    """`conv2d(x, weight)` for x [B, C_in, H, W] and an fp32 weight [C_out, C_in, 1, 1], in the dtype of x.
-
-    On the Triton path an `x` that is not channels_last is copied first. Raises ValueError or TypeError for a wrong
-    shape, dtype or device, RuntimeError where `impl="triton"` cannot run.
-    """
-    if weight.dim() != 4 or weight.shape[2:] != (1, 1) or weight.shape[0] == 0:
-        raise ValueError(f"weight must be [C_out, C_in, 1, 1], got shape {tuple(weight.shape)}")
-    L.check(x, weight=(weight, (weight.shape[0], x.shape[1] if x.dim() == 4 else 0, 1, 1)))
-    if L.resolve(impl, x) == "torch":
-        return F.conv2d(x, weight.to(x.dtype)).to(x.dtype)
-    return pointwise_conv2d_op(x, weight)
 
 
 def aot_specs() -> Iterator[L.KernelSpec]:

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.traffic import count_traffic
+from bench.count_kernels import count_traffic
 from kernels import depthwise, depthwise_backward, reference
-from kernels.depthwise import depthwise_conv2d, geometry, merge_stats
+from kernels.conv2d import depthwise_conv2d
+from kernels.depthwise import merge_stats
 from kernels.depthwise_backward import NO_NORM, NO_OUT_NORM, OutNorm
 from kernels.squeeze_excite import Norm
-from kernels.strips import CONFIGURATIONS, Geometry, Padding
+from kernels.strips import CONFIGURATIONS, Geometry, Padding, geometry
 from tests import parity
 
 EPS = 1e-3

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.traffic import count_traffic
+from bench.count_kernels import count_traffic
 from kernels import pointwise, pointwise_gemm, pointwise_operand, pointwise_wgrad
+from kernels.conv2d import pointwise_conv2d
 from tests import parity
 from tests.parity import DEVICE, DRAWS, NAMES, kernel_device  # noqa: F401
 
@@ -319,7 +320,7 @@ def test_pointwise_conv2d(dtype: torch.dtype, shape: tuple[int, ...], out: int) 
             weight.detach().to(wide if wide == torch.float64 else torch.float32).requires_grad_(),
         ]
         with parity.nan_allocations():
-            y = pointwise.pointwise_conv2d(*leaves, impl=impl)  # type: ignore[arg-type]
+            y = pointwise_conv2d(*leaves, impl=impl)  # type: ignore[arg-type]
             results.append([y.detach(), *torch.autograd.grad(y, leaves, dy.to(wide))])
     for name, kernel, pytorch, oracle in zip(("y", "dx", "dweight"), *results, strict=True):
         assert kernel.dtype == pytorch.dtype
@@ -335,9 +336,9 @@ def test_pointwise_conv2d_keeps_pytorchs_contract() -> None:
     dy = torch.randn(2, 6, 5, 7)
     for wanted in ((True, True), (False, True)):
         torch.library.opcheck(ops.pointwise_conv2d_backward, (dy, x.detach(), weight.detach(), *wanted))
-    y = pointwise.pointwise_conv2d(x, weight, impl="triton")
+    y = pointwise_conv2d(x, weight, impl="triton")
     assert y.is_contiguous(memory_format=torch.channels_last)
-    nchw = pointwise.pointwise_conv2d(x.contiguous(), weight, impl="triton")
+    nchw = pointwise_conv2d(x.contiguous(), weight, impl="triton")
     assert torch.equal(y, nchw)
     assert nchw.stride() == y.stride()
     spread, full = torch.ones(()).expand(y.shape), torch.ones(y.shape)
@@ -352,8 +353,8 @@ def test_pointwise_conv2d_keeps_pytorchs_contract() -> None:
 def test_pointwise_conv2d_compiles_to_one_graph() -> None:
     torch._dynamo.reset()
     x, weight = arguments(torch.float32)
-    step = torch.compile(pointwise.pointwise_conv2d, fullgraph=True, dynamic=False, backend="aot_eager")
-    eager, graph = (f(x, weight, impl="triton") for f in (pointwise.pointwise_conv2d, step))
+    step = torch.compile(pointwise_conv2d, fullgraph=True, dynamic=False, backend="aot_eager")
+    eager, graph = (f(x, weight, impl="triton") for f in (pointwise_conv2d, step))
     assert torch.equal(eager, graph)
     assert eager.stride() == graph.stride()
     for a, b in zip(*(torch.autograd.grad(y.sum(), (x, weight)) for y in (eager, graph)), strict=True):
@@ -375,7 +376,7 @@ def test_pointwise_conv2d_refuses_bad_input_in_one_sentence(
     expected: type[Exception], match: str, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 ) -> None:
     with pytest.raises(expected, match=match) as caught:
-        pointwise.pointwise_conv2d(*change(*arguments(torch.float32)), impl="triton")
+        pointwise_conv2d(*change(*arguments(torch.float32)), impl="triton")
     assert "\n" not in str(caught.value)
 
 
