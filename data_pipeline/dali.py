@@ -1,14 +1,19 @@
 """The loader on NVIDIA DALI: the GPU decodes where there is one, DALI's CPU threads elsewhere.
 
 Order, windows and flips are ours and go in through `external_source`; so the pipeline has no state of its own, and
-starts at any position.
+starts at any position. A file that DALI refuses ends the pipeline object: the file is found and quarantined, and
+another pipeline goes on from the batch that was asked for.
+
+On a GPU, baseline JPEGs are shared between its JPEG engine and nvJPEG's kernels (`dali_engine_share`), and progressive
+ones go to the latter, whose threads do part of the work. JPEGs of four channels, PNG and WebP are decoded by
+libjpeg-turbo and its like on the threads, as on a CPU.
 """
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,57 +22,97 @@ from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
+from data_pipeline.dali_options import DaliOptions
 from data_pipeline.errors import BadFiles, DataError
 from data_pipeline.loader import Batch, Loader, Plan, Step
-from data_pipeline.probe import probe_image
+from data_pipeline.probe import CMYK, probe_image
 
-PREFETCH = 2
+# Of each image: file name, anchor, shape, flip, and whether it is decoded on the CPU's threads.
+_KINDS = [types.UINT8, types.INT32, types.INT32, types.INT32, types.BOOL]
+_RANKS = [1, 1, 1, 0, 0]
 
 
 class _Source:
-    """Feeds DALI one batch of (file names, anchors, shapes, flips) after another, and remembers which are under way."""
+    """Feeds DALI one batch of (file names, anchors, shapes, flips, on threads) after another, and remembers which are
+    under way. on_gpu: the last column is fed where it says anything."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, on_gpu: bool) -> None:
         self.plan = plan
         self.positions: deque[tuple[int, int]] = deque()
         self.under_way: deque[Step] = deque()
+        self.on_threads = plan.split.kinds >= CMYK
+        """[N]: not for the GPU."""
+        self.routed = on_gpu and bool(self.on_threads.any())
 
     def __call__(self) -> tuple[list[NDArray[Any]], ...]:
         if not self.positions:
             raise StopIteration
         step = self.plan.step(*self.positions.popleft())
         self.under_way.append(step)
+        return self.fed(step)
+
+    def fed(self, step: Step) -> tuple[list[NDArray[Any]], ...]:
         names = [np.frombuffer(os.fsencode(self.plan.split.paths[index]), np.uint8) for index in step.indices]
         # DALI counts rows first.
         anchors = list(np.ascontiguousarray(step.params.windows[:, 1::-1]))
         shapes = list(np.ascontiguousarray(step.params.windows[:, :1:-1]))
-        return names, anchors, shapes, list(step.params.flips.astype(np.int32))
+        columns = names, anchors, shapes, list(step.params.flips.astype(np.int32))
+        return (*columns, list(self.on_threads[step.indices])) if self.routed else columns
 
 
-def decoded_windows(names: Any, anchors: Any, shapes: Any, flips: Any, *, side: int, margin: int, device: str) -> Any:
-    """Graph: 8-bit pixels [3, side, side] of a window of each upright image, resized with antialiasing, flipped.
+def _decoded(files: Any, anchors: Any, shapes: Any, device: str, options: DaliOptions) -> Any:
+    """Graph: the windows of 8-bit pixels, upright, [H, W, 3]."""
+    how = {"device": device, "output_type": types.RGB}
+    if device == "mixed":
+        how["hw_decoder_load"] = options.dali_engine_share
+    if options.dali_decode == "window":
+        return fn.decoders.image_slice(files, start=anchors, shape=shapes, axis_names="HW", **how)
+    return fn.slice(fn.decoders.image(files, **how), start=anchors, shape=shapes, axis_names="HW")
 
+
+def decoded_windows(
+    names: Any,
+    anchors: Any,
+    shapes: Any,
+    flips: Any,
+    on_threads: Any = None,
+    *,
+    side: int,
+    margin: int,
+    device: str,
+    options: DaliOptions,
+) -> Any:
+    """Graph: 8-bit pixels [side, side, 3] of a window of each upright image, resized with antialiasing, flipped.
+
+    on_threads: which images a GPU leaves to the CPU's threads; None where there are none.
     margin: output pixels on each side that are resized along and cut off.
-
     device: "mixed" decodes on the GPU, "cpu" on DALI's threads.
     """
     files = fn.io.file.read(names)
-    images = fn.decoders.image_slice(
-        files, start=anchors, shape=shapes, axis_names="HW", device=device, output_type=types.RGB
-    )
+    if on_threads is None:
+        images = _decoded(files, anchors, shapes, device, options)
+    elif on_threads:
+        images = _decoded(files, anchors, shapes, "cpu", options).gpu()
+    else:
+        images = _decoded(files, anchors, shapes, device, options)
     images = fn.resize(images, size=[side + 2 * margin] * 2, interp_type=types.INTERP_LINEAR, antialias=True)
     return fn.crop_mirror_normalize(
-        images, crop=[side, side], mirror=flips, dtype=types.UINT8, output_layout="CHW", mean=[0.0], std=[1.0]
+        images, crop=[side, side], mirror=flips, dtype=types.UINT8, output_layout="HWC", mean=[0.0], std=[1.0]
     )
 
 
-@pipeline_def
-def _pipeline(source: _Source, device: str) -> Any:
-    fed = fn.external_source(
-        source=source, num_outputs=4, dtype=[types.UINT8, types.INT32, types.INT32, types.INT32], ndim=[1, 1, 1, 0]
-    )
+@pipeline_def(enable_conditionals=True)
+def _pipeline(source: _Source, device: str, options: DaliOptions) -> Any:
+    count = 5 if source.routed else 4
+    columns = fn.external_source(source=source, num_outputs=count, dtype=_KINDS[:count], ndim=_RANKS[:count])
     plan = source.plan
-    return decoded_windows(*fed, side=plan.resolution, margin=plan.margin, device=device)
+    return decoded_windows(
+        *columns,
+        side=plan.resolution,
+        margin=plan.margin,
+        device=device,
+        options=options,
+    )
 
 
 class DaliLoader(Loader):
@@ -75,20 +120,31 @@ class DaliLoader(Loader):
 
     backend = "dali"
 
-    def __init__(self, plan: Plan, device: str | torch.device, workers: int) -> None:
+    def __init__(
+        self, plan: Plan, device: str | torch.device, workers: int, options: DaliOptions | None = None
+    ) -> None:
         super().__init__(plan, device, workers)
-        self._source = _Source(plan)
+        self.options = options or DaliOptions()
+        self._source = _Source(plan, self.device.type == "cuda")
         self._pipe: Any = None
+
+    @property
+    def description(self) -> str:
+        chosen = self.options
+        engine = f", {chosen.dali_engine_share:.0%} for the JPEG engine" if self.device.type == "cuda" else ""
+        what = "crops" if chosen.dali_decode == "window" else "whole photos"
+        return f"dali ({max(1, self.workers)} threads decode {what}{engine}, {chosen.dali_prefetch} batches ahead)"
 
     def _start(self) -> Any:
         on_gpu = self.device.type == "cuda"
         pipe = _pipeline(
             self._source,
             "mixed" if on_gpu else "cpu",
+            self.options,
             batch_size=self.plan.batch_size,
             num_threads=max(1, self.workers),
             device_id=(self.device.index or 0) if on_gpu else None,
-            prefetch_queue_depth=PREFETCH,
+            prefetch_queue_depth=self.options.dali_prefetch,
             seed=0,
         )
         try:
@@ -110,14 +166,15 @@ class DaliLoader(Loader):
             yield self._batch(pixels, source.under_way.popleft())
 
     def _run(self) -> Tensor:
-        """The next batch of 8-bit pixels [B, 3, R, R]; on a CPU it is DALI's buffer, valid until the next call."""
+        """The next batch of 8-bit pixels [B, 3, R, R] channels_last; on a CPU it is DALI's buffer, valid until the next
+        call."""
         try:
             if self.device.type == "cpu":
                 (output,) = self._pipe.run()
-                return torch.from_dlpack(output.as_tensor())
+                return torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
             # In the order of torch's stream, and copied there, because DALI fills the buffer again.
             (output,) = self._pipe.run(torch.cuda.current_stream(self.device))
-            return torch.from_dlpack(output.as_tensor()).clone()
+            return torch.from_dlpack(output.as_tensor()).clone().permute(0, 3, 1, 2)
         except RuntimeError as error:
             # A file that cannot be decoded ends the pipeline object: the next call builds another.
             failed = list(self._source.under_way)
@@ -141,7 +198,8 @@ class DaliLoader(Loader):
             self._pipe = self._start()
 
     def _bad_files(self, steps: list[Step]) -> dict[int, str]:
-        """DALI does not name the file: find those among the images under way that changed."""
+        """DALI does not name the file: find those among the images under way that changed, or else that DALI refuses
+        by themselves."""
         split, bad = self.plan.split, {}
         for index in (int(index) for step in steps for index in step.indices):
             path, (width, height) = split.paths[index], split.sizes[index]
@@ -151,6 +209,20 @@ class DaliLoader(Loader):
                     bad[index] = f"it was {width} x {height} pixels and is {now[0]} x {now[1]} now"
             except DataError as found:
                 bad[index] = str(found)
+        return bad or self._refused(steps)
+
+    def _refused(self, steps: Iterable[Step]) -> dict[int, str]:
+        """The images that DALI cannot decode one at a time, on a CPU thread."""
+        bad: dict[int, str] = {}
+        for step in steps:
+            for row, index in enumerate(step.indices):
+                one = _One(self.plan, step, row)
+                pipe = _pipeline(one, "cpu", self.options, batch_size=1, num_threads=1, device_id=None)
+                try:
+                    pipe.build()
+                    pipe.run()
+                except RuntimeError as error:
+                    bad[int(index)] = _reason(error)
         return bad
 
     def close(self) -> None:
@@ -161,3 +233,23 @@ class DaliLoader(Loader):
         self._pipe = None
         self._source.positions.clear()
         self._source.under_way.clear()
+
+
+class _One(_Source):
+    """Feeds one image of a step, again and again."""
+
+    def __init__(self, plan: Plan, step: Step, row: int) -> None:
+        super().__init__(plan, on_gpu=False)
+        self.row, self.step = row, step
+
+    def __call__(self) -> tuple[list[NDArray[Any]], ...]:
+        return tuple([column[self.row]] for column in self.fed(self.step))
+
+
+def _reason(error: RuntimeError) -> str:
+    """The sentence of DALI's report that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = next(
+        (line for line in lines if "rror" in line and "pipeline" not in line.lower()), lines[0] if lines else ""
+    )
+    return f"DALI refuses it: {said[:200]}"

@@ -40,6 +40,7 @@ from data_pipeline.food101 import Index, Split
 
 if TYPE_CHECKING:
     from data_pipeline.cache import PixelCache
+    from data_pipeline.dali_options import DaliOptions
 
 # Files that may go bad before it is the disk that is to blame, at most half of a split: this many, or 1 %.
 QUARANTINE_LIMIT, QUARANTINE_SHARE = 8, 0.01
@@ -199,6 +200,11 @@ class Loader(ABC):
                 called again afterwards, from the batch that it did not give.
         """
 
+    @property
+    def description(self) -> str:
+        """The backend, and how it is set up."""
+        return self.backend
+
     def close(self) -> None:
         """Give back threads, processes and buffers, and end an unfinished pass; `batches` starts them again."""
         self._passes += 1
@@ -324,6 +330,7 @@ def make_loader(
     workers: int,
     crop_fraction: float = CROP_FRACTION,
     cache: PixelCache | None = None,
+    dali: DaliOptions | None = None,
 ) -> Loader:
     """A loader of `index.splits[split]` that gives square images of `resolution` pixels on `device`.
 
@@ -333,6 +340,7 @@ def make_loader(
     crop_fraction: share of the short side that evaluation looks at, in its centre.
     cache: of `choose_cache`; images come from there whatever the backend, unless its kind is "none". Where that is
     "disk" and the files are not there, they are written now.
+    dali: how that backend decodes; None is `DaliOptions()`.
 
     Raises:
         DataError: "dali" where DALI is not installed or cannot start; a cache that cannot be written.
@@ -359,7 +367,7 @@ def make_loader(
         augmentation or Augmentation(),
         crop_fraction=crop_fraction,
     )
-    made = _make(backend, plan, device, workers, split, cache)
+    made = _make(backend, plan, device, workers, split, cache, dali)
     made.quarantine(index.quarantined.get(split, {}))
     if cache is not None:
         made.cache_note = f"{cache.kind}: {cache.reason}"
@@ -373,6 +381,7 @@ def _make(
     workers: int,
     split: Literal["train", "val"],
     cache: PixelCache | None,
+    dali: DaliOptions | None,
 ) -> Loader:
     if cache is not None and cache.kind == "gpu":
         from data_pipeline.device_augment import DeviceLoader
@@ -390,4 +399,4 @@ def _make(
         raise DataError("--loader dali needs NVIDIA DALI: pip install nvidia-dali-cuda130, or use --loader torch.")
     from data_pipeline.dali import DaliLoader
 
-    return DaliLoader(plan, device, workers)
+    return DaliLoader(plan, device, workers, dali)

@@ -38,6 +38,7 @@ def build_loaders(config: TrainConfig, index: Index, resolution: int, device: to
         seed=config.run.seed,
         device=device.type,
         workers=pick_workers(config.data.workers, device),
+        dali=config.dali,
     )
     train = make_loader(
         index, "train", train=True, augmentation=config.augment, batch_size=config.images_per_step, **common

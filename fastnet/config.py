@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from data_pipeline.augment import Augmentation
+from data_pipeline.dali_options import DaliOptions
 from fastnet.errors import UserError
 
 Variant = Literal["b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7"]
@@ -180,6 +181,7 @@ class TrainConfig:
     finetune adapts --pretrained weights."""
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
+    dali: DaliOptions = field(default_factory=DaliOptions)
     augment: Augmentation = field(default_factory=Augmentation)
     mix: MixOptions = field(default_factory=MixOptions)
     progressive: ProgressiveOptions = field(default_factory=ProgressiveOptions)

@@ -27,6 +27,7 @@ TIMM_NAMES = {
     "--clip-grad": "--clip-grad-norm",
     "--drop": "--dropout",
     "--drop-path": "--drop-connect-rate",
+    "--reprob": "--random-erasing",
     "--log-interval": "--log-every",
     "--log-wandb": "--wandb",
 }
@@ -35,6 +36,9 @@ TIMM_NAMES = {
 CHANGEABLE = {
     "epochs",
     "workers",
+    "dali_prefetch",
+    "dali_decode",
+    "dali_engine_share",
     "loader",
     "cache",
     "device",

@@ -339,7 +339,7 @@ class Trainer:
         self.say(
             f"{'continuing' if resumed else 'training'} efficientnet_{config.model.variant} "
             f"({parameters / 1e6:.1f} M parameters) at {self.resolution} px on {self.device}, amp {self.amp}, "
-            f"compile {config.run.compile}, kernels {config.model.kernels}, loader {self.train_loader.backend}"
+            f"compile {config.run.compile}, kernels {config.model.kernels}, loader {self.train_loader.description}"
         )
         self.say(
             f"data {index.root}: {len(index.classes)} classes, {self.train_loader.num_images} training and "
