@@ -98,7 +98,7 @@ def test_one_sentence_each(run: Path, tmp_path: Path) -> None:
         evaluate(str(tmp_path / "absent"))
 
 
-@pytest.mark.parametrize("command", ["evaluate", "predict", "summary"])
+@pytest.mark.parametrize("command", ["evaluate", "export", "predict", "summary"])
 def test_help_needs_no_torch(command: str) -> None:
     code = (
         f"import sys; sys.argv = ['{command}', '--help']; from fastnet.{command} import main\n"
