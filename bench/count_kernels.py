@@ -1,6 +1,7 @@
 """Bytes that Triton kernels move, counted under the interpreter: every unmasked lane of every load, store and atomic.
 
 What a formula states about a kernel is held to this. Each access counts: what a cache would serve twice counts twice.
+`distinct` counts an element once that a launch reads, and once that it writes: what must come from memory.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ class Bytes:
     """What one kernel moved, over `launches` launches; `by_size`: element size -> bytes."""
 
     launches: int = 0
+    distinct: int = 0
     by_size: Counter[int] = field(default_factory=Counter)
 
     @property
@@ -55,28 +57,33 @@ def count_traffic() -> Iterator[Traffic]:
     traffic = Traffic()
     running = ""
 
-    def count(pointers: Any, mask: Any, times: int = 1) -> None:
+    touched: dict[tuple[bool, int], list[Any]] = defaultdict(list)  # addresses by (written, element size), a launch
+
+    def count(pointers: Any, mask: Any, *, written: bool) -> None:
         lanes = int(np.count_nonzero(np.broadcast_to(mask.data, pointers.data.shape)))
         size = pointers.get_element_ty().primitive_bitwidth // 8
-        traffic.kernels[running].by_size[size] += times * lanes * size
+        traffic.kernels[running].by_size[size] += lanes * size
+        present = np.broadcast_to(mask.data, pointers.data.shape)
+        touched[written, size].append(np.unique(pointers.data[present]))
 
     def reading(original: Any) -> Any:
         def load(pointers: Any, mask: Any, *rest: Any, **options: Any) -> Any:
-            count(pointers, mask)
+            count(pointers, mask, written=False)
             return original(pointers, mask, *rest, **options)
 
         return load
 
     def writing(original: Any) -> Any:
         def store(pointers: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
-            count(pointers, mask)
+            count(pointers, mask, written=True)
             return original(pointers, value, mask, *rest, **options)
 
         return store
 
     def updating(original: Any) -> Any:
         def update(operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **options: Any) -> Any:
-            count(pointers, mask, 2)
+            count(pointers, mask, written=False)
+            count(pointers, mask, written=True)
             return original(operation, pointers, value, mask, *rest, **options)
 
         return update
@@ -87,7 +94,11 @@ def count_traffic() -> Iterator[Traffic]:
         nonlocal running
         running = self.fn.__name__
         traffic.kernels[running].launches += 1
-        return original_call(self, *arguments, **options)
+        touched.clear()
+        result = original_call(self, *arguments, **options)
+        for (_, size), addresses in touched.items():
+            traffic.kernels[running].distinct += size * np.unique(np.concatenate(addresses)).size
+        return result
 
     # Unmasked loads and stores reach these with a mask of ones.
     with (

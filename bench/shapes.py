@@ -18,7 +18,11 @@ from torch import Tensor, nn
 
 import fastnet.layers
 import kernels
-from fastnet.model import efficientnet
+from fastnet.layers import SE_RATIO
+from fastnet.model import block_shapes, efficientnet
+from fastnet.scaling import architecture
+from kernels.launch import cdiv
+from kernels.mbconv_traffic import Block
 
 CALLED_BY_MODEL = ("bn_silu", "bn_silu_squeeze_excite", "bn_drop_connect_add")
 # Operations that the model reaches only inside a larger one see the same shapes as that one.
@@ -89,6 +93,32 @@ def largest(op: str, count: int = 5, variant: str = "b0", resolution: int = 224,
         if s.op == INSIDE.get(op, op) and (op != "drop_connect_add" or s.residual)
     }
     return sorted(seen, key=lambda s: (-s.elements, s))[:count]
+
+
+def model_blocks(variant: str = "b0", resolution: int = 224, batch: int = 128) -> list[Block]:
+    """Every MBConv of the model in order, as it stands in training."""
+    arch = architecture(variant)
+    side = cdiv(resolution, 2)  # behind the stem
+    blocks = []
+    for i, shape in enumerate(block_shapes(arch.width, arch.depth)):
+        blocks.append(
+            Block(
+                batch,
+                shape.in_channels,
+                shape.in_channels * shape.expand_ratio,
+                shape.out_channels,
+                max(1, shape.in_channels // SE_RATIO),
+                side,
+                side,
+                shape.kernel_size,
+                shape.stride,
+                expands=shape.expand_ratio != 1,
+                residual=shape.has_residual,
+                scaled=shape.has_residual and i > 0,
+            )
+        )
+        side = cdiv(side, shape.stride)
+    return blocks
 
 
 @functools.cache

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 
 from kernels import depthwise, depthwise_backward, drop_connect, excite
-from kernels.batch_norm import sum_traffic
+from kernels.batch_norm import partial_plan, sum_traffic
+from kernels.launch import cdiv, tile_for
 from kernels.pointwise_gemm import Epilogue, gemm_traffic, plan
 from kernels.pointwise_operand import Prologue, coefficient_traffic
 from kernels.pointwise_wgrad import wgrad_traffic
 from kernels.squeeze_excite import image_plan
 from kernels.squeeze_excite import traffic as squeeze_traffic
-from kernels.strips import Padding, geometry
+from kernels.strips import BLOCK_C, Geometry, Padding, geometry
 
 Bytes = dict[str, int]
+Shape = tuple[int, int, int, int]
 
 
 class Block(NamedTuple):
@@ -38,9 +41,58 @@ class Block(NamedTuple):
 
 def _excite(images: int, chunks: int, channels: int, squeezed: int, from_memory: bool) -> Bytes:
     moved = excite.traffic(3, images, chunks, channels, squeezed)
-    if from_memory:  # both matrices once a launch
-        again = (images - 1) * 2 * 4 * channels * squeezed
-        return {name: count - (0 if "parameters" in name else again) for name, count in moved.items()}
+    if from_memory:  # matrices and biases once a launch; the gate, which backward reads twice, once
+        matrices = (images - 1) * 2 * 4 * channels * squeezed
+        moved["_excite_kernel"] -= matrices + (images - 1) * 4 * (channels + squeezed)
+        moved["_excite_backward_kernel"] -= matrices + 4 * images * channels
+        slices = cdiv(channels, excite.parameter_blocks(squeezed)["BLOCK_C"])
+        moved["_excite_parameters_kernel"] -= (slices - 1) * 2 * 4 * images * squeezed
+    return moved
+
+
+def _image(shape: Shape, dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _squeeze(d: Shape, dtype: torch.dtype, squeezed: int, from_memory: bool) -> Bytes:
+    if not from_memory:
+        return {"_squeeze_kernel": squeeze_traffic(d, dtype, squeezed, norm=True)["_squeeze_kernel"]}
+    b, c, _, _ = d
+    return {"_squeeze_kernel": _image(d, dtype) + 4 * 4 * c + 3 * 4 * b * c * image_plan(d)[3]}
+
+
+def _join(p: Shape, dtype: torch.dtype, *, residual: bool, scaled: bool, from_memory: bool) -> Bytes:
+    """Forward and backward; a block has a scale only where it has a residual, and the first may have that alone."""
+    b, c, height, width = p
+    moved = drop_connect.bn_traffic(p, dtype, joined=residual)
+    tiles, blocks = cdiv(height * width, tile_for(c).height), cdiv(c, tile_for(c).block_c)
+    if residual and not scaled:
+        moved["_drop_connect_kernel"] -= 4 * b * tiles * blocks
+        moved["_bn_drop_connect_reduce_kernel"] -= 4 * b * height * width * blocks
+    if from_memory:
+        partials = partial_plan(b * height * width, c, halved=True)[3]
+        moved["_drop_connect_kernel"] = (3 if residual else 2) * _image(p, dtype) + 4 * 4 * c + 4 * b * scaled
+        moved["_bn_drop_connect_reduce_kernel"] = 2 * _image(p, dtype) + 4 * b * scaled + 8 * c * (1 + partials)
+    return moved
+
+
+def _depthwise(shape: Shape, dtype: torch.dtype, g: Geometry, norm: bool, from_memory: bool) -> Bytes:
+    moved = depthwise.traffic(shape, dtype, g, norm=norm, stats=True, again=not from_memory)
+    if from_memory:  # means and counts, which the merge reads twice, once
+        c = shape[1]
+        partials = depthwise.forward_plan(shape[0], c, g)[0].partials
+        moved["_merge_counted_stats_kernel"] = 4 * partials * (2 * c + 1) + 4 * 2 * c
+    return moved
+
+
+def _depthwise_backward(shape: Shape, dtype: torch.dtype, g: Geometry, norm: bool, from_memory: bool) -> Bytes:
+    moved = depthwise_backward.traffic(shape, dtype, g, norm=norm, out_norm=True, again=not from_memory)
+    if from_memory:  # vectors and taps once a launch
+        b, c, _, _ = shape
+        plan, taps = depthwise_backward.backward_plan(b, c, g)[0], g.kernel_size**2
+        images = 2 * (_image(shape, dtype) + _image((b, c, g.out_height, g.out_width), dtype))
+        vectors = c * (6 + 4 * norm + 2 * b) + plan.blocks * taps * BLOCK_C
+        moved["_depthwise_backward_kernel"] = images + 4 * (vectors + c * (taps + 2 * norm) * plan.partials)
     return moved
 
 
@@ -52,24 +104,23 @@ def forward(block: Block, dtype: torch.dtype, *, from_memory: bool = False) -> d
     narrow, wide = (b, block.in_channels, block.height, block.width), (b, c, block.height, block.width)
     d, p = (b, c, g.out_height, g.out_width), (b, out, g.out_height, g.out_width)
 
-    def product(shape: tuple[int, int, int, int], n: int, prologue: Prologue, epilogue: Epilogue) -> Bytes:
+    def product(shape: Shape, n: int, prologue: Prologue, epilogue: Epilogue) -> Bytes:
         parts = plan(shape, shape[1], n, prologue, epilogue, dtype).parts
         return {
             "_pointwise_kernel": gemm_traffic(shape, n, dtype, prologue, epilogue, from_memory=from_memory),
             "_merge_stats_kernel": 8 * parts * n + 8 * n,
         }
 
-    squeeze = squeeze_traffic(d, dtype, block.squeezed, norm=True)
-    chunks = image_plan(d)[3]
-    join = drop_connect.bn_traffic(p, dtype, joined=block.residual)["_drop_connect_kernel"]
+    gate = _excite(b, image_plan(d)[3], c, block.squeezed, from_memory)
+    join = _join(p, dtype, residual=block.residual, scaled=block.scaled, from_memory=from_memory)
     steps = {"F1 expand": product(narrow, c, "none", "statistics")} if block.expands else {}
     return steps | {
-        "F2 depthwise": depthwise.traffic(wide, dtype, g, norm=block.expands, stats=True, again=not from_memory),
-        "F3 squeeze": {"_squeeze_kernel": squeeze["_squeeze_kernel"]},
-        "F4 excite": {"_excite_kernel": _excite(b, chunks, c, block.squeezed, from_memory)["_excite_kernel"]},
+        "F2 depthwise": _depthwise(wide, dtype, g, block.expands, from_memory),
+        "F3 squeeze": _squeeze(d, dtype, block.squeezed, from_memory),
+        "F4 excite": {"_excite_kernel": gate["_excite_kernel"]},
         "F5 project": {"_coefficients_kernel": coefficient_traffic(c, False)}
         | product(d, out, "bn_silu_gate", "statistics"),
-        "F6 join": {"_drop_connect_kernel": join},
+        "F6 join": {"_drop_connect_kernel": join["_drop_connect_kernel"]},
     }
 
 
@@ -82,7 +133,7 @@ def backward(block: Block, dtype: torch.dtype, *, from_memory: bool = False) -> 
         (b, c, g.out_height, g.out_width),
         (b, out, g.out_height, g.out_width),
     )
-    join = drop_connect.bn_traffic(p, dtype, joined=block.scaled)
+    join = _join(p, dtype, residual=block.residual, scaled=block.scaled, from_memory=from_memory)
     chunks = plan(p, out, c, "bn_grad", "gate_sums", dtype).parts
     gates = _excite(b, chunks, c, block.squeezed, from_memory)
     steps: dict[str, Bytes] = {
@@ -98,9 +149,7 @@ def backward(block: Block, dtype: torch.dtype, *, from_memory: bool = False) -> 
         ),
         "B3 excite backward": {n: gates[n] for n in ("_excite_backward_kernel", "_excite_parameters_kernel")},
         "B4 combine": {"_sum_partials_kernel": sum_traffic(2, b, c)},
-        "B5 depthwise backward": depthwise_backward.traffic(
-            wide, dtype, g, norm=block.expands, out_norm=True, again=not from_memory
-        ),
+        "B5 depthwise backward": _depthwise_backward(wide, dtype, g, block.expands, from_memory),
     }
     if block.expands:
         epilogue: Epilogue = "residual" if block.residual else "none"

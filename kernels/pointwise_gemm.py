@@ -335,7 +335,7 @@ def aot_specs() -> Iterator[L.KernelSpec]:
                             "DGRAD": dgrad, "WIDEN": False, "SPAN": span, "VEC": vec, **blocks.constexprs(),
                         }  # fmt: skip
                         yield L.spec(
-                            _pointwise_kernel, "small", name, constexprs, images=images, num_warps=blocks.num_warps
+                            _pointwise_kernel, "gemm", name, constexprs, images=images, num_warps=blocks.num_warps
                         )
 
 
@@ -349,21 +349,24 @@ def gemm_traffic(
     scaled: bool = False,
     from_memory: bool = False,
 ) -> int:
-    """Bytes that `_pointwise_kernel` reads and writes for a of `shape` and n output channels; `from_memory` counts a
-    once, as where L2 holds it while its other columns are made."""
+    """Bytes that `_pointwise_kernel` reads and writes for a of `shape` and n output channels; `from_memory` counts what
+    several programs or tiles read once, as where the caches serve the others."""
     images, k, height, width = shape
     rows, area, size = images * height * width, height * width, dtype.itemsize
     p = plan(shape, k, n, prologue, epilogue, dtype)
-    readers = 1 if from_memory else p.column_blocks
     programs = p.parts * (images if epilogue == "gate_sums" else 1)
+    written = rows * n * size + 4 * n * programs * {"statistics": 2, "gate_sums": 3}.get(epilogue, 0)
+    once = rows * k * size * (2 if prologue in GRADIENTS else 1)
+    image = rows * n * size if epilogue in ("residual", "gate_sums") else 0
+    if from_memory:
+        vectors = 4 * k * VECTORS[prologue] + 4 * images * (k if prologue == "bn_silu_gate" else scaled)
+        return written + once + image + k * n * size + vectors + (4 * 4 * n if epilogue == "gate_sums" else 0)
     loads = programs if p.blocks.single else p.tiles  # of W and of the vectors along K, for each block of columns
-    moved = rows * k * size * readers * (2 if prologue in GRADIENTS else 1)
+    moved = written + once * p.column_blocks + image
     moved += k * n * size * loads + 4 * VECTORS[prologue] * k * loads * p.column_blocks
     if prologue == "bn_silu_gate":
         span = span_for(p.blocks.m, area, p.vec, dtype)
         moved += 4 * k * p.column_blocks * (p.tiles * span if span else rows)
     if scaled:
         moved += 4 * rows * p.column_blocks * L.cdiv(k, p.blocks.k)
-    moved += rows * n * size * (2 if epilogue in ("residual", "gate_sums") else 1)
-    moved += 4 * n * programs * {"statistics": 2, "gate_sums": 4 + 3}.get(epilogue, 0)
-    return moved
+    return moved + (4 * 4 * n * programs if epilogue == "gate_sums" else 0)

@@ -221,7 +221,7 @@ def aot_specs() -> Iterator[L.KernelSpec]:
                             "WIDEN": False, "SPAN": span, "VEC": vec, **blocks.constexprs(),
                         }  # fmt: skip
                         yield L.spec(
-                            _pointwise_wgrad_kernel, "small", name, constexprs, images=images,
+                            _pointwise_wgrad_kernel, "gemm", name, constexprs, images=images,
                             num_warps=blocks.num_warps,
                         )  # fmt: skip
 
@@ -236,21 +236,26 @@ def wgrad_traffic(
     scaled: bool = False,
     from_memory: bool = False,
 ) -> dict[str, int]:
-    """Bytes that each kernel moves for a wide operand of `shape`; `from_memory` counts each operand once."""
+    """Bytes that each kernel moves for a wide operand of `shape`; `from_memory` counts what several programs or steps
+    read once, as where the caches serve the others."""
     images, wide, height, width = shape
     rows, area = images * height * width, height * width
     blocks, outputs, _, splits = split_plan(rows, wide, narrow, dtype)
     wide_blocks = L.cdiv(wide, blocks.wide)
     narrow_blocks = outputs // wide_blocks
-    wide_reads, narrow_reads = (1, 1) if from_memory else (narrow_blocks, wide_blocks)
-    moved = rows * wide * dtype.itemsize * wide_reads * (2 if wide_prologue in GRADIENTS else 1)
-    moved += rows * narrow * dtype.itemsize * narrow_reads * (2 if narrow_prologue in GRADIENTS else 1)
-    moved += 4 * VECTORS[wide_prologue] * wide * splits * narrow_blocks
-    moved += 4 * VECTORS[narrow_prologue] * narrow * splits * wide_blocks
-    if wide_prologue == "bn_silu_gate":
-        span = span_for(blocks.m, area, vector_width(wide, narrow), dtype)
-        moved += 4 * wide * narrow_blocks * (L.cdiv(rows, blocks.m) * span if span else rows)
-    if scaled:
-        moved += 4 * rows * outputs
+    wide_once = rows * wide * dtype.itemsize * (2 if wide_prologue in GRADIENTS else 1)
+    narrow_once = rows * narrow * dtype.itemsize * (2 if narrow_prologue in GRADIENTS else 1)
+    wide_vectors, narrow_vectors = 4 * VECTORS[wide_prologue] * wide, 4 * VECTORS[narrow_prologue] * narrow
+    gated = wide_prologue == "bn_silu_gate"
+    if from_memory:
+        moved = wide_once + narrow_once + wide_vectors + narrow_vectors + 4 * images * (wide * gated + scaled)
+    else:
+        moved = narrow_blocks * (wide_once + splits * wide_vectors)
+        moved += wide_blocks * (narrow_once + splits * narrow_vectors)
+        if gated:
+            span = span_for(blocks.m, area, vector_width(wide, narrow), dtype)
+            moved += 4 * wide * narrow_blocks * (L.cdiv(rows, blocks.m) * span if span else rows)
+        if scaled:
+            moved += 4 * rows * outputs
     result = {"_pointwise_wgrad_kernel": moved + 4 * splits * wide * narrow}
     return result if splits == 1 else {**result, "_sum_splits_kernel": 4 * (splits + 1) * wide * narrow}
