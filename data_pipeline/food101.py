@@ -25,6 +25,7 @@ from data_pipeline.probe import Probe, scan_files
 from data_pipeline.sample import make_sample, user_cache_folder
 
 SAMPLE = "sample"
+NAME = "food-101"  # the official archive's folder
 _SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp"}
 _CACHE_VERSION = 2
 _LAYOUTS = (
@@ -81,7 +82,9 @@ class Index:
         return records
 
 
-class _Listing(NamedTuple):
+class Listing(NamedTuple):
+    """The files that a data set names, whether or not they are there."""
+
     classes: list[str]
     files: dict[str, list[tuple[str, int]]]
     """split -> (path relative to the root, label)."""
@@ -92,7 +95,7 @@ def _names(path: Path) -> list[str]:
     return sorted(name for name in os.listdir(path) if not name.startswith("."))
 
 
-def _listed_in_metadata(root: Path) -> _Listing:
+def _listed_in_metadata(root: Path) -> Listing:
     """Food-101's layout: meta/{train,test}.json, {class: ["class/id", ...]}, or .txt, one "class/id" a line."""
     entries: dict[str, list[str]] = {}
     for split, stem in (("train", "train"), ("val", "test")):
@@ -124,10 +127,10 @@ def _listed_in_metadata(root: Path) -> _Listing:
         split: [(f"images/{entry}.jpg", label[entry.split("/")[0]]) for entry in listed]
         for split, listed in entries.items()
     }
-    return _Listing(classes, files)
+    return Listing(classes, files)
 
 
-def _listed_in_folders(root: Path, val: str) -> _Listing:
+def _listed_in_folders(root: Path, val: str) -> Listing:
     """train/<class>/* and val/<class>/*; classes are the folders of train."""
     folders = {"train": root / "train", "val": root / val}
     found = {split: [name for name in _names(path) if (path / name).is_dir()] for split, path in folders.items()}
@@ -147,12 +150,33 @@ def _listed_in_folders(root: Path, val: str) -> _Listing:
         ]
         for split, path in folders.items()
     }
-    return _Listing(classes, files)
+    return Listing(classes, files)
 
 
-def _list(root: Path) -> _Listing:
+def list_files(data: Path) -> tuple[Path, Listing]:
+    """The absolute folder of a data set, and what it names.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+    """
+    root = Path(os.path.abspath(data.expanduser()))
+    if (root / NAME / "meta").is_dir():  # where `python -m data_pipeline prepare --root` put it
+        root = root / NAME
+    try:
+        return root, _list(root)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or root} cannot be read ({error.strerror or error}): check its permissions."
+        ) from error
+
+
+def _list(root: Path) -> Listing:
     if not root.exists():
-        raise DataError(f"There is no folder {root}: expected {_LAYOUTS}; {_OFFLINE}.")
+        target = root.parent if root.name == NAME else root
+        raise DataError(
+            f"There is no folder {root}: expected {_LAYOUTS}; `python -m data_pipeline prepare --root {target}` "
+            f"downloads Food-101, {_OFFLINE}."
+        )
     if not root.is_dir():
         raise DataError(f"{root} is a file, not a folder: expected {_LAYOUTS}; {_OFFLINE}.")
     if not any(root.iterdir()):
@@ -243,7 +267,7 @@ def _split(root: Path, listed: list[tuple[str, int]], probes: dict[str, Probe]) 
     )
 
 
-def _check(root: Path, listing: _Listing, splits: dict[str, Split], excluded: list[tuple[str, str]]) -> None:
+def _check(root: Path, listing: Listing, splits: dict[str, Split], excluded: list[tuple[str, str]]) -> None:
     if len(listing.classes) < 2:
         raise DataError(f"{root} has {len(listing.classes)} class(es), and a classifier needs two or more.")
     for split, found in splits.items():
@@ -270,14 +294,7 @@ def build_index(
         DataError: no folder, no images, a class without images, damaged metadata, no permission.
     """
     cache = user_cache_folder() if cache_dir is None else Path(cache_dir)
-    root = make_sample(cache) if str(data) == SAMPLE else Path(data).expanduser()
-    root = Path(os.path.abspath(root))
-    try:
-        listing = _list(root)
-    except OSError as error:
-        raise DataError(
-            f"{error.filename or root} cannot be read ({error.strerror or error}): check its permissions."
-        ) from error
+    root, listing = list_files(make_sample(cache) if str(data) == SAMPLE else Path(data))
     kept_places = {record[1]: _probe_of(record[3:7]) for record in quarantined}
     for split, name, label, *_ in quarantined:
         if (name, label) not in listing.files[split]:  # a folder lists only what is there

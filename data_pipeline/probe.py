@@ -1,8 +1,8 @@
 """What a file is, without decoding it: kind, size and orientation from a JPEG's header, and whether its end is there.
 
 A JPEG costs two short reads and a walk over its segments (bench/bench_loader.py measures files a second). Other files,
-and JPEGs of rare kinds, are decoded by PIL. Pixels that are damaged between a whole header and a whole end are found
-when they are decoded: by `decode_fully`, or in training, which quarantines the file.
+and JPEGs of rare kinds, are decoded by PIL. Damage between a whole header and a whole end is found when the pixels are
+decoded, as far as decoders notice it: by `decode_fully`, or in training, which quarantines the file.
 
 `python -m data_pipeline.probe` reads file names and prints what they are: how `scan_files` uses more than one core.
 """
