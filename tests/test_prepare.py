@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import socket
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -171,10 +172,11 @@ def test_a_server_that_refuses_is_named(server: Server, tmp_path: Path, status: 
     assert len(server.asked) == (1 if status == 404 else 5)
 
 
-def test_no_network_is_said_once(server: Server, tmp_path: Path) -> None:
-    source = server.source
-    server.http.server_close()
-    fails(tmp_path, source, source.url, "refused", "by other means", str(tmp_path))
+def test_no_network_is_said_at_once(tmp_path: Path) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # and does not listen
+        source = Source(f"http://127.0.0.1:{silent.getsockname()[1]}/food-101.tar.gz", "0" * 32)
+        fails(tmp_path, source, source.url, "refused", "by other means", str(tmp_path))
 
 
 def test_too_little_space_is_found_before_the_download(

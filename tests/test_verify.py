@@ -54,10 +54,10 @@ def test_everything_that_can_be_wrong_is_named(tmp_path: Path, capsys: pytest.Ca
     images = root / "images"
     (images / "pie" / "0.jpg").unlink()
     (images / "pie" / "notes.txt").write_text("extra")
-    # Whole segments and a whole end, and no table to decode the pixels with: only decoding tells.
+    # Whole segments and a whole end, and no quantization table: only decoding tells.
     content = jpeg(7)
-    tables, pixels = content.index(b"\xff\xc4"), content.index(b"\xff\xda")
-    (images / "pie" / "1.jpg").write_bytes(content[:tables] + content[pixels:])
+    tables, frame = content.index(b"\xff\xdb"), content.index(b"\xff\xc0")
+    (images / "pie" / "1.jpg").write_bytes(content[:tables] + content[frame:])
     assert scan(str(images / "pie" / "1.jpg")).reason is None
     (images / "soup" / "1.jpg").write_bytes((images / "soup" / "0.jpg").read_bytes())
     (images / "soup" / "3.jpg").write_bytes((images / "pie" / "2.jpg").read_bytes())
