@@ -2,7 +2,7 @@
 
 1: kernel tests, copy bandwidth, every operation against PyTorch eager and compiled, tiles, the training step of B0@224
    and B1@232 against timm's and torchvision's. 2: B1@240, B4@380, B7@600, inference. 3: the peers in max-autotune.
-4: the loaders and training from files.
+4: the loaders and caches, the augment kernel, and training from them against the model alone.
 
 Figures go to bench/results/<gpu>/<date>-<commit>.json after every case; --resume continues the newest file of this
 commit, GPU, torch and triton, also with another part. What is not correct is not timed. Parts 1 to 3 need torch and
@@ -23,7 +23,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 import torch
 
 from bench.proof_kernels import ANATOMY, BANDWIDTH, COMPILED, KERNELS, TILES, parity
-from bench.proof_pipeline import END_TO_END, LOADERS
+from bench.proof_pipeline import END_TO_END, KERNEL, LOADERS
 from bench.proof_steps import AUTOTUNED, CACHES, CHECK, INFERENCE, STEPS_B0_B1, STEPS_LARGE, caches, inference, steps
 from bench.stages import Stage, run_part
 
@@ -42,7 +42,7 @@ PARTS: dict[int, tuple[Stage, ...]] = {
         caches(AUTOTUNED, STEPS_B0_B1[:1], 300, "max-autotune"),
         steps("steps, max-autotune", STEPS_B0_B1[:1], {"mode": "max-autotune"}),
     ),
-    4: (CHECK, LOADERS, END_TO_END),
+    4: (CHECK, LOADERS, KERNEL, END_TO_END),
 }
 # Short of eight: a compilation that has begun cannot be stopped.
 PART_MINUTES = 7.5
