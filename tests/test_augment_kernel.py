@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from bench.traffic import count_traffic
+from bench.count_kernels import count_traffic
 from data_pipeline.augment import IMAGENET_MEAN, IMAGENET_STD, Augmentation, color_matrices, train_params
 from kernels import augment_reference
 from kernels.augment import OUTPUTS, TABLE_WIDTH, augment, augment_table, traffic
