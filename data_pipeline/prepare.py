@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import os
 import shutil
+import sys
 import tarfile
 import urllib.error
 import urllib.request
@@ -22,7 +23,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from data_pipeline.errors import DataError
-from data_pipeline.food101 import NAME
+from data_pipeline.food101 import NAME, SAMPLE
 
 _TRIES, _TIMEOUT, _BLOCK = 5, 30, 1 << 20
 _EXTRACTED = 1.05  # bytes of the folder for each byte of the archive: photos do not compress
@@ -70,6 +71,21 @@ def prepare(root: Path, short_side: int | None = None, source: Source | None = N
             f"{error.filename or root} cannot be written ({error.strerror or error}): free some space or name another "
             "--root; the same command goes on where this one stopped."
         ) from error
+
+
+def offer(data: str) -> None:
+    """Where `data` is a folder that does not exist, and somebody is there to answer: ask whether to download Food-101.
+
+    Raises:
+        DataError: as `prepare`.
+    """
+    folder = Path(data).expanduser()
+    if data == SAMPLE or folder.exists() or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return
+    root = folder.parent if folder.name == NAME else folder
+    print(f"There is no folder {folder}. Download Food-101 (5 GB) into {root} now? [y/N] ", end="", file=sys.stderr)
+    if sys.stdin.readline().strip().lower() in ("y", "yes"):
+        prepare(root)
 
 
 @contextmanager

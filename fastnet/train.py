@@ -157,6 +157,10 @@ def train() -> int:
     config.validate()
     folder = run_folder(config)
 
+    from data_pipeline.prepare import offer
+
+    offer(config.data.data)
+
     import torch
     from rich.console import Console
 

@@ -284,6 +284,32 @@ def test_a_short_side_that_makes_no_sense(tmp_path: Path, side: int) -> None:
     fails(tmp_path, Source(), "--short-side", str(side), short_side=side)
 
 
+@pytest.mark.parametrize("named", ["", "food-101"])
+@pytest.mark.parametrize("answer", ["y\n", "\n", ""])
+def test_a_missing_data_set_is_offered_on_a_terminal(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str, answer: str
+) -> None:
+    source = server.source
+    monkeypatch.setattr(prepare, "Source", lambda: source)
+    data = tmp_path / "photos" / named
+    prepare.offer(str(data))  # nobody is there
+    assert not data.exists()
+    monkeypatch.setattr("sys.stdin", Terminal(answer))
+    monkeypatch.setattr("sys.stderr", Terminal())
+    prepare.offer("sample")
+    prepare.offer(str(tmp_path))
+    assert server.asked == []
+    prepare.offer(str(data))
+    assert data.exists() == (answer == "y\n")
+    if data.exists():
+        assert build_index(data, cache_dir=tmp_path / "cache").root == tmp_path / "photos" / "food-101"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 def test_the_command_says_how_to_train(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
