@@ -1,24 +1,19 @@
-"""Evaluating a model: the functions that the trainer and `python -m fastnet.evaluate` share."""
+"""Evaluating a model between epochs: sums on the device, and nothing that waits for it at each batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data_pipeline import Batch, build_index, make_loader
-from fastnet.config import read_config
-from fastnet.device import pick_amp, pick_device, pick_workers
+from data_pipeline import Batch
 from fastnet.errors import UserError
 from fastnet.model import EfficientNet
-from fastnet.scaling import architecture
 from fastnet.step import Amp, autocast
-from fastnet.weights import load_weights
 
 
 @dataclass(frozen=True)
@@ -101,68 +96,3 @@ def reestimate_batch_norm(
             norm.momentum = momentum
         model.train(training)
     return used
-
-
-def resolve_weights_file(target: Path) -> Path:
-    """The weights that RUN_OR_FILE means: a file itself, or a run's best, else its last, checkpoint."""
-    if target.is_dir():
-        for name in ("best.safetensors", "last.safetensors"):
-            if (target / name).is_file():
-                return target / name
-        raise UserError(f"{target} holds no best.safetensors or last.safetensors: name a run's folder or a file.")
-    if not target.is_file():
-        raise UserError(f"{target} does not exist: name a run's folder or a weights file.")
-    return target
-
-
-def evaluate_run(
-    target: Path,
-    data: str | None,
-    resolution: int | None,
-    batch_size: int,
-    loader: str,
-    workers: int | None,
-    device_name: str,
-    amp: str,
-) -> Evaluation:
-    """`python -m fastnet.evaluate`: the validation split, with the settings of the run that `target` belongs to."""
-    path = resolve_weights_file(target)
-    config_path = path.parent / "config.json"
-    config = read_config(config_path) if config_path.is_file() else None
-    if data is None:
-        if config is None:
-            raise UserError(f"{path} belongs to no run: say with --data what to evaluate it on.", exit_status=2)
-        data = config.data.data
-    device = pick_device(device_name)
-    try:
-        loaded = load_weights(path)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    model = EfficientNet(loaded.config)
-    model.load_state_dict(loaded.state_dict)
-    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if resolution is None:
-        trained_at = config.model.resolution if config else None
-        resolution = trained_at or architecture(loaded.config.variant, loaded.config.scaling).resolution
-    index = build_index(data)
-    if len(index.classes) != loaded.config.num_classes:
-        raise UserError(
-            f"{path} knows {loaded.config.num_classes} classes and {index.root} has {len(index.classes)}: "
-            "evaluate it on the data set that it was trained on."
-        )
-    batches = make_loader(
-        index,
-        "val",
-        backend=loader,  # type: ignore[arg-type]
-        resolution=resolution,
-        batch_size=batch_size,
-        seed=0,
-        train=False,
-        augmentation=None,
-        device=device.type,
-        workers=pick_workers(workers, device),
-    )
-    try:
-        return evaluate_model(model, batches.batches(0), device=device, amp=pick_amp(amp, device))
-    finally:
-        batches.close()

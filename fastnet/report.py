@@ -17,6 +17,7 @@ import torch
 from data_pipeline import Index
 from fastnet import figures
 from fastnet.checkpoint import write_atomically
+from fastnet.curves import draw_curves
 from fastnet.gradcam import grad_cam
 from fastnet.predictions import Predictions, as_pictures, index_files, load_views, subset
 from fastnet.scores import Scores, most_confused, precision_recall_curves, reliability, roc_curves
@@ -135,9 +136,9 @@ def _overview(trained: Trained, index: Index, scores: Scores, tta: str) -> Secti
 
 
 def _learning(trained: Trained) -> list[Section]:
-    if trained.run is None or not (trained.run / "curves.png").is_file():
+    if trained.run is None or not (trained.run / "metrics.jsonl").is_file():
         return []
-    return [Section("Learning curves", _inline("Learning curves", trained.run / "curves.png"))]
+    return [Section("Learning curves", _inline("Learning curves", draw_curves(trained.run)))]
 
 
 def _inline(title: str, path: Path) -> str:

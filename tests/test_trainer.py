@@ -19,9 +19,11 @@ from torch import Tensor
 from fastnet.config import FOOD101, TrainConfig
 from fastnet.display import format_seconds
 from fastnet.errors import UserError
-from fastnet.evaluation import evaluate_run, reestimate_batch_norm
+from fastnet.evaluate import evaluate_run
+from fastnet.evaluation import reestimate_batch_norm
 from fastnet.metrics import Clock, Sums
 from fastnet.model import efficientnet
+from fastnet.trained import data_of, load_trained
 from fastnet.trainer import Trainer
 
 
@@ -150,7 +152,8 @@ def test_a_rich_run_stopped_and_continued_ends_in_the_same_bits(folder: Path, tm
     assert {key: notes[key] for key in ("weights", "epoch", "top1")} == {
         key: best[key] for key in ("weights", "epoch", "top1")
     }
-    result = evaluate_run(tmp_path / "a", None, None, 4, "torch", 0, "cpu", "off")
+    trained = load_trained(tmp_path / "a")
+    _, result = evaluate_run(trained, data_of(trained, None), batch_size=4)
     assert result.loss == pytest.approx(best["loss"], rel=1e-5)
     ema = {name for name in expected if name.startswith("training/ema/")}
     assert len(ema) == len(trainers[0][1].model.state_dict())
@@ -212,7 +215,8 @@ def test_evaluating_a_run_repeats_its_result(finished: tuple[Path, str]) -> None
     out, _ = finished
     lines = [line for line in without_times(out / "metrics.jsonl") if line["kind"] == "eval"]
     best = max(lines, key=lambda line: line["top1"])
-    result = evaluate_run(out, None, None, 4, "torch", 0, "cpu", "off")
+    trained = load_trained(out)
+    _, result = evaluate_run(trained, data_of(trained, None), batch_size=4)
     assert result.images == 6
     assert result.top1 == best["top1"]
     assert result.loss == pytest.approx(best["loss"], rel=1e-5)
