@@ -7,7 +7,10 @@ registers, stack, shared memory and access widths from the machine code. It ends
 - shared memory within what one block may have;
 - where a row starts on 16 bytes (VEC > 1), a kernel that walks images makes as many 16-byte accesses as a thread's
   share of each image's tile needs, and stores nothing of an image in narrower ones; no access anywhere is narrower
-  than four bytes (per-channel vectors and per-sample scales are fp32 and may come in fours).
+  than four bytes (per-channel vectors and per-sample scales are fp32 and may come in fours). Of a GEMM this is asked
+  inside its loops; a kernel that walks strips holds two channels a lane, so four bytes are all that is asked of it;
+- on sm_90 a GEMM of 16-bit operands multiplies by HGMMA;
+- images are addressed by 64-bit offsets.
 
 `bench/compile_baseline.json` holds registers and shared memory as one Triton version made them; for that version they
 must still be the same.
@@ -59,6 +62,10 @@ class Report:
     stores: dict[int, int]
     wide_needed: tuple[int, int] | None = None
     """16-byte loads and stores of images that a thread must make; None where rows don't start on 16 bytes."""
+    hgmma: bool | None = None
+    """Whether HGMMA is used, None where it cannot be."""
+    long_offsets: bool = True
+    """Whether elements are reached by 64-bit offsets."""
 
     @property
     def spills(self) -> bool:
@@ -78,8 +85,12 @@ class Report:
             ):
                 if widths.get(16, 0) < needed or min(widths, default=16) < 4:
                     found.append(f"{where} needs {needed} {what} of 16 bytes and none under 4, but has {widths}.")
-            if self.kind == "elementwise" and set(self.stores) != {16}:
+            if self.kind in ("elementwise", "gemm") and set(self.stores) - {16}:
                 found.append(f"{where} stores an image in pieces: {self.stores}.")
+        if self.hgmma is False:
+            found.append(f"{where} multiplies without HGMMA.")
+        if not self.long_offsets:
+            found.append(f"{where} has no 64-bit offset: an image of 2**31 elements would wrap.")
         return found
 
 
@@ -99,17 +110,30 @@ def occupancy(registers: int, shared: int, num_warps: int, arch: int) -> float:
     return blocks * num_warps / WARPS_PER_SM
 
 
-_ACCESS = re.compile(r"\b(LDG|STG|LDL|STL)(\.[A-Z0-9.]+)?\s")
+_ACCESS = re.compile(r"\b(LDG|LDGSTS|STG|LDL|STL)(\.[A-Z0-9.]+)?\s")
 _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 
 
 def access_widths(sass: str) -> dict[str, dict[int, int]]:
-    """{"LDG" | "STG" | "LDL" | "STL": {bytes a thread: instructions}} of a disassembly."""
-    found: dict[str, dict[int, int]] = {name: {} for name in ("LDG", "STG", "LDL", "STL")}
+    """{"LDG" | "LDGSTS" | "STG" | "LDL" | "STL": {bytes a thread: instructions}} of a disassembly."""
+    found: dict[str, dict[int, int]] = {name: {} for name in ("LDG", "LDGSTS", "STG", "LDL", "STL")}
     for name, suffixes in _ACCESS.findall(sass):
         width = next((_WIDTHS[s] for s in suffixes.split(".") if s in _WIDTHS), 4)
         found[name][width] = found[name].get(width, 0) + 1
     return found
+
+
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
+_LONG_OFFSET = re.compile(r"tt\.addptr .*!tt\.ptr<\w+>>?, (?:tensor<[0-9x]*x)?i64")
+_BRANCH = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)")
+
+
+def loops(sass: str) -> str:
+    """The instructions that lie between the target of a backward branch and the branch, a line each."""
+    instructions = [(int(address, 16), text) for address, text in _INSTRUCTION.findall(sass)]
+    targets = [(int(m[1], 16), address) for address, text in instructions if (m := _BRANCH.search(text))]
+    bodies = [(target, address) for target, address in targets if target < address]
+    return "\n".join(t + " " for a, t in instructions if any(first <= a <= last for first, last in bodies))
 
 
 def _cuobjdump(cubin: Path, *flags: str) -> str:
@@ -129,12 +153,20 @@ def _compile(task: tuple[str, int]) -> Report:
     spec = _specs()[name]
     source = ASTSource(spec.fn, spec.signature, spec.constexprs, spec.attrs)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    if spec.maxnreg is not None:
+        options["maxnreg"] = spec.maxnreg
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _cuobjdump(cubin, "-res-usage")
-        widths = access_widths(_cuobjdump(cubin, "-sass"))
+        sass = _cuobjdump(cubin, "-sass")
+    widths = images = access_widths(sass)
+    hgmma = None
+    if spec.kind == "gemm":
+        images = access_widths(loops(sass))
+        half = any(kind in ("*fp16", "*bf16") for kind in spec.signature.values())
+        hgmma = "HGMMA" in sass if arch == 90 and half else None
     registers = max(int(n) for n in re.findall(r"REG:(\d+)", usage))
     stack = max(int(n) for n in re.findall(r"STACK:(\d+)", usage))
     shared = int(compiled.metadata.shared)
@@ -148,15 +180,23 @@ def _compile(task: tuple[str, int]) -> Report:
         shared=shared,
         num_warps=spec.num_warps,
         occupancy=occupancy(registers, shared, spec.num_warps, arch),
-        loads=widths["LDG"],
-        stores=widths["STG"],
+        loads={w: images["LDG"].get(w, 0) + images["LDGSTS"].get(w, 0) for w in images["LDG"] | images["LDGSTS"]},
+        stores=images["STG"],
         wide_needed=_wide_needed(spec),
+        hgmma=hgmma,
+        long_offsets=spec.kind == "small" or bool(_LONG_OFFSET.search(compiled.asm["ttir"])),
     )
 
 
 def _wide_needed(spec: Any) -> tuple[int, int] | None:
     """A thread's share of a tile in 16-byte accesses, for each image that is read and for the one written, if any."""
-    if spec.kind == "small" or "UNROLL" not in spec.constexprs or spec.constexprs["VEC"] == 1:
+    if spec.kind == "small" or spec.constexprs.get("VEC", 1) == 1:
+        return None
+    if spec.kind == "strips":
+        return 0, 0
+    if spec.kind == "gemm":
+        return _gemm_needed(spec)
+    if "UNROLL" not in spec.constexprs:
         return None  # only kernels that walk `launch.Tile`s state how much of an image a thread moves at once
     # Pointers of a 16-bit type in some configuration are images; those missing here are constants (None).
     of_kernel = [s for s in _specs().values() if s.fn is spec.fn]
@@ -169,6 +209,24 @@ def _wide_needed(spec: Any) -> tuple[int, int] | None:
     return (len(present) - written) * each, written * each
 
 
+def _gemm_needed(spec: Any) -> tuple[int, int]:
+    """A thread's share of the tiles that a step of the loop loads, and of the one that it stores."""
+    c = spec.constexprs
+    size = {"*fp16": 2, "*bf16": 2, "*fp32": 4}
+    if "BLOCK_W" in c:  # a weight gradient: both operands are images, and the result is stored after the loop
+        tiles = {f"{side}{x}_ptr": c[block] for side, block in (("wide", "BLOCK_W"), ("narrow", "BLOCK_N"))
+                 for x in ("", "_x")}  # fmt: skip
+        read, written = sum(c["BLOCK_M"] * n for pointer, n in tiles.items() if pointer not in c), 0
+        first = "wide_ptr"
+    else:
+        written = c["BLOCK_M"] * c["BLOCK_N"]
+        read = c["BLOCK_M"] * c["BLOCK_K"] * (1 + ("x_ptr" not in c)) + written * ("image_ptr" not in c)
+        read += 0 if c["SINGLE"] else c["BLOCK_N"] * c["BLOCK_K"]
+        first = "a_ptr"
+    share = size[spec.signature[first]] / (spec.num_warps * 32 * 16)
+    return int(read * share), int(written * share)
+
+
 @functools.cache
 def _specs() -> dict[str, Any]:
     import kernels
@@ -176,10 +234,12 @@ def _specs() -> dict[str, Any]:
     return {spec.name: spec for spec in kernels.all_specs()}
 
 
-def select(names: Iterable[str], archs: Sequence[int], only: str = "", *, quick: bool = False) -> list[tuple[str, int]]:
+def select(
+    names: Iterable[str], archs: Sequence[int], only: Sequence[str] = (), *, quick: bool = False
+) -> list[tuple[str, int]]:
     """Every configuration for sm_90, the first of each kernel in bf16 (if it has one) for the others and if `quick`;
-    `only` keeps names that contain it."""
-    names = [name for name in names if only in name]
+    `only` keeps names that contain all of it."""
+    names = [name for name in names if all(part in name for part in only)]
     order = sorted(names, key=lambda name: "[bf16" not in name)
     first = {name.partition("[")[0]: name for name in reversed(order)}
     return [(name, arch) for arch in archs for name in (names if arch == FULL_ARCH and not quick else first.values())]
@@ -250,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m bench.compile_report", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHS), choices=ARCHS)
-    parser.add_argument("--only", default="", help="configurations whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[], help="configurations whose name contains all of these")
     parser.add_argument("--quick", action="store_true", help="one configuration of each kernel on each architecture")
     parser.add_argument("--json", type=Path, help="write every configuration's figures to this file")
     parser.add_argument("--processes", type=int, default=2)
@@ -265,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = list(_specs())
     tasks = select(names, options.arch, options.only, quick=options.quick)
     if not tasks:
-        parser.error(f"no configuration contains {options.only!r}.")
+        parser.error(f"no configuration contains {' and '.join(options.only)}.")
     reports = build(tasks, options.processes)
     print(f"triton {triton.__version__}, {len(reports)} builds of {len(names)} configurations\n")
     print(table(reports))

@@ -290,14 +290,14 @@ def gemm(
     return y, partial, p.step
 
 
-# What a launch can ask for: prologue, epilogue, dgrad.
+# What a launch can ask for: prologue, epilogue, dgrad; that with most registers first.
 FORMS: tuple[tuple[Prologue, Epilogue, bool], ...] = (
+    ("bn_grad", "gate_sums", True),
+    ("bn_silu_gate", "statistics", False),
+    ("bn_silu", "statistics", False),
+    ("none", "statistics", False),
     ("none", "none", False),
     ("none", "none", True),
-    ("none", "statistics", False),
-    ("bn_silu", "statistics", False),
-    ("bn_silu_gate", "statistics", False),
-    ("bn_grad", "gate_sums", True),
     ("bn_silu_grad", "none", True),
     ("bn_silu_grad", "residual", True),
 )

@@ -193,8 +193,8 @@ def wgrad(
 
 # Prologue of the wide operand, of the narrow one, and whether the wide one is the input.
 FORMS: tuple[tuple[Prologue, Prologue, bool], ...] = (
-    ("none", "none", False),
     ("bn_silu_gate", "bn_grad", True),
+    ("none", "none", False),
     ("bn_silu_grad", "none", False),
 )
 

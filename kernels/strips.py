@@ -129,11 +129,12 @@ def empty_nhwc(like: Tensor, channels: int, height: int, width: int) -> Tensor:
 def strip_specs(
     fn: Any, images: Iterable[str], modes: Iterable[dict[str, Any]], columns: Mapping[tuple[int, int], int]
 ) -> Iterator[L.KernelSpec]:
-    """Every storage dtype × mode × kernel size and stride × vector width of a kernel that walks strips."""
+    """Every storage dtype × mode × kernel size and stride × vector width of a kernel that walks strips, the one that
+    holds most registers first, as it stands for all where only one is built."""
     images, modes = tuple(images), tuple(modes)
     for dtype in L.STORAGE_DTYPES.values():
         for mode in modes:
-            for k, stride in CONFIGURATIONS:
+            for k, stride in ((5, 1), *(c for c in CONFIGURATIONS if c != (5, 1))):
                 for vec in (8, 1):
                     shape = {"K": k, "STRIDE": stride, "COLUMNS": columns[k, stride], "UNITS": units_for(vec)}
                     constexprs = {**mode, **shape, "BLOCK_C": BLOCK_C, "VEC": vec}

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("kernels", "fastnet", "data_pipeline", "tests", "pyproject.toml")
+COPIED = ("kernels", "fastnet", "data_pipeline", "bench", "tests", "pyproject.toml")
 
 
 class StaleMutation(RuntimeError):
@@ -44,6 +44,9 @@ BN_SILU = ("tests/test_batch_norm_silu.py", "-k", "test_bn_silu and fp32")
 STATISTICS = ("tests/test_batch_norm_silu.py", "-k", "statistics")
 SQUEEZE = ("tests/test_squeeze_excite.py", "-k", "fp32")
 DROP = ("tests/test_drop_connect.py", "-k", "fp32")
+DEPTHWISE = ("tests/test_depthwise.py", "-k", "sums and (k3-s1 or k5-s1 or k3-s2) and fp32")
+WALK = ("tests/test_depthwise.py", "-k", "sums and p1")
+POINTWISE = ("tests/test_pointwise.py", "-k", "test_pointwise and 22-6 and (forward or dgrad or wgrad)")
 
 MUTATIONS = (
     Mutation(
@@ -122,6 +125,55 @@ MUTATIONS = (
         "var * (rows / (rows - 1))",
         "var",
         ("tests/test_batch_norm_silu.py", "-k", "running"),
+    ),
+    Mutation(
+        "padding activated: zero becomes silu(bias)",
+        "kernels/depthwise.py",
+        "x = tl.where(inside, z * sigmoid(z), 0.0)",
+        "x = z * sigmoid(z)",
+        DEPTHWISE,
+    ),
+    Mutation(
+        "depthwise statistics without the distance between tiles' means",
+        "kernels/depthwise.py",
+        "all_m2 += m2 + delta * delta * (all_count * share)",
+        "all_m2 += m2",
+        WALK,
+    ),
+    Mutation(
+        "taps of the gradient mirrored",
+        "kernels/depthwise_backward.py",
+        "dx += d * taps[j % STRIDE + b * STRIDE]",
+        "dx += d * taps[K - 1 - (j % STRIDE + b * STRIDE)]",
+        DEPTHWISE,
+    ),
+    Mutation(
+        "dropped term in backward: the variance's share of the depthwise gradient",
+        "kernels/depthwise_backward.py",
+        "(centred * slant + shift)",
+        "shift",
+        DEPTHWISE,
+    ),
+    Mutation(
+        "every image gets the first one's gate",
+        "kernels/pointwise_operand.py",
+        "tl.load(gate_ptr + (rows // area) * channels + cols,",
+        "tl.load(gate_ptr + (rows * 0) * channels + cols,",
+        POINTWISE,
+    ),
+    Mutation(
+        "sums of the gate count rows of the next image",
+        "kernels/pointwise_gemm.py",
+        "end = tl.minimum(start + rows_per_program, (image + 1) * area)",
+        "end = start + rows_per_program",
+        POINTWISE,
+    ),
+    Mutation(
+        "weight gradient of rows past the end",
+        "kernels/pointwise_wgrad.py",
+        "narrow = tl.where(row + tl.arange(0, BLOCK_M)[:, None] < end, narrow, 0.0).to(narrow.dtype)",
+        "narrow = narrow",
+        POINTWISE,
     ),
 )
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench import compile_report
-from bench.compile_report import Report, access_widths, occupancy, select, wide_share
+from bench.compile_report import Report, access_widths, loops, occupancy, select, wide_share
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,13 +44,22 @@ def test_one_configuration_of_each_elementwise_kernel_keeps_the_limits() -> None
     assert "0 problems" in done.stdout
 
 
-@pytest.mark.slow
-def test_every_configuration_keeps_the_limits_and_the_baseline(tmp_path: Path) -> None:
-    done = report("--json", str(tmp_path / "report.json"))
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        pytest.param(["--quick"], marks=pytest.mark.slow, id="each kernel"),
+        pytest.param(["--arch", "90", "--only", "[bf16", "VEC=8"], marks=pytest.mark.slow, id="bf16"),
+        pytest.param([], marks=pytest.mark.full, id="all"),
+    ],
+)
+def test_configurations_keep_the_limits_and_the_baseline(tmp_path: Path, chosen: list[str]) -> None:
+    done = report("--json", str(tmp_path / "report.json"), *chosen)
     assert done.returncode == 0, done.stdout + done.stderr
     built = json.loads((tmp_path / "report.json").read_text())
-    assert {r["arch"] for r in built} == {80, 90, 100}
+    assert {r["arch"] for r in built} == ({90} if "--arch" in chosen else {80, 90, 100})
     assert not any(r["stack"] or r["local_accesses"] for r in built)
+    assert {"gemm", "strips"} <= {r["kind"] for r in built}
+    assert {r["hgmma"] for r in built if r["kind"] == "gemm" and r["arch"] == 90 and "16," in r["name"]} == {True}
 
 
 def test_widths_are_read_from_machine_code() -> None:
@@ -60,6 +69,20 @@ def test_widths_are_read_from_machine_code() -> None:
     assert (found["STL"], found["LDL"]) == ({4: 1}, {4: 1})
     assert wide_share({16: 3, 4: 4}) == 0.75
     assert wide_share({}) == 1
+
+
+def test_loops_end_with_the_branch_back() -> None:
+    sass = """
+        /*0010*/                   LDG.E.128 R4, desc[UR6][R2.64] ;    /* 0x0000 */
+        /*0020*/                   LDGSTS.E.128 [R0], desc[UR6][R2.64] ;
+        /*0030*/              @!P0 BRA 0x50 ;
+        /*0040*/                   STG.E.64 desc[UR6][R2.64], R4 ;
+        /*0050*/              @P1  BRA.U UP0, 0x20 ;
+        /*0060*/                   STG.E desc[UR6][R2.64], R4 ;
+        /*0070*/                   BRA 0x70;
+    """
+    inside = access_widths(loops(sass))
+    assert (inside["LDG"], inside["LDGSTS"], inside["STG"]) == ({}, {16: 1}, {8: 1})
 
 
 def test_occupancy_of_known_launches() -> None:
@@ -84,6 +107,9 @@ def test_occupancy_of_known_launches() -> None:
         ({"loads": {16: 4, 2: 8}}, "none under 4"),
         ({"stores": {8: 8}}, "needs 4 stores"),
         ({"stores": {16: 4, 4: 1}}, "in pieces"),
+        ({"kind": "gemm", "stores": {16: 4, 8: 1}}, "in pieces"),
+        ({"kind": "gemm", "hgmma": False}, "HGMMA"),
+        ({"long_offsets": False}, "64-bit"),
     ],
 )
 def test_each_limit_is_seen_when_broken(change: dict[str, object], words: str) -> None:
@@ -101,7 +127,7 @@ def test_selection_is_complete_on_one_architecture_and_a_sample_on_the_others() 
         *((name, 90) for name in names),
     ]
     assert select(names, [90], quick=True) == [("b[fp32,X=1]", 90), ("a[bf16,X=1]", 90)]
-    assert select(names, [90], "X=2") == [("a[bf16,X=2]", 90)]
+    assert select(names, [90], ["X=2", "a["]) == [("a[bf16,X=2]", 90)]
 
 
 def test_baseline_notices_a_change_a_newcomer_and_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

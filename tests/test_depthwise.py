@@ -1,12 +1,7 @@
 """The depthwise kernels against the fp64 oracle: k × stride × padding × surroundings × dtype × shape."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
@@ -366,49 +361,3 @@ def test_bad_input_gets_one_sentence(
     with pytest.raises(expected, match=match) as caught:
         depthwise_conv2d(torch.randn(x), torch.randn(taps), **options)
     assert "\n" not in str(caught.value)
-
-
-# Machine code
-
-BUILD = """
-import json, pathlib, re, subprocess, sys, tempfile, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from kernels import depthwise, depthwise_backward
-tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-for s in [*depthwise.aot_specs(), *depthwise_backward.aot_specs()]:
-    c = s.constexprs
-    if "bf16" not in s.name or not c["NORM"] or c["VEC"] != 8 or (c["K"], c["STRIDE"]) not in ((3, 2), (5, 1)):
-        continue
-    source = ASTSource(fn=s.fn, signature=s.signature, constexprs=c, attrs=s.attrs)
-    built = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": s.num_warps})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        usage, sass = (subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-                       for flag in ("-res-usage", "-sass"))
-    print(json.dumps({
-        "name": s.name,
-        "stack": int(re.search(r"STACK:([0-9]+)", usage)[1]),
-        "local": len(re.findall(r"(?:LDL|STL)", sass)),
-        "narrow": len(re.findall(r"(?:LDG|STG)[.A-Z]*[.][US](?:8|16)", sass)),
-        "addresses": len(re.findall(r"tt.addptr .*!tt.ptr<bf16>>?, (?:tensor<[0-9x]*x)?i64", built.asm["ttir"])),
-    }))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "arch", [90, pytest.param(80, marks=pytest.mark.full), pytest.param(100, marks=pytest.mark.full)]
-)
-def test_nothing_spills_and_a_lane_moves_four_bytes(arch: int) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", BUILD, str(arch)], capture_output=True, text=True, env=environment, cwd=root
-    )
-    built = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(built) == 4, done.stderr
-    for report in built:
-        assert report["addresses"], report
-        assert not report["stack"] | report["local"] | report["narrow"], report

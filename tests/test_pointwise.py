@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -449,40 +445,3 @@ def test_every_width_selects_a_specified_configuration() -> None:
                     spans = {pointwise_operand.span_for(split.m, area, vec, dtype) for area in (1, 16, 49, 64, 3136)}
                     for span in spans if wide_prologue == "bn_silu_gate" else (0,):
                         assert any({**wanted, "SPAN": span}.items() <= c.items() for c in made), (wide, narrow)
-
-
-COMPILE = """
-import re, subprocess, sys, tempfile, triton
-from pathlib import Path
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from kernels import pointwise
-tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-seen = set()
-for spec in pointwise.aot_specs():
-    form = tuple(v for v in spec.constexprs.values() if isinstance(v, str)) + (spec.constexprs.get("SINGLE"),)
-    if "[bf16," not in spec.name or spec.constexprs["VEC"] == 1 or form in seen:
-        continue
-    seen.add(form)
-    source = ASTSource(spec.fn, spec.signature, spec.constexprs, spec.attrs)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": spec.num_warps})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(made.asm["cubin"])
-        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-    wide = set(re.findall(r"tt.addptr .*x!tt.ptr<bf16>>, tensor<[0-9x]+x(i64)>", made.asm["ttir"]))
-    spills = len(re.findall(r"\\b(?:LDL|STL)\\b", sass))
-    print(*form, "HGMMA" in sass, spills, made.metadata.shared <= 232_448, *wide, sep=",")
-"""
-
-
-@pytest.mark.slow
-def test_pointwise_kernels_use_hoppers_tensor_cores_without_spilling() -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment,
-        cwd=Path(__file__).parents[1],
-    )  # fmt: skip
-    lines = done.stdout.splitlines()
-    assert len(lines) >= len(pointwise_gemm.FORMS) + len(pointwise_wgrad.FORMS), done.stderr
-    for line in lines:
-        assert line.endswith(",True,0,True,i64"), line
