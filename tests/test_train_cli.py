@@ -96,7 +96,7 @@ def test_torch_is_not_needed_for_help() -> None:
         (["--epochs", "0"], "--epochs 0 must lie between"),
         (["--resolution", "8"], "--resolution 8 must lie between"),
         (["--label-smoothing", "1"], "--label-smoothing"),
-        (["--recipe", "finetune"], "--recipe finetune starts from weights: add --pretrained imagenet"),
+        (["--recipe", "finetune"], "--recipe finetune needs weights: add --pretrained imagenet"),
         (["--mixup-prob", "2"], "--mixup-prob 2.0 must lie between"),
         (["--layer-decay", "1.5"], "--layer-decay"),
         (["--freeze-stages", "8"], "--freeze-stages 8 must lie between 0 and 7"),
