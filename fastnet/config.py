@@ -231,9 +231,7 @@ class TrainConfig:
             if value is not None and not low <= value <= high:
                 raise UserError(f"{flag} {value} must lie between {low:g} and {high:g}.", exit_status=2)
         if self.recipe == "finetune" and not self.model.pretrained:
-            raise UserError(
-                "--recipe finetune needs weights: add --pretrained imagenet or a file.", exit_status=2
-            )
+            raise UserError("--recipe finetune needs weights: add --pretrained imagenet or a file.", exit_status=2)
         if self.model.weights_style and not self.model.pretrained:
             raise UserError("--weights-style needs --pretrained FILE.", exit_status=2)
 
