@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,7 +10,10 @@ from torch import Tensor
 
 import kernels
 from bench.shapes import OPS, OpShape, largest
+from fastnet.layers import BatchNorm, MBConv
+from fastnet.model import BlockShape, Kernels, ModelConfig
 from kernels import reference
+from kernels.mbconv_traffic import Block
 
 Direction = Literal["forward", "backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
@@ -90,6 +93,99 @@ class OpCase:
     def public(self) -> Callable[..., Tensor]:
         found: Callable[..., Tensor] = getattr(kernels, self.shape.op)
         return found
+
+
+class BlockCase:
+    """One MBConv of the model in training: x of `dtype`, fp32 parameters (fp64 with an fp64 x) under autocast."""
+
+    def __init__(self, block: Block, kernels: Kernels, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
+        self.dtype, self.device = dtype, device
+        ratio = block.channels // block.in_channels if block.expands else 1
+        shape = BlockShape(block.in_channels, block.out_channels, block.kernel_size, block.stride, ratio)
+        torch.manual_seed(seed)
+        module = MBConv(shape, ModelConfig(kernels=kernels)).train()
+        for norm in module.modules():
+            if isinstance(norm, BatchNorm):
+                torch.nn.init.normal_(norm.weight, 1, 0.1)
+                torch.nn.init.normal_(norm.bias, 0, 0.1)
+        self.module = module.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def image(channels: int, height: int, width: int) -> Tensor:
+            # fp32 draws, so that every dtype sees the same numbers up to rounding.
+            value = torch.randn(block.images, channels, height, width, generator=generator, device=device)
+            return value.to(dtype, memory_format=torch.channels_last)
+
+        self.x = image(block.in_channels, block.height, block.width).requires_grad_()
+        rows, columns = -(-block.height // block.stride), -(-block.width // block.stride)
+        self.gradient = image(block.out_channels, rows, columns)
+        draw = torch.rand(block.images, generator=generator, device=device)
+        self.scale = (draw < 0.8).float() / 0.8 if block.scaled else None
+        self.run: Callable[..., Tensor] = self.module
+
+    def exact(self, block: Block) -> BlockCase:
+        """The same block on the same values in fp64, by PyTorch."""
+        twin = BlockCase(block, "torch", torch.float64, self.device)
+        twin.module.load_state_dict(self.module.state_dict())
+        with torch.no_grad():
+            twin.x.copy_(self.x)
+            twin.gradient.copy_(self.gradient)
+        if self.scale is not None:
+            twin.scale = self.scale.double()
+        return twin
+
+    def forward(self) -> Tensor:
+        mixed = self.dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(self.device.type, dtype=self.dtype if mixed else None, enabled=mixed):
+            return self.run(self.x, self.scale)
+
+    def backward(self, output: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of x and every parameter, again and again on one graph."""
+        return torch.autograd.grad(output, [self.x, *self.module.parameters()], self.gradient, retain_graph=True)
+
+
+FUSED_AND_TORCH: tuple[Kernels, ...] = ("triton", "torch")
+Errors = list[tuple[float, float, float]]
+
+
+def errors(ours: Sequence[Tensor], torchs: Sequence[Tensor], oracle: Sequence[Tensor]) -> Errors:
+    """By tensor: our error, PyTorch's in the same precision, one rounding of the result's type.
+
+    Errors are norms relative to the fp64 result's; ours is infinite where a value is not finite.
+    """
+    found = []
+    for own, other, true in zip(ours, torchs, oracle, strict=True):
+        size = true.norm()
+        error = float((own - true).norm() / size) if torch.isfinite(own).all() else float("inf")
+        found.append((error, float((other - true).norm() / size), torch.finfo(own.dtype).eps / 2))
+    return found
+
+
+def error_share(*draws: Errors) -> float:
+    """The largest error as a share of what the tolerance rule allows, twice PyTorch's plus a rounding; above 1 it is
+    wrong. Of several draws of the input each error is the largest."""
+    shares = []
+    for of_tensor in zip(*draws, strict=True):
+        error, torchs, rounding = (max(column) for column in zip(*of_tensor, strict=True))
+        shares.append(error / (2 * torchs + rounding))
+    return max(shares)
+
+
+def block_error(block: Block, dtype: torch.dtype, device: torch.device, draws: int = 3) -> float:
+    """`error_share` of the fused block's output and gradients, over more draws where one breaks the rule: PyTorch may
+    be right by luck in a gradient of few values."""
+    found: list[Errors] = []
+    for seed in range(draws):
+        cases = [BlockCase(block, name, dtype, device, seed) for name in FUSED_AND_TORCH]
+        cases.append(cases[0].exact(block))
+        results = []
+        for case in cases:
+            output = case.forward()
+            results.append([output.detach(), *case.backward(output)])
+        found.append(errors(*results))
+        if error_share(*found) <= 1:
+            break
+    return error_share(*found)
 
 
 def kernel_names() -> set[str]:

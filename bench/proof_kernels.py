@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from bench.cases import DIRECTIONS, OpCase, image_bytes, kernel_names, timed_shapes
+from bench.cases import DIRECTIONS, OpCase, error_share, errors, image_bytes, kernel_names, timed_shapes
 from bench.contenders import OURS, TIMM, TORCHVISION, available_peers
 from bench.machine import ROOT
 from bench.measure import ColdCache, copy_bandwidth, sample, summarise, synchronise
@@ -110,11 +110,7 @@ def implementation(case: OpCase, name: str) -> Callable[[], Tensor]:
 
 
 def check(case: OpCase) -> float:
-    """Largest error of our kernels against fp64, as a share of what the tolerance rule allows; above 1 it is wrong.
-
-    Allowed: twice the error of PyTorch in the same precision, plus one rounding of the result's type. Errors are norms
-    relative to the fp64 result's.
-    """
+    """`error_share` of our kernels."""
     exact = OpCase(case.shape, torch.float64, case.device)
     with torch.no_grad():
         for name, value in exact.inputs.items():
@@ -130,12 +126,7 @@ def check(case: OpCase) -> float:
     ours = results(case, lambda: case.forward(case.public(), impl="triton"))
     torchs = results(case, lambda: case.forward(case.reference()))
     oracle = results(exact, lambda: exact.forward(exact.reference()))
-    worst = 0.0
-    for own, other, true in zip(ours, torchs, oracle, strict=True):
-        size = true.norm()
-        error, allowed = (own - true).norm() / size, 2 * (other - true).norm() / size + torch.finfo(own.dtype).eps / 2
-        worst = max(worst, float(error / allowed)) if torch.isfinite(own).all() else float("inf")
-    return worst
+    return error_share(errors(ours, torchs, oracle))
 
 
 def time_case(case: OpCase, names: Sequence[str], cold: ColdCache | None, bandwidth: float, *, seconds: float) -> Case:
