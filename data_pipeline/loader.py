@@ -265,17 +265,22 @@ class Finish:
 
     def batch(self, pixels: Tensor) -> Tensor:
         """8-bit pixels [N, R, R, 3] on a GPU -> float32 of the same shape."""
-        affine, black, white = (value.to(pixels.device) for value in (self.affine, self.black, self.white))
+        affine, black, white = (self._sent(value, pixels) for value in (self.affine, self.black, self.white))
         flat = self._operated(pixels, slice(None)).flatten(1, 2).float()
         mapped = torch.baddbmm(affine[:, None, :, 3], flat, affine[:, :, :3].transpose(1, 2))
         images = mapped.clamp_(black, white).view(pixels.shape)
         if self.erased is None or self.fills is None:
             return images
-        corners = torch.from_numpy(self.erased).to(pixels.device)[:, None]
+        corners = self._sent(torch.from_numpy(self.erased), pixels)[:, None]
         along = torch.arange(self.side, device=pixels.device)[:, None] - corners[..., :2]
         inside = (along >= 0) & (along < corners[..., 2:])  # [N, R, 2]: of columns, and of rows
         mask = inside[:, None, :, 0, None] & inside[:, :, None, 1, None]
-        return torch.where(mask, self.fills.to(pixels.device)[:, None, None], images)
+        return torch.where(mask, self._sent(self.fills, pixels)[:, None, None], images)
+
+    @staticmethod
+    def _sent(value: Tensor, pixels: Tensor) -> Tensor:
+        """`value` where `pixels` are, without waiting for what the device is doing."""
+        return value.to(pixels.device, non_blocking=True)
 
     def _operated(self, pixels: Tensor, rows: slice) -> Tensor:
         """8-bit pixels [N, R, R, 3] of these rows of the batch after RandAugment."""
