@@ -90,6 +90,7 @@ class BatchNorm(nn.Module):
         self.eps = config.bn_eps
         self.momentum = config.bn_momentum
         self.impl = operation_impl(config.kernels)
+        self.group = ""  # name of the process group whose ranks' batches are normalised as one
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -97,7 +98,13 @@ class BatchNorm(nn.Module):
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"training": self.training, "momentum": self.momentum, "eps": self.eps, "impl": self.impl}
+        return {
+            "training": self.training,
+            "momentum": self.momentum,
+            "eps": self.eps,
+            "group": self.group,
+            "impl": self.impl,
+        }
 
 
 class SqueezeExcite(nn.Module):
@@ -183,7 +190,7 @@ class MBConv(nn.Module):
             return mbconv(
                 x, None if self.expand is None else self.expand.layer, self.depthwise.layer, self.se.tensors,
                 self.project.layer, scale, stride=self.shape.stride, padding=self.padding, residual=self.has_residual,
-                training=bn.training, momentum=bn.momentum, eps=bn.eps, impl=bn.impl,
+                training=bn.training, momentum=bn.momentum, eps=bn.eps, group=bn.group, impl=bn.impl,
             )  # fmt: skip
         h = x if self.expand is None else self.expand(x)
         h = self.depthwise(h, self.se)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from kernels import launch as L
 from kernels.launch import IN_INTERPRETER, tl
+from kernels.sync import join_statistics
 
 MERGE_CHANNELS = 8
 MERGE = {"BLOCK_P": L.MAX_PARTIALS, "BLOCK_C": MERGE_CHANNELS}
@@ -249,13 +250,13 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def statistics(
-    x: Tensor, running_mean: Tensor, running_var: Tensor, training: bool, momentum: float
+    x: Tensor, running_mean: Tensor, running_var: Tensor, training: bool, momentum: float, group: str = ""
 ) -> tuple[Tensor, Tensor]:
     """The mean and biased variance to normalise by; in training also moves the running ones, as `nn.BatchNorm2d`."""
     if not training:
         return running_mean, running_var
     mean, var = batch_stats(x.detach())
-    rows = x.numel() // x.shape[1]
+    mean, var, rows = join_statistics(mean, var, x.numel() // x.shape[1], group)
     with torch.no_grad():
         running_mean.lerp_(mean, momentum)
         running_var.lerp_(var * (rows / (rows - 1)), momentum)

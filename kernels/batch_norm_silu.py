@@ -46,6 +46,7 @@ from kernels.batch_norm import (
 )
 from kernels.batch_norm import traffic as statistics_traffic
 from kernels.launch import tl
+from kernels.sync import join_sums
 
 
 @L.jit
@@ -153,12 +154,14 @@ def _bn_silu_dx_kernel(
     "fastnet::bn_silu",
     mutates_args=(),
     device_types=("cuda", "cpu"),
-    schema="(Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, bool training) -> Tensor",
+    schema="(Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, bool training, str group)"
+    " -> Tensor",
 )
 def bn_silu_op(
-    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float, training: bool
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float, training: bool, group: str
 ) -> Tensor:
-    """`training` says that mean and var are the statistics of x: their gradient then reaches x in backward."""
+    """`training` says that mean and var are the statistics of x, of all ranks' in a `group`: their gradient then
+    reaches x in backward."""
     x = L.nhwc(x)
     y = L.empty_image(x)
     channels = x.shape[1]
@@ -176,11 +179,19 @@ def bn_silu_op(
     "fastnet::bn_silu_backward",
     mutates_args=(),
     device_types=("cuda", "cpu"),
-    schema="(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, bool training)"
-    " -> (Tensor, Tensor)",
+    schema="(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, bool training,"
+    " str group) -> (Tensor, Tensor)",
 )
 def bn_silu_backward_op(
-    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float, training: bool
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    training: bool,
+    group: str,
 ) -> tuple[Tensor, Tensor]:
     """dx and [dbias, dweight] as [2, C]."""
     dy, x = L.nhwc(dy), L.nhwc(x)
@@ -196,9 +207,10 @@ def bn_silu_backward_op(
         like=x, num_warps=tile.num_warps, **tile.constexprs(vec),
     )  # fmt: skip
     sums = sum_partials(partial)
+    joint = join_sums(sums, rows, group)
     half = tile.halved()
     L.launch(
-        _bn_silu_dx_kernel, (L.cdiv(rows, half.height) * blocks,), dy, x, dx, sums, mean, var, weight, bias, eps,
+        _bn_silu_dx_kernel, (L.cdiv(rows, half.height) * blocks,), dy, x, dx, joint, mean, var, weight, bias, eps,
         1.0 / rows, rows, channels // vec,
         like=x, num_warps=half.num_warps, TRAINING=training, **half.constexprs(vec),
     )  # fmt: skip
@@ -217,12 +229,12 @@ def _(dy: Tensor, x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:5])
-    ctx.eps, ctx.training = inputs[5:]
+    ctx.options = inputs[5:]
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    dx, sums = bn_silu_backward_op(dy, *ctx.saved_tensors, ctx.eps, ctx.training)
-    return dx, None, None, sums[1], sums[0], None, None
+    dx, sums = bn_silu_backward_op(dy, *ctx.saved_tensors, *ctx.options)
+    return dx, None, None, sums[1], sums[0], None, None, None
 
 
 bn_silu_op.register_autograd(_backward, setup_context=_setup_context)
@@ -239,22 +251,23 @@ def bn_silu(
     training: bool,
     momentum: float,
     eps: float,
+    group: str = "",
     impl: L.Impl = "auto",
 ) -> Tensor:
     """SiLU of the batch norm of `x` [B, C, H, W], in the dtype of `x`; parameters and statistics are fp32 [C].
 
     In training the statistics are the batch's and the running ones move in place, `momentum` being the weight of
-    the new value as in `nn.BatchNorm2d`. On the Triton path an `x` that is not channels_last is copied first.
-    Raises ValueError or TypeError for a wrong shape, dtype or device, RuntimeError where `impl="triton"` cannot
-    run.
+    the new value as in `nn.BatchNorm2d`; with the name of a process group the batch is that of all its ranks. On the
+    Triton path an `x` that is not channels_last is copied first. Raises ValueError or TypeError for a wrong shape,
+    dtype or device, RuntimeError where `impl="triton"` cannot run.
     """
     check_batch_norm(x, weight, bias, running_mean, running_var, training)
     if L.resolve(impl, x) == "torch":
         return reference.bn_silu(
-            x, weight, bias, running_mean, running_var, training=training, momentum=momentum, eps=eps
+            x, weight, bias, running_mean, running_var, training=training, momentum=momentum, eps=eps, group=group
         )
-    mean, var = statistics(x, running_mean, running_var, training, momentum)
-    return bn_silu_op(x, mean, var, weight, bias, eps, training)
+    mean, var = statistics(x, running_mean, running_var, training, momentum, group)
+    return bn_silu_op(x, mean, var, weight, bias, eps, training, group)
 
 
 def aot_specs() -> Iterator[L.KernelSpec]:

@@ -32,6 +32,7 @@ from kernels import reference
 from kernels import squeeze_excite as SE
 from kernels.batch_norm import check_batch_norm, statistics, sum_partials, sum_traffic
 from kernels.batch_norm import traffic as statistics_traffic
+from kernels.sync import join_sums
 
 
 @torch.library.custom_op(
@@ -39,7 +40,8 @@ from kernels.batch_norm import traffic as statistics_traffic
     mutates_args=(),
     device_types=("cuda", "cpu"),
     schema="(Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias, Tensor w_reduce, Tensor b_reduce,"
-    " Tensor w_expand, Tensor b_expand, float eps, bool training) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor w_expand, Tensor b_expand, float eps, bool training, str group)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def bn_silu_squeeze_excite_op(
     x: Tensor,
@@ -53,6 +55,7 @@ def bn_silu_squeeze_excite_op(
     b_expand: Tensor,
     eps: float,
     training: bool,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, pooled [B, C], hidden [B, S], gate [B, C], sums of slopes [2, B, C]; only y is differentiable."""
     x = L.nhwc(x)
@@ -68,7 +71,7 @@ def bn_silu_squeeze_excite_op(
     mutates_args=(),
     device_types=("cuda", "cpu"),
     schema="(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias, Tensor w_reduce,"
-    " Tensor w_expand, Tensor pooled, Tensor hidden, Tensor gate, Tensor slopes, float eps, bool training)"
+    " Tensor w_expand, Tensor pooled, Tensor hidden, Tensor gate, Tensor slopes, float eps, bool training, str group)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def bn_silu_squeeze_excite_backward_op(
@@ -86,6 +89,7 @@ def bn_silu_squeeze_excite_backward_op(
     slopes: Tensor,
     eps: float,
     training: bool,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, [dbias, dweight] as [2, C], dWr, dbr, dWe, dbe."""
     dy, x = L.nhwc(dy), L.nhwc(x)
@@ -97,7 +101,7 @@ def bn_silu_squeeze_excite_backward_op(
     assert shares is not None
     sums = sum_partials(shares)
     dw_reduce, db_reduce, dw_expand, db_expand = parameters
-    dx = SE.scale_backward(dy, x, gate, q, sums, norm, training)
+    dx = SE.scale_backward(dy, x, gate, q, join_sums(sums, x.numel() // x.shape[1], group), norm, training)
     return dx, sums, dw_reduce, db_reduce, dw_expand, db_expand
 
 
@@ -118,13 +122,13 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, mean, var, weight, bias, w_reduce, _, w_expand, _, ctx.eps, ctx.training = inputs
+    x, mean, var, weight, bias, w_reduce, _, w_expand, _, *ctx.options = inputs
     ctx.save_for_backward(x, mean, var, weight, bias, w_reduce, w_expand, *output[1:])
 
 
 def _backward(ctx: Any, dy: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
-    dx, sums, *parameters = bn_silu_squeeze_excite_backward_op(dy, *ctx.saved_tensors, ctx.eps, ctx.training)
-    return dx, None, None, sums[1], sums[0], *parameters, None, None
+    dx, sums, *parameters = bn_silu_squeeze_excite_backward_op(dy, *ctx.saved_tensors, *ctx.options)
+    return dx, None, None, sums[1], sums[0], *parameters, None, None, None
 
 
 bn_silu_squeeze_excite_op.register_autograd(_backward, setup_context=_setup_context)
@@ -145,6 +149,7 @@ def bn_silu_squeeze_excite(
     training: bool,
     momentum: float,
     eps: float,
+    group: str = "",
     impl: L.Impl = "auto",
 ) -> Tensor:
     """`squeeze_excite(bn_silu(x))` for `x` [B, C, H, W], in the dtype of `x`. Arguments and errors as in those two."""
@@ -153,12 +158,12 @@ def bn_silu_squeeze_excite(
     if L.resolve(impl, x) == "torch":
         return reference.bn_silu_squeeze_excite(
             x, weight, bias, running_mean, running_var, w_reduce, b_reduce, w_expand, b_expand,
-            training=training, momentum=momentum, eps=eps,
+            training=training, momentum=momentum, eps=eps, group=group,
         )  # fmt: skip
-    mean, var = statistics(x, running_mean, running_var, training, momentum)
-    return bn_silu_squeeze_excite_op(x, mean, var, weight, bias, w_reduce, b_reduce, w_expand, b_expand, eps, training)[
-        0
-    ]
+    mean, var = statistics(x, running_mean, running_var, training, momentum, group)
+    return bn_silu_squeeze_excite_op(
+        x, mean, var, weight, bias, w_reduce, b_reduce, w_expand, b_expand, eps, training, group
+    )[0]
 
 
 def traffic(

@@ -46,6 +46,7 @@ from kernels.batch_norm import (
 )
 from kernels.batch_norm import traffic as statistics_traffic
 from kernels.launch import tl
+from kernels.sync import join_sums
 
 
 @L.jit
@@ -225,7 +226,7 @@ def drop_connect_backward_op(dy: Tensor, scale: Tensor) -> Tensor:
     mutates_args=(),
     device_types=("cuda", "cpu"),
     schema="(Tensor x, Tensor? residual, Tensor? scale, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps,"
-    " bool training) -> Tensor",
+    " bool training, str group) -> Tensor",
 )
 def bn_drop_connect_add_op(
     x: Tensor,
@@ -237,6 +238,7 @@ def bn_drop_connect_add_op(
     bias: Tensor,
     eps: float,
     training: bool,
+    group: str,
 ) -> Tensor:
     """`training` says that mean and var are the statistics of x: their gradient then reaches x in backward."""
     return join(x, residual, scale, (mean, var, weight, bias), eps)
@@ -246,8 +248,8 @@ def bn_drop_connect_add_op(
     "fastnet::bn_drop_connect_backward",
     mutates_args=(),
     device_types=("cuda", "cpu"),
-    schema="(Tensor dy, Tensor x, Tensor? scale, Tensor mean, Tensor var, Tensor weight, float eps, bool training)"
-    " -> (Tensor, Tensor)",
+    schema="(Tensor dy, Tensor x, Tensor? scale, Tensor mean, Tensor var, Tensor weight, float eps, bool training,"
+    " str group) -> (Tensor, Tensor)",
 )
 def bn_drop_connect_backward_op(
     dy: Tensor,
@@ -258,17 +260,19 @@ def bn_drop_connect_backward_op(
     weight: Tensor,
     eps: float,
     training: bool,
+    group: str,
 ) -> tuple[Tensor, Tensor]:
     """dx and [dbias, dweight] as [2, C]."""
     dy, x = L.nhwc(dy), L.nhwc(x)
     sums = reduce_sums(dy, x, scale, mean, var, eps)
+    joint = join_sums(sums, x.numel() // x.shape[1], group)
     dx = L.empty_image(x)
     images, channels, height, width = x.shape
     area, vec = height * width, L.vector_width(channels)
     half = L.tile_for(channels).halved()
     tiles, blocks = L.cdiv(area, half.height), L.cdiv(channels, half.block_c)
     L.launch(
-        _bn_drop_connect_dx_kernel, (images * tiles * blocks,), dy, x if training else None, scale, dx, sums,
+        _bn_drop_connect_dx_kernel, (images * tiles * blocks,), dy, x if training else None, scale, dx, joint,
         mean, var, weight, eps, 1.0 / (images * area), area, tiles, channels // vec,
         like=x, num_warps=half.num_warps, TRAINING=training, **half.constexprs(vec),
     )  # fmt: skip
@@ -301,13 +305,13 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _bn_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, _, scale, mean, var, weight, _, ctx.eps, ctx.training = inputs
+    x, _, scale, mean, var, weight, _, *ctx.options = inputs
     ctx.save_for_backward(x, scale, mean, var, weight)
 
 
 def _bn_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    dx, sums = bn_drop_connect_backward_op(dy, *ctx.saved_tensors, ctx.eps, ctx.training)
-    return dx, dy if ctx.needs_input_grad[1] else None, None, None, None, sums[1], sums[0], None, None
+    dx, sums = bn_drop_connect_backward_op(dy, *ctx.saved_tensors, *ctx.options)
+    return dx, dy if ctx.needs_input_grad[1] else None, None, None, None, sums[1], sums[0], None, None, None
 
 
 drop_connect_add_op.register_autograd(_backward, setup_context=_setup_context)
@@ -342,6 +346,7 @@ def bn_drop_connect_add(
     training: bool,
     momentum: float,
     eps: float,
+    group: str = "",
     impl: L.Impl = "auto",
 ) -> Tensor:
     """`residual + scale[b] * batch_norm(x)`; without a residual it is zero, without a scale one.
@@ -353,10 +358,10 @@ def bn_drop_connect_add(
     if L.resolve(impl, x) == "torch":
         return reference.bn_drop_connect_add(
             x, residual, scale, weight, bias, running_mean, running_var,
-            training=training, momentum=momentum, eps=eps,
+            training=training, momentum=momentum, eps=eps, group=group,
         )  # fmt: skip
-    mean, var = statistics(x, running_mean, running_var, training, momentum)
-    return bn_drop_connect_add_op(x, residual, scale, mean, var, weight, bias, eps, training)
+    mean, var = statistics(x, running_mean, running_var, training, momentum, group)
+    return bn_drop_connect_add_op(x, residual, scale, mean, var, weight, bias, eps, training, group)
 
 
 def aot_specs() -> Iterator[L.KernelSpec]:

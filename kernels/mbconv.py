@@ -22,6 +22,8 @@ derivative, dA and dA1 for the gradients of silu(BN2(D)) g and silu(BN1(E)):
     B5  depthwise backward dA, D, E → dA1, dtaps, and in its epilogue (B6) Σ dz, Σ dz ê of BN1
     B7  expand backward    dA1, E (, dy) → dx; and dA1, E, x → dW1
 
+Statistics after F1, F2 and F5 and sums after B1, B4 and B5 are where several processes exchange (`kernels.sync`).
+
     forward    x + 2 E + 3 D + 3 P (+ x)                        backward    x + 6 E + 6 D + 6 P + x (+ dy)
 
 in elements, vectors and partials aside; `bench.traffic` counts every byte. Unfused PyTorch moves 6 E + 9 D + 6 P or
@@ -47,6 +49,7 @@ from kernels import reference
 from kernels.drop_connect import bn_drop_connect_add_op
 from kernels.excite import MAX_SQUEEZE
 from kernels.strips import CONFIGURATIONS, Padding
+from kernels.sync import group_size, join_statistics, join_sums
 
 
 class ConvNorm(NamedTuple):
@@ -68,6 +71,10 @@ class Excite(NamedTuple):
     b_expand: Tensor
 
 
+def _rows(x: Tensor) -> int:
+    return x.numel() // x.shape[1]
+
+
 class _MBConv(torch.autograd.Function):
     """y and the batch statistics (mean1, var1,) mean2, var2, mean3, var3, which are not differentiable."""
 
@@ -75,7 +82,7 @@ class _MBConv(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor | None, w1: Tensor | None, g1: Tensor | None, b1: Tensor | None,
         taps: Tensor, g2: Tensor, b2: Tensor, wr: Tensor, br: Tensor, we: Tensor, be: Tensor, w3: Tensor, g3: Tensor,
-        b3: Tensor, stride: int, padding: str, residual: bool, eps: float,
+        b3: Tensor, stride: int, padding: str, residual: bool, eps: float, group: str,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         w3_stored = w3.to(x.dtype).flatten(1)
         if w1 is None:
@@ -84,42 +91,48 @@ class _MBConv(torch.autograd.Function):
         else:
             w1_stored = w1.to(x.dtype).flatten(1)
             e, mean1, var1 = ops.expand(x, w1_stored)
+            mean1, var1, _ = join_statistics(mean1, var1, _rows(e), group)
         d, mean2, var2 = ops.depthwise_forward(e, mean1, var1, g1, b1, taps, eps, stride, padding)
+        mean2, var2, _ = join_statistics(mean2, var2, _rows(d), group)
         p, mean3, var3, d_norm, *vectors = ops.project(d, mean2, var2, g2, b2, wr, br, we, be, w3_stored, eps)
-        y = bn_drop_connect_add_op(p, x if residual else None, scale, mean3, var3, g3, b3, eps, True)
+        mean3, var3, _ = join_statistics(mean3, var3, _rows(p), group)
+        y = bn_drop_connect_add_op(p, x if residual else None, scale, mean3, var3, g3, b3, eps, True, group)
         ctx.save_for_backward(
             x, scale, None if w1 is None else e, d, p, d_norm, *vectors, mean1, var1, g1, b1, mean2, var2, g2, b2,
             mean3, var3, g3, b3, w1_stored, taps, wr, we, w3_stored,
         )  # fmt: skip
-        ctx.options = stride, padding, residual, eps
+        ctx.options = stride, padding, residual, eps, group
         statistics = (mean2, var2, mean3, var3) if mean1 is None else (mean1, var1, mean2, var2, mean3, var3)
         ctx.mark_non_differentiable(*statistics)
         return y, *statistics
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        stride, padding, residual, eps = ctx.options
+        stride, padding, residual, eps, group = ctx.options
         (
             x, scale, e, d, p, d_norm, pooled, hidden, gate, slopes, mean1, var1, g1, b1, mean2, var2, g2, b2,
             mean3, var3, g3, b3, w1, taps, wr, we, w3,
         ) = ctx.saved_tensors  # fmt: skip
         sums3 = ops.join_backward(dy, p, scale, mean3, var3, eps)
+        joint = join_sums(sums3, _rows(p), group)
         da, q, sums2, dw3, dwr, dbr, dwe, dbe = ops.project_backward(
-            dy, p, scale, sums3, mean3, var3, g3, b3, d, d_norm, w3, wr, we, pooled, hidden, gate, slopes, eps
+            dy, p, scale, joint, mean3, var3, g3, b3, d, d_norm, w3, wr, we, pooled, hidden, gate, slopes, eps
         )
+        joint = join_sums(sums2, _rows(d), group)
         da1, dtaps, sums1 = ops.depthwise_gradients(
-            da, d, gate, q, sums2, mean2, var2, g2, b2, x if e is None else e, mean1, var1, g1, b1, taps, eps, stride,
+            da, d, gate, q, joint, mean2, var2, g2, b2, x if e is None else e, mean1, var1, g1, b1, taps, eps, stride,
             padding,
         )  # fmt: skip
         del da
         if e is None:
             dx, dw1, dg1, db1 = da1 + dy if residual else da1, None, None, None
         else:
-            dx, dw1 = ops.expand_backward(da1, e, sums1, mean1, var1, g1, b1, x, w1, dy if residual else None, eps)
+            joint = join_sums(sums1, _rows(e), group)
+            dx, dw1 = ops.expand_backward(da1, e, joint, mean1, var1, g1, b1, x, w1, dy if residual else None, eps)
             dw1, dg1, db1 = dw1[:, :, None, None], sums1[1], sums1[0]
         return (
             dx, None, dw1, dg1, db1, dtaps, sums2[1], sums2[0], dwr, dbr, dwe, dbe, dw3[:, :, None, None], sums3[1],
-            sums3[0], None, None, None, None,
+            sums3[0], None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -166,11 +179,13 @@ def mbconv(
     training: bool,
     momentum: float,
     eps: float,
+    group: str = "",
     impl: L.Impl = "auto",
 ) -> Tensor:
     """MBConv: x [B, C_in, H, W] → [B, C_out, ⌈H / stride⌉, ⌈W / stride⌉] in the dtype of x.
 
-    In training it moves the running statistics as `nn.BatchNorm2d` does; else it normalises by them, and on the Triton
+    In training it moves the running statistics as `nn.BatchNorm2d` does, over the batches of all ranks of the process
+    group named `group` if there is one (each rank's of one size); else it normalises by them, and on the Triton
     path has no gradient. scale [B] fp32 is drop-connect's (None is one), for training, and gets no gradient. Parameters
     are fp32; in autocast an fp32 x is rounded to the autocast dtype on the Triton path. An `x` that is not
     channels_last is copied there first. Raises ValueError or TypeError for a wrong shape, dtype, device or option,
@@ -185,7 +200,7 @@ def mbconv(
     if L.resolve(impl, x) == "torch":
         return reference.mbconv(
             x, expand, depthwise, excite, project, scale, stride=stride, padding=padding, residual=residual,
-            training=training, momentum=momentum, eps=eps,
+            training=training, momentum=momentum, eps=eps, group=group,
         )  # fmt: skip
     if excite.w_reduce.shape[0] > MAX_SQUEEZE:
         raise ValueError(
@@ -199,10 +214,12 @@ def mbconv(
         return ops.inference(x, *layers, stride, padding, residual, eps)
     y, *statistics = _MBConv.apply(
         x, scale, *((None,) * 3 if expand is None else expand[:3]), *depthwise[:3], *excite, *project[:3], stride,
-        padding, residual, eps,
+        padding, residual, eps, group,
     )  # fmt: skip
     counted = [] if expand is None else [(expand, x.shape[0] * x.shape[2] * x.shape[3])]
-    _move_running_statistics([*counted, (depthwise, rows), (project, rows)], statistics, momentum)
+    ranks = group_size(group)
+    normed = [(layer, ranks * n) for layer, n in (*counted, (depthwise, rows), (project, rows))]
+    _move_running_statistics(normed, statistics, momentum)
     return y
 
 

@@ -13,8 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import sync
+
 if TYPE_CHECKING:
     from kernels.mbconv import ConvNorm, Excite
+
+
+def _batch_norm(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, training: bool, momentum: float, eps: float,
+    group: str,
+) -> Tensor:  # fmt: skip
+    if training and group:
+        return sync.batch_norm(x, mean, var, weight, bias, momentum, eps, group)
+    return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
 
 
 def squeeze_excite(x: Tensor, w_reduce: Tensor, b_reduce: Tensor, w_expand: Tensor, b_expand: Tensor) -> Tensor:
@@ -35,9 +46,10 @@ def bn_silu(
     training: bool,
     momentum: float,
     eps: float,
+    group: str = "",
 ) -> Tensor:
     """`silu(batch_norm(x))`; in training the running statistics are updated in place as `nn.BatchNorm2d` does."""
-    z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    z = _batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, group)
     return F.silu(z, inplace=not z.requires_grad)  # in place costs autograd a clone; without autograd it saves a tensor
 
 
@@ -55,9 +67,10 @@ def bn_silu_squeeze_excite(
     training: bool,
     momentum: float,
     eps: float,
+    group: str = "",
 ) -> Tensor:
     """`squeeze_excite(bn_silu(x))`."""
-    a = bn_silu(x, weight, bias, running_mean, running_var, training=training, momentum=momentum, eps=eps)
+    a = bn_silu(x, weight, bias, running_mean, running_var, training=training, momentum=momentum, eps=eps, group=group)
     return squeeze_excite(a, w_reduce, b_reduce, w_expand, b_expand)
 
 
@@ -80,9 +93,10 @@ def bn_drop_connect_add(
     training: bool,
     momentum: float,
     eps: float,
+    group: str = "",
 ) -> Tensor:
     """`residual + scale[b] * batch_norm(x)`; a missing residual is zero and a missing scale is one."""
-    z = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    z = _batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, group)
     if residual is not None:
         return drop_connect_add(z, residual, scale)
     return z if scale is None else z * scale.to(z.dtype)[:, None, None, None]
@@ -113,10 +127,11 @@ def mbconv(
     training: bool,
     momentum: float,
     eps: float,
+    group: str = "",
 ) -> Tensor:
     """Tan & Le 2019, section 4 (MBConv of Sandler et al. 2018 with squeeze-and-excitation), convolution by
     convolution."""
-    norm: dict[str, Any] = {"training": training, "momentum": momentum, "eps": eps}
+    norm: dict[str, Any] = {"training": training, "momentum": momentum, "eps": eps, "group": group}
     a = x
     if expand is not None:
         a = bn_silu(F.conv2d(x, expand.weight.to(x.dtype)), *expand[1:], **norm)

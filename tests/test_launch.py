@@ -166,11 +166,11 @@ def opcheck_arguments(op: str, training: bool) -> list[tuple[Any, tuple[Any, ...
         ],
         "bn_silu": [
             (ops.batch_stats, (x.detach(),)),
-            (ops.bn_silu, (x, *norm, 1e-3, training)),
-            (ops.bn_silu_backward, (dy, x.detach(), *plain, 1e-3, training)),
+            (ops.bn_silu, (x, *norm, 1e-3, training, "")),
+            (ops.bn_silu_backward, (dy, x.detach(), *plain, 1e-3, training, "")),
         ],
         "bn_silu_squeeze_excite": [
-            (ops.bn_silu_squeeze_excite, (x, *norm, *excite, 1e-3, training)),
+            (ops.bn_silu_squeeze_excite, (x, *norm, *excite, 1e-3, training, "")),
             (
                 ops.bn_silu_squeeze_excite_backward,
                 (
@@ -183,6 +183,7 @@ def opcheck_arguments(op: str, training: bool) -> list[tuple[Any, tuple[Any, ...
                     slopes,
                     1e-3,
                     training,
+                    \"\",
                 ),
             ),
         ],
@@ -192,9 +193,9 @@ def opcheck_arguments(op: str, training: bool) -> list[tuple[Any, tuple[Any, ...
             (ops.drop_connect_backward, (dy, v["scale"])),
         ],
         "bn_drop_connect_add": [
-            (ops.bn_drop_connect_add, (x, v["residual"], v["scale"], *norm, 1e-3, training)),
-            (ops.bn_drop_connect_add, (x, None, None, *norm, 1e-3, training)),
-            (ops.bn_drop_connect_backward, (dy, x.detach(), v["scale"], *plain[:3], 1e-3, training)),
+            (ops.bn_drop_connect_add, (x, v["residual"], v["scale"], *norm, 1e-3, training, "")),
+            (ops.bn_drop_connect_add, (x, None, None, *norm, 1e-3, training, "")),
+            (ops.bn_drop_connect_backward, (dy, x.detach(), v["scale"], *plain[:3], 1e-3, training, "")),
         ],
     }[op]
 
