@@ -183,7 +183,7 @@ def opcheck_arguments(op: str, training: bool) -> list[tuple[Any, tuple[Any, ...
                     slopes,
                     1e-3,
                     training,
-                    \"\",
+                    "",
                 ),
             ),
         ],
