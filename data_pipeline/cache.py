@@ -1,8 +1,4 @@
-"""Decoded images, kept: 8-bit pixels at the short side that the largest crop needs, in RAM or in a file.
-
-A cached image is the upright photo, resized with antialiasing so that its short side is `short_side(resolution)` (never
-enlarged). Its place and size follow from the index alone, so a store can be filled in any order. Windows are drawn in
-the photo's own pixels, as without a cache, and then scaled to the stored image (`PixelStore.boxes`).
+"""Where decoded images are kept: in RAM, in a file, or on the GPU; which of them fits; and the files.
 
 In RAM an image is decoded when it is first asked for. On disk the whole split is decoded first, into a scratch folder
 that is renamed when it is complete: `pixels.bin`, images [H, W, 3] one after another, and `index.json` with a CRC of
@@ -17,24 +13,20 @@ import fcntl
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from data_pipeline.augment import CROP_FRACTION
-from data_pipeline.errors import BadFiles, DataError
-from data_pipeline.food101 import Index, Split
+from data_pipeline.errors import DataError
+from data_pipeline.food101 import Index
+from data_pipeline.pixel_store import PixelStore, for_each, short_side, stored_bytes
 from data_pipeline.sample import user_cache_folder
 
 if TYPE_CHECKING:
@@ -47,120 +39,6 @@ GPU_SHARE = 0.6  # of the GPU's that is free: activations and gradients need mor
 _INDEX, _PIXELS = "index.json", "pixels.bin"
 
 _log = logging.getLogger("data_pipeline")
-
-
-def short_side(resolution: int) -> int:
-    """Pixels of the short side that a training crop of the whole image, and evaluation's centre crop, need."""
-    return math.ceil(resolution / CROP_FRACTION)
-
-
-def stored_sizes(sizes: NDArray[np.int32], side: int) -> NDArray[np.int32]:
-    """[N, 2] widths and heights -> those of the stored images."""
-    scale = np.minimum(1.0, side / sizes.min(axis=1, keepdims=True))
-    return np.maximum(1, np.rint(sizes * scale)).astype(np.int32)
-
-
-def stored_bytes(split: Split, resolution: int) -> int:
-    return int(3 * stored_sizes(split.sizes, short_side(resolution)).astype(np.int64).prod(axis=1).sum())
-
-
-class PixelStore:
-    """Images of one split as ragged 8-bit pixels in one buffer.
-
-    buffer: uint8 [total], pinned where that was asked for; image i is `buffer[offsets[i]:]`, rows of RGB pixels.
-    offsets: int64 [N], in bytes. sizes: int32 [N, 2], stored width and height.
-    """
-
-    def __init__(self, split: Split, side: int, buffer: Tensor | None = None, *, pinned: bool = False) -> None:
-        self.split = split
-        self.sizes = stored_sizes(split.sizes, side)
-        lengths = 3 * self.sizes.astype(np.int64).prod(axis=1)
-        self.offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
-        self.total = int(lengths.sum())
-        self.buffer = torch.empty(self.total, dtype=torch.uint8, pin_memory=pinned) if buffer is None else buffer
-        self.ready = np.zeros(len(split), np.bool_)
-        """[N]: the image is in the buffer, and was seen to be whole."""
-        self.checksums: NDArray[np.uint32] | None = None
-        """[N] CRC-32 of each image, where the buffer came from a file."""
-
-    def image(self, index: int) -> Tensor:
-        """[H, W, 3]: the stored pixels, where `ready`."""
-        width, height = self.sizes[index].tolist()
-        start = int(self.offsets[index])
-        return self.buffer[start : start + 3 * width * height].view(height, width, 3)
-
-    def boxes(self, indices: NDArray[np.int64], windows: NDArray[np.int32]) -> NDArray[np.int32]:
-        """[B, 4] x, y, width, height in the photos' own pixels -> in those of the stored images, edges rounded."""
-        scale = self.sizes[indices] / self.split.sizes[indices]
-        start, end = windows[:, :2] * scale, (windows[:, :2] + windows[:, 2:]) * scale
-        rounded = np.rint(end)
-        first = np.where(np.rint(start) < rounded, np.rint(start), np.floor(start))  # at least one pixel
-        return np.concatenate([first, np.maximum(rounded - first, 1)], axis=1).astype(np.int32)
-
-    def ensure(self, index: int) -> Tensor:
-        """`image`, after decoding it where it is not in the buffer, or is damaged there.
-
-        Raises:
-            BadFiles: it cannot be decoded.
-        """
-        pixels = self.image(index)
-        if not self.ready[index]:
-            if self.checksums is None:
-                self._decode(index, pixels)
-            elif zlib.crc32(pixels.numpy().data) != self.checksums[index]:
-                _log.warning("the cached pixels of %s are damaged: decoded again.", self.split.paths[index])
-                self._decode(index, pixels)
-            self.ready[index] = True
-        return pixels
-
-    def decoded(self, index: int) -> Tensor:
-        """[H, W, 3]: the pixels to store, decoded now; the buffer is left alone.
-
-        Raises:
-            BadFiles: it cannot be decoded.
-        """
-        width, height = self.sizes[index].tolist()
-        pixels = torch.empty(height, width, 3, dtype=torch.uint8)
-        self._decode(index, pixels)
-        return pixels
-
-    def _decode(self, index: int, out: Tensor) -> None:
-        from data_pipeline.torch_loader import reason_of, window
-
-        split = self.split
-        size = split.sizes[index]
-        box = np.array([0, 0, *size], np.int32)
-        side = tuple(self.sizes[index].tolist())
-        try:
-            image = window(split.paths[index], int(split.orientations[index]), size, box, side)
-        except (RuntimeError, OSError) as error:
-            raise BadFiles({index: reason_of(error)}) from None
-        out.copy_(image.permute(1, 2, 0))
-
-    def complete(self, threads: int) -> dict[int, str]:
-        """Make every image `ready`; the bad ones stay behind: position in the split -> why."""
-        missing = np.flatnonzero(~self.ready)
-        return {
-            index: str(found) for index, found in _each(self.ensure, missing, max(1, threads)) if isinstance(found, str)
-        }
-
-
-def _each(act: Any, indices: Iterable[int], threads: int) -> Iterator[tuple[int, Any]]:
-    """(index, what `act` gave, or the reason of BadFiles) in the order of `indices`."""
-
-    def one(index: int) -> tuple[int, Any]:
-        try:
-            return index, act(index)
-        except BadFiles as bad:
-            return index, bad.reasons[index]
-
-    with one_thread_each(threads) as pool:
-        yield from pool.map(one, (int(index) for index in indices))
-
-
-def one_thread_each(threads: int) -> ThreadPoolExecutor:
-    """A pool in whose threads torch does not start threads of its own."""
-    return ThreadPoolExecutor(threads, "pixels", torch.set_num_threads, (1,))
 
 
 # --- the choice -----------------------------------------------------------------------------------------------------
@@ -400,7 +278,7 @@ def _build(folder: Path, index: Index, split: str, resolution: int, threads: int
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 return zlib.crc32(data)
 
-            for at, found in _shown(_each(write, range(len(photos)), threads), len(photos), split):
+            for at, found in _shown(for_each(write, range(len(photos)), threads), len(photos), split):
                 if isinstance(found, str):
                     bad[at] = found
                 else:

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from data_pipeline.cache import PixelCache, one_thread_each
+from data_pipeline.cache import PixelCache
 from data_pipeline.errors import BadFiles
-from data_pipeline.loader import Batch, Finish, Loader, Plan, Step
+from data_pipeline.finish import Finish
+from data_pipeline.loader import Batch, Loader, Plan, Step
+from data_pipeline.pixel_store import one_thread_each
 
 AHEAD = 3  # batches under way at once
 _ROWS = 8  # images a job

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from data_pipeline.augment import IMAGENET_MEAN, IMAGENET_STD, rectangles_in_pixels
-from data_pipeline.cache import PixelStore, one_thread_each
 from data_pipeline.errors import BadFiles
 from data_pipeline.loader import Batch, Loader, Plan, Step
+from data_pipeline.pixel_store import PixelStore, one_thread_each
 from kernels.augment import TABLE_WIDTH, augment, augment_table
 
 AHEAD = 3  # batches whose images are being decoded, where they are not on the device yet

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from data_pipeline import Augmentation, Batch, DataError, Index, build_index, cache, make_loader
 from data_pipeline.augment import IMAGENET_STD
-from data_pipeline.cache import PixelStore, choose_cache, disk_store, short_side, stored_sizes
+from data_pipeline.cache import choose_cache, disk_store
 from data_pipeline.cached_loader import CachedLoader, resized
 from data_pipeline.loader import Loader
+from data_pipeline.pixel_store import PixelStore, short_side, stored_sizes
 
 
 def picture(number: int, width: int, height: int, **options: Any) -> bytes:
@@ -194,9 +195,9 @@ def test_resized_is_torchvisions_resize() -> None:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_second_run_decodes_nothing(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_rundecodes_nothing(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = everything(make(index, "disk", tmp_path))
-    monkeypatch.setattr(PixelStore, "_decode", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(PixelStore, "decode", lambda *_: pytest.fail("decoded"))
     assert same(everything(make(index, "disk", tmp_path)), first)
     (folder,) = (path for path in (tmp_path / "pixels").iterdir() if path.is_dir())
     assert {path.name for path in folder.iterdir()} == {"pixels.bin", "index.json"}
@@ -211,13 +212,13 @@ def test_each_resolution_and_split_has_its_own(index: Index, tmp_path: Path) -> 
 
 def _rebuilt(index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     decoded: list[int] = []
-    decode = PixelStore._decode
+    decode = PixelStore.decode
 
     def watched(self: PixelStore, at: int, out: Tensor) -> None:
         decoded.append(at)
         decode(self, at, out)
 
-    monkeypatch.setattr(PixelStore, "_decode", watched)
+    monkeypatch.setattr(PixelStore, "decode", watched)
     store, bad = disk_store(index, "train", 24, 2, folder)
     assert bad == {}
     assert store.complete(1) == {}
@@ -231,7 +232,7 @@ def test_another_version_is_replaced(index: Index, tmp_path: Path, monkeypatch: 
     assert _rebuilt(index, tmp_path, monkeypatch) == 0
 
 
-def test_changed_photos_are_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_photos_aredecoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_photos(tmp_path / "photos")
     index = build_index(root, cache_dir=tmp_path)
     disk_store(index, "train", 24, 1, tmp_path)
@@ -280,7 +281,7 @@ def test_flipped_bits_are_found_and_mended(index: Index, tmp_path: Path, caplog:
 
 
 @pytest.mark.parametrize("kind", ["ram", "disk"])
-def test_a_file_that_cannot_be_decoded_is_quarantined(tmp_path: Path, kind: str) -> None:
+def test_a_file_that_cannot_bedecoded_is_quarantined(tmp_path: Path, kind: str) -> None:
     index = build_index(write_photos(tmp_path / "photos"), cache_dir=tmp_path)
     path = index.splits["train"].paths[4]
     Path(path).write_bytes(b"garbage")
@@ -360,7 +361,7 @@ index = build_index(sys.argv[1], cache_dir=sys.argv[2])
 def endlessly(self, at, out):
     print("decoding", flush=True)
     time.sleep(600)
-cache.PixelStore._decode = endlessly
+cache.PixelStore.decode = endlessly
 cache.disk_store(index, "train", 24, 1, sys.argv[2])
 """
 
@@ -384,7 +385,7 @@ def test_two_runs_building_one_cache_at_once(
     index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The lock belongs to an open file, so that two threads exclude each other as two processes do."""
-    decode, decoded = PixelStore._decode, []
+    decode, decoded = PixelStore.decode, []
 
     def slowly(self: PixelStore, at: int, out: Tensor) -> None:
         decoded.append(at)
@@ -392,7 +393,7 @@ def test_two_runs_building_one_cache_at_once(
             time.sleep(0.01)
         decode(self, at, out)
 
-    monkeypatch.setattr(PixelStore, "_decode", slowly)
+    monkeypatch.setattr(PixelStore, "decode", slowly)
     with ThreadPoolExecutor(2) as pool:
         stores = list(pool.map(lambda _: disk_store(index, "train", 24, 1, tmp_path)[0], range(2)))
     assert sorted(decoded) == list(range(12))

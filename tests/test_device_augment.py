@@ -23,8 +23,9 @@ from data_pipeline import (
     make_loader,
 )
 from data_pipeline.augment import IMAGENET_STD, rectangles_in_pixels
-from data_pipeline.cache import PixelCache, PixelStore, disk_store
+from data_pipeline.cache import PixelCache, disk_store
 from data_pipeline.loader import Loader
+from data_pipeline.pixel_store import PixelStore
 from kernels.augment import augment
 from tests.test_cache import write_photos
 
@@ -143,7 +144,7 @@ def test_a_cache_on_disk_is_read_instead_of_the_photos(
 ) -> None:
     expected = everything(make(index, tmp_path))
     disk_store(index, "train", 24, 1, tmp_path)
-    monkeypatch.setattr(PixelStore, "_decode", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(PixelStore, "decode", lambda *_: pytest.fail("decoded"))
     assert same(everything(make(index, tmp_path)), expected)
 
 

@@ -23,7 +23,7 @@ from data_pipeline.augment import (
     rectangles_in_pixels,
     train_params,
 )
-from data_pipeline.loader import Finish, finish
+from data_pipeline.finish import Finish, finish
 from data_pipeline.randaugment import apply, rand_augment
 from tests.test_cache import write_photos
 
