@@ -129,10 +129,12 @@ _BRANCH = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)")
 
 
 def loops(sass: str) -> str:
-    """The instructions that lie between the target of a backward branch and the branch, a line each."""
+    """The instructions that lie between the target of a backward branch and the branch, a line each; a wait whose
+    retries stand behind the end of the program is no loop."""
     instructions = [(int(address, 16), text) for address, text in _INSTRUCTION.findall(sass)]
     targets = [(int(m[1], 16), address) for address, text in instructions if (m := _BRANCH.search(text))]
-    bodies = [(target, address) for target, address in targets if target < address]
+    ends = [address for address, text in instructions if re.search(r"\bEXIT\b", text)]
+    bodies = [(first, last) for first, last in targets if first < last and not any(first < e < last for e in ends)]
     return "\n".join(t + " " for a, t in instructions if any(first <= a <= last for first, last in bodies))
 
 
@@ -296,7 +298,7 @@ def table(reports: Sequence[Report]) -> str:
     lines = [head]
     for (kernel, arch), built in rows.items():
         registers = sorted({r.registers for r in built})
-        aligned = [wide_share(r.loads) for r in built if r.wide_needed is not None]
+        aligned = [wide_share(r.loads) for r in built if r.wide_needed and r.wide_needed[0]]
         lines.append(
             f"{kernel:<36}{arch:>4}{len(built):>7}{f'{registers[0]}-{registers[-1]}':>12}"
             f"{sum(r.spills for r in built):>7}{max(r.shared for r in built):>8}"

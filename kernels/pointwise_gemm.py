@@ -208,7 +208,9 @@ def blocks_for(k: int, n: int, prologue: Prologue, epilogue: Epilogue, dtype: to
         return Blocks(64, 64, 32, 4, 1)
     wide = n > 64
     if prologue in SILU:
-        return Blocks(64, 128, 32, 8, 3) if wide else Blocks(64, 64, 32, 4, 4 if prologue == "bn_silu_gate" else 3)
+        if wide or prologue == "bn_silu":
+            return Blocks(64, 128 if wide else 64, 32, 8, 3)
+        return Blocks(64, 64, 32, 4, 4 if prologue == "bn_silu_gate" else 3)
     block_k = max(L.power_of_two(k), 16)
     if epilogue == "gate_sums":
         return Blocks(64, 64, block_k, 4, 2, single=True) if k <= 128 else Blocks(64, 64, 32, 8, 2)
@@ -216,7 +218,7 @@ def blocks_for(k: int, n: int, prologue: Prologue, epilogue: Epilogue, dtype: to
         return Blocks(64, 128, 64, 8, 3) if wide else Blocks(64, 64, 64, 4, 3)
     if k > 64 and wide:
         return Blocks(64, 128, block_k, 8, 3, single=True)
-    return Blocks(128, 64, block_k, 8, 3 if k <= 64 else 2, single=True)
+    return Blocks(128, 64, block_k, 8, 3 if k <= 32 else 2, single=True)
 
 
 PROGRAMS = 792  # of a launch: six for each multiprocessor of an H200, so one, two or three resident ones end together
@@ -294,6 +296,7 @@ def gemm(
 FORMS: tuple[tuple[Prologue, Epilogue, bool], ...] = (
     ("bn_grad", "gate_sums", True),
     ("bn_silu_gate", "statistics", False),
+    ("bn_silu_gate", "none", False),
     ("bn_silu", "statistics", False),
     ("none", "statistics", False),
     ("none", "none", False),
@@ -326,7 +329,7 @@ def aot_specs() -> Iterator[L.KernelSpec]:
             sizes = [(k, n) for k in SIZES for n in (40, 72)]
             chosen = {(blocks_for(k, n, prologue, epilogue, dtype), 8) for k, n in sizes}
             chosen.add((blocks_for(9, 9, prologue, epilogue, dtype), 1))
-            for blocks, vec in sorted(chosen, key=str):
+            for blocks, vec in sorted(chosen, key=lambda c: (-c[1], str(c))):
                 spans = {span_for(blocks.m, area, vec, dtype) for area in (blocks.m, blocks.m - 1, 1)}
                 for span in sorted(spans) if prologue == "bn_silu_gate" else (0,):
                     for scaled in ({}, {"scale_ptr": None}) if prologue == "bn_grad" else ({},):

@@ -212,7 +212,7 @@ def aot_specs() -> Iterator[L.KernelSpec]:
                 "gate_ptr": wide == "bn_silu_gate", "scale_ptr": narrow == "bn_grad",
             }  # fmt: skip
             absent = {pointer: None for pointer, present in used.items() if not present}
-            for blocks, vec in sorted(chosen, key=str):
+            for blocks, vec in sorted(chosen, key=lambda c: (-c[1], str(c))):
                 spans = {span_for(blocks.m, area, vec, dtype) for area in (blocks.m, blocks.m - 1, 1)}
                 for span in sorted(spans) if wide == "bn_silu_gate" else (0,):
                     for scaled in ({}, {"scale_ptr": None}) if narrow == "bn_grad" else ({},):
