@@ -1,4 +1,5 @@
-"""Each fused operation on the five largest B0 shapes, forward and backward, bf16, cold L2: the proof's cases.
+"""Every fused MBConv of B0, and each fused operation on the five largest B0 shapes, forward and backward, bf16, cold
+L2: the proof's cases.
 
 `extra_info` holds GB/s, the share of measured copy bandwidth, and the same for eager PyTorch and torch.compile. What
 breaks the tolerance rule is not timed: it fails.
@@ -11,10 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from bench.cases import DIRECTIONS, OpCase, timed_shapes
+from bench.cases import DIRECTIONS, BlockCase, OpCase, timed_shapes
+from bench.launches import describe
 from bench.measure import ColdCache, copy_bandwidth, synchronise
+from bench.proof_blocks import FUSED, time_block, timed_blocks
 from bench.proof_kernels import DTYPE, time_case
 from bench.shapes import OpShape
+from bench.stages import Context
+from kernels.mbconv_traffic import Block
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels run on a CUDA device: there is none")
 
@@ -47,6 +52,29 @@ def test_operation(
     def both() -> None:
         """What the plug-in's own clock sees: forward and backward with the host's launch costs, warm caches."""
         case.backward(case.forward(case.public(), impl="triton"))
+        synchronise(device)
+
+    benchmark(both)
+
+
+@pytest.mark.parametrize("block", timed_blocks(tiny=not torch.cuda.is_available()), ids=describe)
+def test_block(benchmark: Any, block: Block, device: torch.device, bandwidth: float, tell: list[str]) -> None:
+    rate = {"cases": {"large copy": {"bytes_per_second": bandwidth}}}
+    context = Context(device, float("inf"), {"copy bandwidth": rate})
+    found = time_block(block, (FUSED, "triton-ops", "torch", "compiled"), context)
+    predicted = sum(found["predicted"].values())
+    for name in (FUSED, "triton-ops", "torch", "compiled"):
+        one = found[name]
+        tell.append(
+            f"block {describe(block)}, {name}: {1e3 * one['seconds']:.3f} ms, bytes alone {1e3 * predicted:.3f} ms, "
+            f"peak {one['peak_bytes'] / 1e6:.0f} MB"
+        )
+    benchmark.extra_info.update(found, copy_bandwidth=bandwidth)
+    benchmark.group = "mbconv"
+    case = BlockCase(block, FUSED, DTYPE, device)
+
+    def both() -> None:
+        case.backward(case.forward())
         synchronise(device)
 
     benchmark(both)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib.util
 import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bench.measure import sample, synchronise
 from fastnet.config import OptimizerOptions
-from fastnet.model import efficientnet
+from fastnet.graph import CudaRecorder
+from fastnet.model import Kernels, efficientnet
 from fastnet.optim import make_optimizer
 from fastnet.scaling import architecture
 from fastnet.step import Amp, TrainStep
@@ -46,6 +47,65 @@ def available_peers() -> tuple[list[str], list[str]]:
         else:
             there.append(name)
     return there, missing
+
+
+class Workload(NamedTuple):
+    variant: str
+    resolution: int
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{self.variant}@{self.resolution} batch {self.batch}"
+
+
+class Entry(NamedTuple):
+    """A contender in one mode. `options` go to torch.compile, None is eager; ours may take other kernels and replay its
+    step as one CUDA graph."""
+
+    model: str
+    options: dict[str, Any] | None = None
+    kernels: Kernels = "auto"
+    graph: bool = False
+
+    @property
+    def label(self) -> str:
+        name = self.model if self.kernels == "auto" else f"{self.model} {self.kernels}"
+        mode = "eager" if self.options is None else self.options.get("mode", "compiled")
+        return f"{name}, {mode}{', graph' * self.graph}"
+
+    @property
+    def is_ours(self) -> bool:
+        """With the kernels that a user gets."""
+        return self.model == OURS and self.kernels == "auto"
+
+
+def compared_peers() -> list[str]:
+    """Of the peers that can be built here those that the proof times: one of timm's twins is enough."""
+    return [name for name in available_peers()[0] if name in (TIMM, TORCHVISION)]
+
+
+def eager_entries() -> list[Entry]:
+    return [Entry(name) for name in (OURS, *compared_peers())]
+
+
+def entries(peer_options: dict[str, Any] | None = None) -> list[Entry]:
+    """Ours, timm's efficientnet and torchvision's in every form; what matters most comes before time runs out."""
+    return [
+        Entry(OURS),
+        Entry(OURS, graph=True),
+        *(Entry(name) for name in compared_peers()),
+        Entry(OURS, {}, graph=True),
+        *(Entry(name, peer_options or {}) for name in compared_peers()),
+        Entry(OURS, {}),
+        Entry(OURS, kernels="triton-ops"),
+        Entry(OURS, kernels="torch"),
+    ]
+
+
+OWN_FORMS = (
+    Entry(OURS, graph=True), Entry(OURS, kernels="triton-ops", graph=True), Entry(OURS, {}, kernels="triton-ops"),
+    Entry(OURS, {}, kernels="torch"),
+)  # fmt: skip
 
 
 def build(name: str, variant: str = "b0", **options: Any) -> nn.Module:
@@ -92,9 +152,11 @@ class StepRunner:
         amp: Amp = "off",
         memory_format: str = "channels_last",
         compile_options: dict[str, Any] | None = None,
+        graph: bool = False,
         **options: Any,
     ) -> None:
-        """compile_options: None is eager; else ours is compiled by regions and a peer whole, with those options."""
+        """compile_options: None is eager; else ours is compiled by regions and a peer whole, with those options.
+        graph: the step is recorded after `fastnet.graph.WARMUP_STEPS` calls and then replayed."""
         torch.manual_seed(0)
         layout = FORMATS[memory_format]
         model = build(name, variant, **options).to(device).to(memory_format=layout)
@@ -106,6 +168,8 @@ class StepRunner:
                 model.compile(dynamic=False, **compile_options)
         optimizer = make_optimizer(model, OptimizerOptions(), lr=0.064 * batch / 256)
         self.step = TrainStep(model, optimizer, device=device, amp=amp)
+        if graph:
+            self.step.use_graph(CudaRecorder(device))
         self.images, self.labels = make_batch(batch, resolution, device, layout)
         self.memory_format = memory_format
 

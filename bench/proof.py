@@ -1,13 +1,15 @@
 """Everything there is to measure on a GPU, in four parts of at most eight minutes: `python -m bench.proof --part 1`.
 
-1: kernel tests, copy bandwidth, every operation against PyTorch eager and compiled, tiles, the training step of B0@224
-   and B1@232 against timm's and torchvision's. 2: B1@240, B4@380, B7@600, inference. 3: the peers in max-autotune.
-4: the loaders and caches, the augment kernel, and training from them against the model alone.
+1: what ten minutes are best spent on: kernel tests, copy bandwidth, the training step of B0@224 and B1@232 with its
+   memory against timm's and torchvision's, every fused block of B0 against PyTorch eager and compiled.
+2: every launch of every block beside cuBLAS, cuDNN and Inductor and what limits it; the fused operations; tiles.
+3: B1@240, B4@380, B7@600, inference, the peers in reduce-overhead and max-autotune. 4: loaders, training from files.
 
 Figures go to bench/results/<gpu>/<date>-<commit>.json after every case; --resume continues the newest file of this
 commit, GPU, torch and triton, also with another part. What is not correct is not timed. Parts 1 to 3 need torch and
 triton, and numpy for the configuration; peers are compared where they are installed. Without a GPU the same command
-runs at tiny sizes to its end, says what it left out, and writes to --out only.
+runs at tiny sizes to its end, says what it left out, and writes to --out only; with TRITON_INTERPRET=1 our kernels run
+too, through Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -22,27 +24,42 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 
-from bench.proof_kernels import ANATOMY, BANDWIDTH, COMPILED, KERNELS, TILES, parity
-from bench.proof_pipeline import END_TO_END, KERNEL, LOADERS
-from bench.proof_steps import AUTOTUNED, CACHES, CHECK, INFERENCE, STEPS_B0_B1, STEPS_LARGE, caches, inference, steps
+from bench.contenders import OURS, OWN_FORMS, Entry, compared_peers
+from bench.proof_blocks import BLOCKS, BLOCKS_COMPILED, LAUNCHES, LAUNCHES_COMPILED
+from bench.proof_caches import AUTOTUNED, CACHES, caches
+from bench.proof_kernels import ANATOMY, BANDWIDTH, COMPILED, KERNELS, TILES
+from bench.proof_parity import parity
+from bench.proof_pipeline import END_TO_END, LOADERS
+from bench.proof_steps import CHECK, INFERENCE, STEPS_B0_B1, STEPS_LARGE, inference, steps
 from bench.stages import Stage, run_part
 
+B0, B1 = STEPS_B0_B1
+MODES = (
+    Entry(OURS, graph=True), Entry(OURS, {}, graph=True),
+    *(Entry(name, {"mode": mode}) for mode in ("reduce-overhead", "max-autotune") for name in compared_peers()),
+)  # fmt: skip
 PARTS: dict[int, tuple[Stage, ...]] = {
-    1: (BANDWIDTH, parity(STEPS_B0_B1), CHECK, KERNELS, steps("steps", STEPS_B0_B1), TILES, ANATOMY, COMPILED),
-    2: (
+    1: (
+        BANDWIDTH,
+        parity(STEPS_B0_B1),
+        CHECK,
+        steps("steps", [B0]),
+        BLOCKS,
+        steps("steps, B1", [B1]),
+        steps("steps, our kernels", [B0], OWN_FORMS),
+        BLOCKS_COMPILED,
+    ),
+    2: (BANDWIDTH, CHECK, LAUNCHES, KERNELS, LAUNCHES_COMPILED, TILES, ANATOMY, COMPILED),
+    3: (
         BANDWIDTH,
         CHECK,
         caches("compile caches, large", STEPS_LARGE[:2], 150),
         steps("steps, large", STEPS_LARGE),
         inference(INFERENCE),
+        caches(AUTOTUNED, [B0], 300, "max-autotune"),
+        steps("steps, max-autotune", [B0], MODES),
     ),
-    3: (
-        BANDWIDTH,
-        CHECK,
-        caches(AUTOTUNED, STEPS_B0_B1[:1], 300, "max-autotune"),
-        steps("steps, max-autotune", STEPS_B0_B1[:1], {"mode": "max-autotune"}),
-    ),
-    4: (CHECK, LOADERS, KERNEL, END_TO_END),
+    4: (CHECK, LOADERS, END_TO_END),
 }
 # Short of eight: a compilation that has begun cannot be stopped.
 PART_MINUTES = 7.5

@@ -1,10 +1,7 @@
-"""Stages of the proof about single operations: parity, copy bandwidth, each against PyTorch, the choice of tiles."""
+"""Stages of the proof about copy bandwidth and the fused operations: each against PyTorch, the choice of tiles."""
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
@@ -13,76 +10,11 @@ import torch
 from torch import Tensor
 
 from bench.cases import DIRECTIONS, OpCase, error_share, errors, image_bytes, kernel_names, timed_shapes
-from bench.contenders import OURS, TIMM, TORCHVISION, available_peers
-from bench.machine import ROOT
 from bench.measure import ColdCache, copy_bandwidth, sample, summarise, synchronise
-from bench.proof_steps import CacheFiller, Workload
-from bench.stages import Case, Context, Refused, Stage, attempt
+from bench.stages import Case, Context, Stage, attempt
 from kernels import launch
 
-PARITY_SECONDS = 160
-GPU_TESTS, CPU_TESTS = "test_kernels_on_gpu.py", "test_drop_connect.py"
 DTYPE = torch.bfloat16
-
-
-def parity_stage(works: Sequence[Workload]) -> Callable[[Context], Iterator[tuple[str, Case]]]:
-    """The kernels' tests in a process of their own; on a GPU the compile caches for `works` are filled meanwhile.
-
-    Refuses where a test fails. Where they don't end in time, what is timed later is still checked case by case.
-    """
-
-    def run(context: Context) -> Iterator[tuple[str, Case]]:
-        filler = None
-        if not context.tiny:
-            models = [OURS, *(name for name in (TIMM, TORCHVISION) if name in available_peers()[0])]
-            filler = CacheFiller([(model, work) for work in works for model in models], PARITY_SECONDS)
-        found = _run_tests(context)
-        if filler is not None:
-            found["compile_caches"] = filler.wait()
-        if found["failed"]:
-            raise Refused(f"{found['failed']} kernel tests fail, so nothing is timed: {'; '.join(found['failures'])}")
-        yield "pytest", found
-
-    return run
-
-
-def _run_tests(context: Context) -> Case:
-    file = ROOT / "tests" / (CPU_TESTS if context.tiny else GPU_TESTS)
-    if not file.exists():
-        raise Refused(f"{file.name} is not in tests/: run from the source tree")
-    if context.tiny:
-        context.leave_out("the tests of the other kernels: the interpreter takes minutes (`make test` runs them)")
-    sampled = ["-k", "fp16"] if context.tiny else []
-    command = [sys.executable, "-m", "pytest", str(file), "-q", "-m", "not slow and not full", *sampled]
-    seconds = 90 if context.tiny else PARITY_SECONDS
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=seconds)
-    except subprocess.TimeoutExpired as late:
-        output = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
-        context.leave_out(f"the rest of the kernel tests: they did not end within {seconds} s")
-        return {"passed": output.count("."), "failed": 0, "failures": [], "summary": "not finished"}
-    summary = (done.stdout.strip().splitlines() or [done.stderr.strip()[-200:]])[-1]
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error|skipped)", summary)}
-    failed = counts.get("failed", 0) + counts.get("error", 0)
-    if done.returncode and not failed:
-        failed = 1  # pytest itself could not run
-    failures = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))] or [summary]
-    return {
-        "passed": counts.get("passed", 0),
-        "failed": failed,
-        "skipped": counts.get("skipped", 0),
-        "failures": failures[:20] if failed else [],
-        "summary": summary,
-    }
-
-
-def show_parity(cases: dict[str, Case]) -> str:
-    lines = [f"{found['passed']} kernel tests passed: {found['summary']}" for found in cases.values()]
-    for found in cases.values():
-        for name, filled in found.get("compile_caches", {}).items():
-            result = filled.get("error") or f"first step after {filled['first_step']:.0f} s (contended)"
-            lines.append(f"  compile cache, {name}: {result}")
-    return "\n".join(lines)
 
 
 def bandwidth_stage(context: Context) -> Iterator[tuple[str, Case]]:
@@ -280,10 +212,6 @@ def show_anatomy(cases: dict[str, Case]) -> str:
         for name, one in found["kernels"].items():
             lines.append(f"  {name:<40}{1e6 * one['seconds']:9.1f} us in {one['launches']:.0f} launches")
     return "\n".join(lines)
-
-
-def parity(works: Sequence[Workload]) -> Stage:
-    return Stage("parity", parity_stage(works), show_parity)
 
 
 BANDWIDTH = Stage("copy bandwidth", bandwidth_stage, show_bandwidth)

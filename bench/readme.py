@@ -7,35 +7,30 @@ Without `--write` the table is printed; with it, what stands in README.md betwee
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.machine import ROOT
-from bench.stages import RESULTS
+from bench.stages import RESULTS, newest_results
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 NOTHING = (
     "Not measured on a GPU yet: `bench/results/` holds no figures. `python -m bench.proof --part 1` makes them "
     "(see `bench/NOTES.md`)."
 )
-STEP_STAGES = ("steps", "steps, large", "steps, max-autotune", "inference")
+STEP_STAGES = ("steps", "steps, B1", "steps, our kernels", "steps, large", "steps, max-autotune", "inference")
+BLOCK_FORMS = ("triton", "triton-ops", "torch", "compiled")
 
 
 def tables(results: Path = RESULTS) -> str:
     """Markdown of every GPU that has results; a sentence where none has."""
-    parts = []
-    for folder in sorted(path for path in results.glob("*") if path.is_dir()):
-        files = sorted(folder.glob("*.json"), key=lambda file: json.loads(file.read_text())["machine"]["time"])
-        if files:
-            parts.append(_gpu_tables(files[-1]))
-    return "\n\n".join(parts) or NOTHING
+    return "\n\n".join(_gpu_tables(file, content) for file, content in newest_results(results)) or NOTHING
 
 
-def _gpu_tables(file: Path) -> str:
-    content = json.loads(file.read_text())
+def _gpu_tables(file: Path, content: dict[str, Any]) -> str:
     machine, stages = content["machine"], content["stages"]
     where = f"{file.parent.parent.name}/{file.parent.name}/{file.name}"
     parts = [
@@ -49,6 +44,18 @@ def _gpu_tables(file: Path) -> str:
     if steps:
         head = "| what | model | img/s | spread | runs | peak GB | time-passes |\n|---|---|---|---|---|---|---|"
         parts.append("\n".join([head, *steps]))
+    parts += [line for stage in STEP_STAGES for line in _step_sentences(_good(stages, stage))]
+    blocks = _block_rows(_good(stages, "blocks"), _good(stages, "blocks, compiled"))
+    if blocks:
+        head = (
+            "| MBConv, forward and backward | ms | % of predicted | triton-ops ms | eager ms | compiled ms "
+            "| peak MB | eager's |\n|---|---|---|---|---|---|---|---|"
+        )
+        parts.append("\n".join([head, *blocks]))
+    launches = _launch_rows(_good(stages, "launches"))
+    if launches:
+        head = "| step of the schedule, all blocks | µs | GB/s | % of its limit |\n|---|---|---|---|"
+        parts.append("\n".join([head, *launches]))
     kernels = _kernel_rows(_good(stages, "kernels"), _good(stages, "kernels, compiled"))
     if kernels:
         head = (
@@ -78,6 +85,53 @@ def _step_rows(stage: str, cases: dict[str, Any]) -> list[str]:
                 f"{timing['spread']:.1%} | {timing['runs']} | {peak} | {passes} |"
             )
     return rows
+
+
+def _step_sentences(cases: dict[str, Any]) -> list[str]:
+    sentences = []
+    for work, found in cases.items():
+        if "speedup" not in found:
+            continue
+        sentence = f"{work}: {found['best']} is {found['speedup']:.2f} × as fast as {found['fastest_peer']}"
+        memory = {name: f"{share:.2f} of {name.replace('_', ' ')}'s" for name, share in found["memory"].items()}
+        if memory:
+            sentence += f"; its peak memory is {' and '.join(memory.values())}"
+        if "anatomy" in found:
+            sentence += f"; our kernels take {found['anatomy']['own_share']:.0%} of the eager step's device time"
+        sentences.append(f"{sentence}.")
+    return sentences
+
+
+def _block_rows(cases: dict[str, Any], compiled: dict[str, Any]) -> list[str]:
+    rows = []
+    for key, found in cases.items():
+        if "triton" not in found:
+            continue
+        by = {**compiled.get(key, {}), **found}
+        fused, others = by["triton"], [by.get(name) for name in BLOCK_FORMS[1:]]
+        cells = " | ".join(f"{1e3 * other['seconds']:.3f}" if other else "" for other in others)
+        share = sum(found["predicted"].values()) / fused["seconds"]
+        eager = f"{by['torch']['peak_bytes'] / 1e6:.0f}" if "torch" in by else ""
+        rows.append(
+            f"| {found['times']} × {key} | {1e3 * fused['seconds']:.3f} | {share:.0%} | {cells} | "
+            f"{fused['peak_bytes'] / 1e6:.0f} | {eager} |"
+        )
+    return rows
+
+
+def _launch_rows(cases: dict[str, Any]) -> list[str]:
+    """By step, over all blocks of the model: time, bytes over time, and predicted over measured."""
+    sums: dict[str, Counter[str]] = {}
+    for found in cases.values():
+        for step, one in found["steps"].items():
+            if "ours" in one:
+                amounts = {"seconds": one["ours"]["median"], "bytes": one["bytes"], "predicted": one["predicted"]}
+                sums.setdefault(step, Counter()).update({k: found["times"] * v for k, v in amounts.items()})
+    return [
+        f"| {step} | {1e6 * of['seconds']:.0f} | {of['bytes'] / of['seconds'] / 1e9:.0f} | "
+        f"{of['predicted'] / of['seconds']:.0%} |"
+        for step, of in sums.items()
+    ]
 
 
 def _kernel_rows(cases: dict[str, Any], compiled: dict[str, Any]) -> list[str]:

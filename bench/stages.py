@@ -118,6 +118,14 @@ class ResultFile:
         os.replace(partial, self.path)
 
 
+def newest_results(results: Path = RESULTS) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The newest file of each GPU's folder, and what it holds."""
+    for folder in sorted(path for path in results.glob("*") if path.is_dir()):
+        contents = [(file, json.loads(file.read_text())) for file in sorted(folder.glob("*.json"))]
+        if contents:
+            yield max(contents, key=lambda found: found[1]["machine"]["time"])
+
+
 def result_folder(device: torch.device, out: Path | None) -> Path | None:
     """Where results go: `out`, or bench/results/<gpu>; None on a CPU without `out`.
 

@@ -14,13 +14,20 @@ from typing import Any
 import pytest
 import torch
 
-from bench import measure, readme, stages
-from bench.cases import DIRECTIONS
+from bench import measure, proof_blocks, proof_steps, readme, stages
+from bench.anatomy import Spent, kernel_bytes, top_kernels
+from bench.cases import DIRECTIONS, error_share, errors
+from bench.contenders import OURS, TIMM, TORCHVISION, Entry, Workload, eager_entries
+from bench.launches import describe, schedule
+from bench.limits import H200, Work, block_work, bound
 from bench.machine import commit, gpu_folder
 from bench.measure import interleaved, median_ratio, summarise
-from bench.proof_steps import Workload, time_passes
-from bench.shapes import activations
+from bench.proof_steps import ratios, time_passes
+from bench.shapes import activations, model_blocks
 from bench.stages import Case, Context, Refused, Stage, attempt, result_folder, run_part
+from kernels import mbconv_traffic
+from kernels.launch import INTERPRETED
+from kernels.mbconv_traffic import Block
 
 CPU = torch.device("cpu")
 
@@ -173,6 +180,138 @@ def test_time_passes_of_a_known_step() -> None:
     assert passes == pytest.approx(1e11 / (128 * activations("b0", 224) * 2))
 
 
+TINY = proof_blocks.TINY_BLOCK
+BANDWIDTH = {"copy bandwidth": {"cases": {"large copy": {"bytes_per_second": 1e12}}}}
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="on a GPU the proof itself runs these")
+
+
+@interpreted
+@pytest.mark.parametrize("block", [TINY, Block(2, 6, 6, 4, 2, 5, 4, 5, 2, expands=False)], ids=describe)
+def test_every_step_of_the_schedule_does_the_same_job_as_its_counterpart(block: Block) -> None:
+    names = []
+    for step, launch in schedule(block, torch.float32, CPU):
+        names.append(step)
+        expected = launch.job(*launch.arguments)
+        ours = [value for value in launch.ours() if value is not None]
+        assert len(ours) == len(expected), step
+        for value, job in zip(ours, expected, strict=True):
+            whole = value.sum(2) if value.dim() == 4 and job.dim() == 3 else value
+            assert torch.linalg.norm(whole.view(job.shape) - job) <= 1e-5 * torch.linalg.norm(job), step
+        assert launch.library is None or isinstance(launch.library(), torch.Tensor | tuple)
+    moved = mbconv_traffic.forward(block, torch.float32) | mbconv_traffic.backward(block, torch.float32)
+    assert names == list(moved)
+
+
+@interpreted
+def test_blocks_and_launches_are_timed_and_shown() -> None:
+    stages = [proof_blocks.BLOCKS, proof_blocks.LAUNCHES]
+    context = Context(CPU, time.monotonic() + 600, dict(BANDWIDTH))
+    tables = []
+    for stage in stages:
+        ((key, found),) = stage.run(context)
+        assert "error" not in found, found
+        assert key == describe(TINY)
+        context.stages[stage.name] = {"cases": {key: found}}
+        tables.append(stage.table({key: found}))
+        assert list(stage.run(context)) == [], "a case is run once"
+    block = context.cases("blocks")[describe(TINY)]
+    moved = proof_blocks.block_bytes(TINY, torch.float32)
+    assert block["predicted"] == {direction: moved[direction] / 1e12 for direction in DIRECTIONS}
+    assert block["error_share"] <= 1
+    steps = context.cases("launches")[describe(TINY)]["steps"]
+    assert list(steps) == list(block_work(TINY, torch.float32))
+    assert sum(one["bytes"] for one in steps.values()) == sum(moved.values())
+    assert "cuBLAS" in tables[1]
+    assert all(step in tables[1] for step in steps)
+
+
+def test_the_same_job_is_compared_and_the_bare_product_is_not(tmp_path: Path) -> None:
+    def medians(**seconds: float) -> Case:
+        found: Case = {name: {"median": value} for name, value in seconds.items()}
+        return found | {"fastest": proof_blocks.fastest(found)}
+
+    first = {"F1 expand": medians(ours=2, eager=3, library=1), "F6 join": medians(ours=2, eager=1.5)}
+    second = {"F1 expand": medians(ours=2, eager=3, compiled=1.9)}
+    content = {
+        "machine": {"gpu": "X1", "time": "2030-01-02"},
+        "stages": {
+            "launches": {"cases": {"a": {"steps": first}, "broken": {"error": "no"}}},
+            "launches, compiled": {"cases": {"a": {"steps": second}}},
+        },
+    }
+    (tmp_path / "x1").mkdir()
+    (tmp_path / "x1" / "new.json").write_text(json.dumps(content))
+    assert first["F1 expand"]["fastest"] == "ours"
+    found = proof_blocks.choices(tmp_path)["X1"]
+    assert found["a"] == {"F1 expand": "compiled", "F6 join": "eager"}
+    assert proof_blocks.choices(tmp_path / "x1") == {}
+
+
+def test_what_limits_a_step_is_the_resource_that_needs_the_longest() -> None:
+    of = H200._replace(memory=1e12, special=1e9, tensor=1e12, instructions=1e9)
+    assert bound(Work(memory=int(2e12), special=int(1e9)), of) == ("memory", 2.0)
+    assert bound(Work(memory=1, tensor=int(3e12), instructions=int(2e9)), of) == ("tensor", 3.0)
+    block = model_blocks("b0", 224, 128)[2]  # 24→144→24, k 3, stride 1, at 56
+    work = block_work(block)
+    pixels = 128 * 56 * 56
+    assert work["F1 expand"].tensor == 2 * pixels * 24 * 144
+    assert work["F1 expand"].special == work["F6 join"].special == 0
+    assert work["F3 squeeze"].special == 2 * pixels * 144
+    # Whole strips of 8 columns that read 10, and one row above and below an image of 56.
+    assert work["F2 depthwise"].special >= 2 * pixels * 10 // 8 * 144
+    moved = mbconv_traffic.forward(block, torch.bfloat16, from_memory=True)
+    assert work["F5 project"].memory == sum(moved["F5 project"].values())
+
+
+def test_errors_are_shares_of_what_the_rule_allows() -> None:
+    true = torch.ones(4, dtype=torch.float64)
+    rounding = torch.finfo(torch.float32).eps / 2
+    draw = errors([torch.full((4,), 1.5)], [torch.full((4,), 1.125)], [true])
+    assert error_share(draw) == pytest.approx(0.5 / (0.25 + rounding))
+    lucky = errors([torch.full((4,), 1.25)], [torch.ones(4)], [true])
+    assert error_share(lucky) > 1000
+    assert error_share(lucky, draw) == error_share(draw), "the largest errors of both draws"
+    assert error_share(errors([torch.full((4,), float("nan"))], [torch.ones(4)], [true])) == float("inf")
+
+
+def test_speed_and_memory_are_ours_against_the_best_peers() -> None:
+    contenders = [*eager_entries(), Entry(OURS, kernels="torch"), Entry(OURS, graph=True)]
+    names = {entry.label for entry in contenders}
+    if not {f"{TIMM}, eager", f"{TORCHVISION}, eager"} <= names:
+        pytest.skip("no peer is installed")
+    times = {
+        f"{OURS}, eager": 2.0, f"{OURS}, eager, graph": 1.0, f"{OURS} torch, eager": 0.5, f"{TIMM}, eager": 3.0,
+        f"{TORCHVISION}, eager": 4.0,
+    }  # fmt: skip
+    assert times.keys() == names
+    peaks = {f"{TIMM}, eager": 10, f"{TORCHVISION}, eager": 20}
+    cases = {name: {"peak_bytes": peaks.get(name, 4)} for name in names}
+    found = ratios({name: [seconds] * 3 for name, seconds in times.items()}, cases, contenders)
+    assert (found["best"], found["speedup"]) == (f"{OURS}, eager, graph", 3.0), "with the kernels that a user gets"
+    assert found["memory"] == {"torchvision_eager": 0.2, "leanest_peer": 0.4}
+
+
+def test_kernels_of_a_step_are_ranked_with_their_bytes_and_share() -> None:
+    work = Workload("b0", 64, 4)
+    moved = kernel_bytes(work)
+    assert {"_pointwise_kernel", "_depthwise_kernel", "_bn_silu_fwd_kernel"} <= moved.keys()
+    times = {"_depthwise_kernel": Spent(3e-3, 16), "cutlass": Spent(6e-3, 2), "_bn_silu_fwd_kernel": Spent(1e-3, 2)}
+    found = top_kernels(times | {f"small {i}": Spent(0.0, 1) for i in range(20)}, work, 1e9)
+    assert [one["name"] for one in found["top"][:3]] == ["cutlass", "_depthwise_kernel", "_bn_silu_fwd_kernel"]
+    assert len(found["top"]) == 10
+    assert found["own_share"] == pytest.approx(0.4)
+    assert "bytes" not in found["top"][0]
+    assert found["top"][1]["of_copy_bandwidth"] == pytest.approx(moved["_depthwise_kernel"] / 3e-3 / 1e9)
+
+
+def test_no_contender_is_built_for_a_cpu_that_needs_a_gpu() -> None:
+    context = Context(CPU, time.monotonic() + 600, dict(BANDWIDTH))
+    entries = [Entry(OURS, graph=True), Entry(OURS, {}), Entry(OURS, kernels="triton-ops")]
+    stage = proof_steps.steps("steps", [Workload("b0", 224, 256)], entries)
+    assert list(stage.run(context)) == []
+    assert "fastnet, eager, graph; fastnet, compiled; fastnet triton-ops, eager" in context.left_out[-1]
+
+
 def test_readme_table_is_made_from_the_newest_results(tmp_path: Path) -> None:
     assert readme.tables(tmp_path) == readme.NOTHING
     timing = {"median": 0.05, "spread": 0.01, "best": 0.049, "runs": 12}
@@ -180,10 +319,22 @@ def test_readme_table_is_made_from_the_newest_results(tmp_path: Path) -> None:
     for day, median in (("02", 0.05), ("01", 0.5)):
         case = {"timing": {**timing, "median": median}, "images_per_second": 256 / median, "peak_bytes": 2.5e10}
         ours = {"triton": {"timing": {**timing, "median": 1e-4}, "of_copy_bandwidth": 0.875}}
+        step = {
+            "amp": "bf16", "contenders": {"fastnet, eager": case}, "speedup": 3.1, "best": "fastnet, eager",
+            "fastest_peer": "timm", "memory": {"leanest_peer": 0.5}, "anatomy": {"own_share": 0.8},
+        }  # fmt: skip
+        block = {
+            "times": 3, "predicted": {"forward": 5e-4, "backward": 5e-4},
+            "triton": {"seconds": 2e-3, "peak_bytes": 1e6}, "torch": {"seconds": 8e-3, "peak_bytes": 3e6},
+        }  # fmt: skip
+        launch = {"ours": {"median": 1e-3}, "bytes": int(2e9), "predicted": 5e-4}
         content = {
             "machine": {**machine, "time": f"2030-01-{day}T00:00:00"},
             "stages": {
-                "steps": {"cases": {"b0@224 batch 256": {"amp": "bf16", "contenders": {"fastnet, eager": case}}}},
+                "steps": {"cases": {"b0@224 batch 256": step}},
+                "blocks": {"cases": {"16→96→24": block}},
+                "blocks, compiled": {"cases": {"16→96→24": {"compiled": {"seconds": 4e-3}}}},
+                "launches": {"cases": {"16→96→24": {"steps": {"F1 expand": launch}, "times": 2}}},
                 "kernels": {"cases": {"bn_silu 1x8x4x4": dict.fromkeys(DIRECTIONS, ours), "broken": {"error": "no"}}},
             },
         }
@@ -191,6 +342,11 @@ def test_readme_table_is_made_from_the_newest_results(tmp_path: Path) -> None:
         (tmp_path / "x1" / f"2030-01-{day}-abc.json").write_text(json.dumps(content))
     table = readme.tables(tmp_path)
     assert "| training step b0@224 batch 256, bf16 | fastnet, eager | 5,120 | 1.0% | 12 | 25.0 |  |" in table
+    assert (
+        "b0@224 batch 256: fastnet, eager is 3.10 × as fast as timm; its peak memory is 0.50 of leanest peer's" in table
+    )
+    assert "| 3 × 16→96→24 | 2.000 | 50% |  | 8.000 | 4.000 | 1 | 3 |" in table
+    assert "| F1 expand | 2000 | 2000 | 50% |" in table
     assert "| bn_silu 1x8x4x4 | backward | 100.0 | 1.0% | 88% |  |  |" in table
     assert "broken" not in table
     text = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
@@ -208,5 +364,6 @@ def test_first_part_runs_to_its_end_on_a_cpu(tmp_path: Path) -> None:
         capture_output=True, text=True, cwd=stages.ROOT, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "left out: triton and eager on the operations" in done.stdout
+    assert "left out: on a CPU: fastnet, eager, graph" in done.stdout
+    assert "left out: triton and triton-ops on the blocks" in done.stdout
     assert {entry["state"] for entry in content(tmp_path).values()} == {"done"}

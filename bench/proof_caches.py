@@ -1,0 +1,89 @@
+"""Filling the compile caches before anything is timed, so that a part of the proof can end in its time."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from bench.contenders import OURS, Workload, compared_peers
+from bench.first_step import in_subprocess
+from bench.stages import Case, Context, Stage
+
+CACHES = Path(tempfile.gettempdir()) / "fastnet-proof-caches"
+AUTOTUNED = "compile caches, max-autotune"
+
+
+class CacheFiller:
+    """Fills the compile caches in processes of their own, some at a time, while nothing is being timed."""
+
+    def __init__(
+        self, jobs: Sequence[tuple[str, Workload]], seconds: float, *, mode: str = "default", at_once: int = 3
+    ) -> None:
+        self._until = time.monotonic() + seconds
+        self._mode = mode
+        self._pool = ThreadPoolExecutor(at_once)
+        self._lock = threading.Lock()
+        self.found: dict[str, Case] = {}
+        self._futures = [self._pool.submit(self._fill, *job) for job in jobs]
+
+    def _fill(self, model: str, work: Workload) -> None:
+        left = self._until - time.monotonic()
+        case: Case = {"error": "no time left"}
+        if left > 20:
+            try:
+                case = in_subprocess(
+                    model, CACHES, variant=work.variant, resolution=work.resolution, batch=work.batch,
+                    amp="bf16", mode=self._mode, timeout=left,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                case = {"error": "not compiled in time; what is cached so far stays: run this part again with --resume"}
+            except RuntimeError as error:
+                case = {"error": str(error)[:300]}
+        with self._lock:
+            self.found[f"{model} {work}"] = case
+
+    def wait(self) -> dict[str, Case]:
+        for future in self._futures:
+            future.result()
+        self._pool.shutdown()
+        return self.found
+
+
+def caches_stage(
+    name: str, works: Sequence[Workload], seconds: float, mode: str = "default"
+) -> Callable[[Context], Iterator[tuple[str, Case]]]:
+    """Compile everything once before anything is timed; what does not end in time is compiled later or left out."""
+
+    def run(context: Context) -> Iterator[tuple[str, Case]]:
+        if context.tiny:
+            context.leave_out("compiled steps: a CPU spends minutes on each (see `pytest bench/bench_compile.py`)")
+            return
+        done = context.cases(name)
+        models = [OURS, *compared_peers()]
+        if mode != "default":
+            models.remove(OURS)
+        jobs = [(model, work) for work in works for model in models if f"{model} {work}" not in done]
+        # Autotuning times kernels: one process at a time then.
+        filler = CacheFiller(jobs, seconds, mode=mode, at_once=3 if mode == "default" else 1)
+        for case, found in filler.wait().items():
+            if "error" in found:
+                context.leave_out(f"filling the compile cache for {case}: {found['error']}")
+            else:
+                yield case, found
+
+    return run
+
+
+def show_caches(cases: dict[str, Case]) -> str:
+    return "\n".join(
+        f"{case}: first step after {found['first_step']:.0f} s, contended" for case, found in cases.items()
+    )
+
+
+def caches(name: str, works: Sequence[Workload], seconds: float, mode: str = "default") -> Stage:
+    return Stage(name, caches_stage(name, works, seconds, mode), show_caches)
