@@ -65,6 +65,12 @@ def test_a_whole_jpeg_is_not_decoded(
     assert found == expected
 
 
+def test_sizes_are_those_of_the_upright_photo(tmp_path: Path) -> None:
+    for orientation, size in ((3, (40, 30)), (6, (30, 40))):
+        (tmp_path / "x.jpg").write_bytes(jpeg(exif=turned(orientation)))
+        assert scan(str(tmp_path / "x.jpg")) == (*size, orientation, BASELINE, None)
+
+
 def test_real_photos_are_what_a_full_decode_says(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = sorted(map(str, photos.glob("images/*/*.jpg")))
     some = paths[::16]
