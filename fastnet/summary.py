@@ -13,6 +13,7 @@ from typing import Literal
 
 from fastnet.config import Variant
 from fastnet.errors import UserError, run_command
+from fastnet.scaling import Architecture, architecture, round_filters
 
 CLASS_COUNTS = (101, 1000)
 """Food-101's and ImageNet's, at which the totals are given."""
@@ -53,9 +54,12 @@ class ModelSummary:
 
 
 def summarise(
-    variant: str, scaling: Literal["published", "compound"] = "published", resolution: int = 0
+    variant: str | Architecture, scaling: Literal["published", "compound"] = "published", resolution: int = 0
 ) -> ModelSummary:
-    """Count it all; resolution 0 is the variant's own on Food-101. Nothing is allocated or run."""
+    """Count it all; resolution 0 is the variant's own on Food-101. Nothing is allocated or run.
+
+    variant: "b0" … "b7", or an Architecture such as ``CompoundScaler(1.5).architecture()``, which brings its scaling.
+    """
     import torch
 
     from fastnet.layers import SE_RATIO
@@ -68,9 +72,8 @@ def summarise(
         block_shapes,
         stage_repeats,
     )
-    from fastnet.scaling import architecture, round_filters
 
-    arch = architecture(variant, scaling)
+    arch = variant if isinstance(variant, Architecture) else architecture(variant, scaling)
     resolution = resolution or arch.resolution
     with torch.device("meta"):
         model = EfficientNet(ModelConfig(width=arch.width, depth=arch.depth))
@@ -121,7 +124,7 @@ def summarise(
         )
         for classes in CLASS_COUNTS
     }
-    return ModelSummary(variant, scaling, resolution, arch.width, arch.depth, tuple(stages), totals)
+    return ModelSummary(arch.name, arch.scaling, resolution, arch.width, arch.depth, tuple(stages), totals)
 
 
 def summary(

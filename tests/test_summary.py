@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastnet.errors import UserError
+from fastnet.scaling import CompoundScaler
 from fastnet.summary import summarise, summary
 
 # At the official resolution, 1000 classes: parameters, GMACs (torchvision's `_ops`), M activations (timm's `macts`).
@@ -66,6 +67,9 @@ def test_stages_follow_the_papers_table_1() -> None:
 
 def test_pure_powers_are_another_model() -> None:
     assert summarise("b1", "compound").totals[1000].parameters == 9_109_994  # depth 1.2, width 1.1: as b2
+    free = summarise(CompoundScaler(1).architecture())
+    assert (free.variant, free.scaling, free.resolution) == ("phi=1", "compound", 232)
+    assert free.totals[1000].parameters == 9_109_994
 
 
 def test_the_command_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None:
