@@ -33,7 +33,8 @@ would save dy + P + D and dA1 + E, at the price of an accumulator of [64, C_out]
 F6 stays a launch of its own: y is the next block's residual and its weight gradient's operand and has to be written
 either way, so folding F6 into the next F1 would save one read of y and tie two blocks together.
 
-Inference is the forward half without statistics: running means and variances take the batch's place.
+Inference is the forward half without statistics: running means and variances take the batch's place, and BN3 and
+the residual join F5, whose output is y.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from kernels import pointwise as P
 from kernels.batch_norm import sum_partials
 from kernels.depthwise import depthwise, merge_stats
 from kernels.depthwise_backward import OutNorm, depthwise_backward
-from kernels.drop_connect import join, reduce_sums
+from kernels.drop_connect import reduce_sums
 from kernels.squeeze_excite import Norm, fake_parameters, fake_vectors, squeeze
 from kernels.strips import Geometry, Padding, empty_nhwc, geometry
 
@@ -309,8 +309,9 @@ def inference(
     residual: bool,
     eps: float,
 ) -> Tensor:
-    """The block with the running statistics: y. A layer is (weight, norm weight, norm bias, mean, variance), `expand`
-    empty for a block without; `excite` is (w_reduce, b_reduce, w_expand, b_expand)."""
+    """The block with the running statistics, the last norm folded into its convolution: y. A layer is (weight, norm
+    weight, norm bias, mean, variance), `expand` empty for a block without; `excite` is (w_reduce, b_reduce, w_expand,
+    b_expand)."""
     x = L.nhwc(x)
     e, norm1 = x, Norm()
     if expand:
@@ -323,8 +324,11 @@ def inference(
     gate = E.excite(partial, _area(d), *excite)[2]
     w3, g3, b3, mean3, var3 = project
     norm2 = P.coefficients(mean2, var2, g2, b2, eps)
-    p = P.gemm(d, w3.flatten(1), prologue="bn_silu_gate", vectors=norm2, gate=gate)[0]
-    return join(p, x if residual else None, None, (mean3, var3, g3, b3), eps)
+    gain = g3 * torch.rsqrt(var3 + eps)
+    return P.gemm(
+        d, w3.flatten(1) * gain[:, None], prologue="bn_silu_gate", epilogue="bias", vectors=norm2, gate=gate,
+        other=x if residual else None, other_vectors=b3 - mean3 * gain,
+    )[0]  # fmt: skip
 
 
 @inference.register_fake

@@ -6,6 +6,7 @@ A is an image `[B, K, H, W]` in channels_last, read as `[M, K]` with M = B H W, 
     "none"          Y
     "statistics"    and mean and M2 of each program's rows for `kernels.batch_norm`'s merge, of Y as stored
     "residual"      Y + residual
+    "bias"          Y + bias (+ residual)
     "gate_sums"     and, with a = silu(z(d)), σ' = silu'(z(d)) and x̂ of an image d like Y, each image's Σ Y a, Σ Y σ',
                     Σ Y σ' x̂, of Y as stored, as `kernels.excite` wants them
 
@@ -51,7 +52,7 @@ from kernels.pointwise_operand import (
 )
 from kernels.strips import empty_nhwc
 
-Epilogue = Literal["none", "statistics", "residual", "gate_sums"]
+Epilogue = Literal["none", "statistics", "residual", "bias", "gate_sums"]
 
 
 @L.helper
@@ -83,7 +84,7 @@ def _pointwise_kernel(
     gate_ptr,  # [B, K]
     scale_ptr,  # [B]; None is one
     image_ptr,  # [M, N]: the residual, or d
-    image_coefficients_ptr,  # [4, N]: d's
+    image_coefficients_ptr,  # [4, N]: d's; [N]: the bias
     partial_ptr,  # statistics [2, P, N]; gate_sums [3, B, chunks, N]
     area,
     row_count,
@@ -143,7 +144,9 @@ def _pointwise_kernel(
                 w = weight_tile(w_ptr, k0, k_count, n0, n_count, DGRAD, BLOCK_K, BLOCK_N)
                 acc = product(w, tl.trans(a), acc, WIDEN)
         offsets, mask = tile_at(row, end, n0, n_count, BLOCK_M, BLOCK_N)
-        if EPILOGUE == "residual":
+        if EPILOGUE == "bias":
+            acc += column(image_coefficients_ptr, n0, n_count, BLOCK_N)
+        if (EPILOGUE == "residual" or EPILOGUE == "bias") and image_ptr is not None:
             acc += tl.trans(tl.load(image_ptr + offsets, mask=mask, other=0.0)).to(tl.float32)
         y = acc.to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + offsets, tl.trans(y), mask=mask)
@@ -296,7 +299,7 @@ def gemm(
 FORMS: tuple[tuple[Prologue, Epilogue, bool], ...] = (
     ("bn_grad", "gate_sums", True),
     ("bn_silu_gate", "statistics", False),
-    ("bn_silu_gate", "none", False),
+    ("bn_silu_gate", "bias", False),
     ("bn_silu", "statistics", False),
     ("none", "statistics", False),
     ("none", "none", False),
@@ -314,8 +317,8 @@ def absent_pointers(prologue: Prologue, epilogue: Epilogue) -> dict[str, Any]:
         "coefficients_ptr": prologue != "none",
         "gate_ptr": prologue == "bn_silu_gate",
         "scale_ptr": prologue == "bn_grad",
-        "image_ptr": epilogue in ("residual", "gate_sums"),
-        "image_coefficients_ptr": epilogue == "gate_sums",
+        "image_ptr": epilogue in ("residual", "bias", "gate_sums"),
+        "image_coefficients_ptr": epilogue in ("bias", "gate_sums"),
         "partial_ptr": epilogue in ("statistics", "gate_sums"),
     }
     return {name: None for name, present in used.items() if not present}
@@ -332,10 +335,12 @@ def aot_specs() -> Iterator[L.KernelSpec]:
             for blocks, vec in sorted(chosen, key=lambda c: (-c[1], str(c))):
                 spans = {span_for(blocks.m, area, vec, dtype) for area in (blocks.m, blocks.m - 1, 1)}
                 for span in sorted(spans) if prologue == "bn_silu_gate" else (0,):
-                    for scaled in ({}, {"scale_ptr": None}) if prologue == "bn_grad" else ({},):
+                    optional = "scale_ptr" if prologue == "bn_grad" else "image_ptr" if epilogue == "bias" else ""
+                    for without in ({}, {optional: None}) if optional else ({},):
                         constexprs = {
-                            **absent_pointers(prologue, epilogue), **scaled, "PROLOGUE": prologue, "EPILOGUE": epilogue,
-                            "DGRAD": dgrad, "WIDEN": False, "SPAN": span, "VEC": vec, **blocks.constexprs(),
+                            **absent_pointers(prologue, epilogue), **without, "PROLOGUE": prologue,
+                            "EPILOGUE": epilogue, "DGRAD": dgrad, "WIDEN": False, "SPAN": span, "VEC": vec,
+                            **blocks.constexprs(),
                         }  # fmt: skip
                         yield L.spec(
                             _pointwise_kernel, "gemm", name, constexprs, images=images, num_warps=blocks.num_warps
