@@ -105,7 +105,8 @@ def blocks_stage(stage: str, names: Sequence[str]) -> Callable[[Context], Iterat
         if context.tiny:
             used = [name for name in names if name == "torch" or (name != COMPILED and INTERPRETED)]
         if used != list(names):
-            context.leave_out(f"{' and '.join(n for n in names if n not in used)} on the blocks: needs a GPU")
+            missing = " and ".join(name for name in names if name not in used)
+            context.leave_out(f"{missing} on the blocks: needs a GPU; times on a CPU say nothing")
         for block, times in timed_blocks(tiny=context.tiny).items() if used else ():
             key = describe(block)
             if key not in context.cases(stage) and context.has_time(20, f"{stage} {key}"):
@@ -191,8 +192,9 @@ def fastest(found: Case) -> str:
 
 def launches_stage(stage: str, names: tuple[str, ...]) -> Callable[[Context], Iterator[tuple[str, Case]]]:
     def run(context: Context) -> Iterator[tuple[str, Case]]:
-        if context.tiny and (names == (COMPILED,) or not INTERPRETED):
-            context.leave_out(f"{'torch.compile' if names == (COMPILED,) else 'our kernels'} on the steps: needs a GPU")
+        if context.tiny:
+            what = "torch.compile" if names == (COMPILED,) else "our kernels" if not INTERPRETED else "real sizes"
+            context.leave_out(f"{what} on the steps: needs a GPU; times on a CPU say nothing")
         used = tuple(n for n in names if not context.tiny or (n == "ours" and INTERPRETED) or n in ("eager", "library"))
         for block, times in timed_blocks(tiny=context.tiny).items() if used else ():
             key = describe(block)

@@ -31,6 +31,7 @@ from fastnet.step import Amp
 
 # Seconds that compiling a model whole may still need when its cache was filled before.
 COMPILE_ALLOWANCE = 60
+TINY = Workload("b0", 64, 4)  # on a CPU, once
 
 
 def check_stage(context: Context) -> Iterator[tuple[str, Case]]:
@@ -96,8 +97,8 @@ def steps_stage(
         if len(used) < len(contenders):
             others = "; ".join(entry.label for entry in contenders if entry not in used)
             context.leave_out(f"on a CPU: {others}")
-        tiny = Workload("b0", 64, 4)
-        for work in ([tiny] if context.tiny else works) if used else ():
+        tiny = [] if any(str(TINY) in context.cases(stage) for stage in context.stages) else [TINY]
+        for work in (tiny if context.tiny else works) if used else ():
             if context.cases(name).get(str(work), {}).get("complete"):
                 continue
             if context.has_time(60, f"training step {work}"):
@@ -222,7 +223,7 @@ def inference_stage(works: Sequence[Workload]) -> Callable[[Context], Iterator[t
     """Forward in evaluation mode, eager and compiled, interleaved."""
 
     def run(context: Context) -> Iterator[tuple[str, Case]]:
-        for work in [Workload("b0", 64, 4)] if context.tiny else works:
+        for work in [TINY] if context.tiny else works:
             if context.cases("inference").get(str(work), {}).get("complete"):
                 continue
             if context.has_time(60, f"inference {work}"):
