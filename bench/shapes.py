@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 import fastnet.layers
 import kernels
-from fastnet.layers import SE_RATIO
-from fastnet.model import block_shapes, efficientnet
+from fastnet.model import efficientnet
 from fastnet.scaling import architecture
-from kernels.launch import cdiv
+from fastnet.summary import training_blocks
 from kernels.mbconv_traffic import Block
 
 CALLED_BY_MODEL = ("bn_silu", "bn_silu_squeeze_excite", "bn_drop_connect_add")
@@ -97,28 +96,7 @@ def largest(op: str, count: int = 5, variant: str = "b0", resolution: int = 224,
 
 def model_blocks(variant: str = "b0", resolution: int = 224, batch: int = 128) -> list[Block]:
     """Every MBConv of the model in order, as it stands in training."""
-    arch = architecture(variant)
-    side = cdiv(resolution, 2)  # behind the stem
-    blocks = []
-    for i, shape in enumerate(block_shapes(arch.width, arch.depth)):
-        blocks.append(
-            Block(
-                batch,
-                shape.in_channels,
-                shape.in_channels * shape.expand_ratio,
-                shape.out_channels,
-                max(1, shape.in_channels // SE_RATIO),
-                side,
-                side,
-                shape.kernel_size,
-                shape.stride,
-                expands=shape.expand_ratio != 1,
-                residual=shape.has_residual,
-                scaled=shape.has_residual and i > 0,
-            )
-        )
-        side = cdiv(side, shape.stride)
-    return blocks
+    return training_blocks(architecture(variant), resolution, batch)
 
 
 @functools.cache

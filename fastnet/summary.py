@@ -1,20 +1,27 @@
 """`python -m fastnet.summary --variant b3`: what a model is made of and what it costs, stage by stage.
 
 MACs are the multiplications of convolutions and linear layers, activations the elements that they put out (the
-`macts` of timm's tables, squeeze-and-excitation's included), both for one image's forward pass.
+`macts` of timm's tables, squeeze-and-excitation's included), both for one image's forward pass. Byte-passes are what a
+training step on the fused blocks (`--kernels triton`, 16-bit, 128 images) moves through memory, forward and backward,
+over two bytes an activation of the whole model: as the kernels' files state it, each convolution's images read and
+written once where PyTorch runs it.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from fastnet.config import Variant
 from fastnet.errors import UserError, run_command
 from fastnet.scaling import Architecture, architecture, round_filters
 
+if TYPE_CHECKING:
+    from kernels.mbconv_traffic import Block
+
+COUNTED_IMAGES = 128
 CLASS_COUNTS = (101, 1000)
 """Food-101's and ImageNet's, at which the totals are given."""
 
@@ -31,13 +38,17 @@ class StageSummary:
     parameters: int
     macs: int
     activations: int
+    byte_passes: float
 
 
 @dataclass(frozen=True)
 class Totals:
+    """byte_passes: without the classifier, which moves next to nothing."""
+
     parameters: int
     macs: int
     activations: int
+    byte_passes: float
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,63 @@ class ModelSummary:
     depth: float
     stages: tuple[StageSummary, ...]
     totals: dict[int, Totals]
+
+
+def training_blocks(arch: Architecture, resolution: int, images: int) -> list[Block]:
+    """Every MBConv of the model in order on `images` images, as it stands in training."""
+    from fastnet.layers import SE_RATIO
+    from fastnet.model import block_shapes
+    from kernels.mbconv_traffic import Block
+
+    side = -(-resolution // 2)  # behind the stem
+    blocks = []
+    for i, shape in enumerate(block_shapes(arch.width, arch.depth)):
+        blocks.append(
+            Block(
+                images=images,
+                in_channels=shape.in_channels,
+                channels=shape.in_channels * shape.expand_ratio,
+                out_channels=shape.out_channels,
+                squeezed=max(1, shape.in_channels // SE_RATIO),
+                height=side,
+                width=side,
+                kernel_size=shape.kernel_size,
+                stride=shape.stride,
+                expands=shape.expand_ratio != 1,
+                residual=shape.has_residual,
+                scaled=shape.has_residual and i > 0,
+            )
+        )
+        side = -(-side // shape.stride)
+    return blocks
+
+
+def _stage_bytes(arch: Architecture, resolution: int, stem: int, head: int) -> list[int]:
+    """Bytes of each of the nine stages in a training step, of COUNTED_IMAGES images in bf16."""
+    import torch
+
+    from fastnet.model import stage_repeats
+    from kernels import batch_norm_silu, mbconv_traffic
+
+    dtype, images = torch.bfloat16, COUNTED_IMAGES
+    blocks = training_blocks(arch, resolution, images)
+
+    def norm(channels: int, side: int) -> int:
+        return sum(batch_norm_silu.traffic((images, channels, side, side), dtype).values())
+
+    def block(shape: Block) -> int:
+        steps = (half(shape, dtype, from_memory=True) for half in (mbconv_traffic.forward, mbconv_traffic.backward))
+        return sum(count for half in steps for launches in half.values() for count in launches.values())
+
+    first, last = blocks[0].height, -(-blocks[-1].height // blocks[-1].stride)
+    # Forward reads x and writes y; the weight's gradient reads both; the head's x has a gradient too.
+    pixels, stem_out = 3 * resolution**2, stem * first**2
+    head_in, head_out = blocks[-1].out_channels * last**2, head * last**2
+    found = [norm(stem, first) + 2 * images * 2 * (pixels + stem_out)]
+    for repeats in stage_repeats(arch.depth):
+        found.append(sum(map(block, blocks[:repeats])))
+        blocks = blocks[repeats:]
+    return [*found, norm(head, last) + 2 * images * 3 * (head_in + head_out)]
 
 
 def summarise(
@@ -84,7 +152,9 @@ def summarise(
     side = -(-resolution // 2)
     stem, head = round_filters(STEM_CHANNELS, arch.width), round_filters(HEAD_CHANNELS, arch.width)
     stages = [
-        StageSummary(1, "Conv3x3", side, stem, 1, parameters(model.stem), 27 * stem * side * side, stem * side * side)
+        StageSummary(
+            1, "Conv3x3", side, stem, 1, parameters(model.stem), 27 * stem * side * side, stem * side * side, 0.0
+        )
     ]
     shapes = list(zip(block_shapes(arch.width, arch.depth), model.blocks, strict=True))
     for number, (row, repeats) in enumerate(zip(STAGES, stage_repeats(arch.depth), strict=True), start=2):
@@ -108,19 +178,24 @@ def summarise(
                 parameters(*(module for _, module in blocks)),
                 macs,
                 activations,
+                0.0,
             )
         )
     before = stages[-1].channels
     stages.append(
         StageSummary(
-            9, "Conv1x1", side, head, 1, parameters(model.head), before * head * side * side, head * side * side
+            9, "Conv1x1", side, head, 1, parameters(model.head), before * head * side * side, head * side * side, 0.0
         )
     )
+    one = 2 * COUNTED_IMAGES * sum(stage.activations for stage in stages)
+    moved = _stage_bytes(arch, resolution, stem, head)
+    stages = [replace(stage, byte_passes=count / one) for stage, count in zip(stages, moved, strict=True)]
     totals = {
         classes: Totals(
             sum(stage.parameters for stage in stages) + (head + 1) * classes,
             sum(stage.macs for stage in stages) + head * classes,
             sum(stage.activations for stage in stages) + classes,
+            sum(stage.byte_passes for stage in stages),
         )
         for classes in CLASS_COUNTS
     }
@@ -133,7 +208,7 @@ def summary(
     resolution: int | None = None,
     json: bool = False,
 ) -> int:
-    """Stages, resolution, channels, parameters, MACs and activations of a model.
+    """Stages, resolution, channels, parameters, MACs, activations and byte-passes of a model.
 
     Args:
         variant: EfficientNet variant.
@@ -163,7 +238,7 @@ def _print_table(found: ModelSummary) -> None:
     table = Table(title=f"efficientnet_{found.variant} at {found.resolution} px: {scale}", title_justify="left")
     table.add_column("stage")
     table.add_column("operator")
-    for name in ("output", "channels", "layers", "parameters", "MACs", "activations"):
+    for name in ("output", "channels", "layers", "parameters", "MACs", "activations", "byte-passes"):
         table.add_column(name, justify="right")
     for stage in found.stages:
         table.add_row(
@@ -175,6 +250,7 @@ def _print_table(found: ModelSummary) -> None:
             f"{stage.parameters:,}",
             f"{stage.macs / 1e6:,.1f} M",
             f"{stage.activations / 1e6:,.2f} M",
+            f"{stage.byte_passes:.2f}",
         )
     table.add_section()
     for classes, total in found.totals.items():
@@ -187,8 +263,9 @@ def _print_table(found: ModelSummary) -> None:
             f"{total.parameters:,}",
             f"{total.macs / 1e6:,.1f} M",
             f"{total.activations / 1e6:,.2f} M",
+            f"{total.byte_passes:.2f}",
         )
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def main() -> None:

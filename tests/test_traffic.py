@@ -14,6 +14,7 @@ from bench.cases import DIRECTIONS, OpCase, image_bytes
 from bench.count_kernels import Traffic, count_traffic
 from bench.shapes import OpShape, activations, largest, model_blocks, model_shapes
 from bench.traffic import Work, eager, fused, in_blocks, operations
+from fastnet.summary import summarise
 from kernels import ConvNorm, Excite, mbconv, mbconv_traffic
 from kernels.mbconv_traffic import Block
 
@@ -147,6 +148,10 @@ def test_a_step_of_b0_moves_less_than_half_of_what_eager_pytorch_does() -> None:
     assert sum(parts.values()) <= 10.5 * work.byte_pass
     assert in_blocks(parts) < operations(work) < eager(work)
     assert eager(work) == pytest.approx(25 * work.byte_pass, rel=0.05)
+    told = summarise("b0", resolution=224)
+    assert sum(stage.byte_passes for stage in told.stages[1:-1]) * work.byte_pass == pytest.approx(in_blocks(parts))
+    # The summary leaves out the loss, the classifier and casts of weights.
+    assert told.totals[101].byte_passes * work.byte_pass == pytest.approx(sum(parts.values()), rel=0.02)
 
 
 def test_counter_counts_unmasked_lanes_only() -> None:
