@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from data_pipeline.cache import PixelCache, choose_cache
     from data_pipeline.errors import DataError
     from data_pipeline.food101 import Index, Split, build_index
-    from data_pipeline.loader import Batch, Loader, make_loader
+    from data_pipeline.loader import Batch, Loader, Shard, make_loader
 
 __all__ = [
     "Augmentation",
@@ -20,6 +20,7 @@ __all__ = [
     "Index",
     "Loader",
     "PixelCache",
+    "Shard",
     "Split",
     "build_index",
     "choose_cache",
@@ -33,6 +34,7 @@ _HOME = {
     "Index": "food101",
     "Loader": "loader",
     "PixelCache": "cache",
+    "Shard": "loader",
     "Split": "food101",
     "build_index": "food101",
     "choose_cache": "cache",

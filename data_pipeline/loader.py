@@ -58,6 +58,32 @@ class Step(NamedTuple):
     params: Params
 
 
+class Shard(NamedTuple):
+    """What one of several processes takes of every batch: shares without overlap whose sizes differ by one at most."""
+
+    rank: int = 0
+    ranks: int = 1
+    parts: int = 1
+    """How often each process divides its share again, to go through the model."""
+
+    def rows(self, count: int) -> NDArray[np.int64]:
+        """This process's rows of a batch of `count`, in order.
+
+        Where the batch can be divided evenly, each row i comes with its opposite, count - 1 - i, which mixing pairs it
+        with; and the n-th parts of all processes make up the n-th part of one process that divides the whole batch.
+        """
+        rank, ranks, parts = self
+        if count % (2 * ranks * parts):
+            return np.array_split(np.arange(count), ranks)[rank]
+        whole, middle = np.split(np.arange(count // 2), [parts // 2 * (count // parts)])
+        mine = whole.reshape(-1, ranks, count // parts // ranks)[:, rank].ravel()
+        front = np.concatenate([mine, middle.reshape(ranks, -1)[rank]])
+        return np.concatenate([front, count - 1 - front[::-1]])
+
+
+WHOLE = Shard()
+
+
 @dataclass
 class Plan:
     """What every batch of every epoch holds, before a file is opened. Cheap to copy into another process.
@@ -77,6 +103,8 @@ class Plan:
     """Positions in the split of images that are not asked for any more."""
     crop_fraction: float = CROP_FRACTION
     """Share of the short side that evaluation looks at."""
+    shard: Shard = WHOLE
+    """The part of each batch that is this process's; order and crops know nothing of it."""
 
     def __post_init__(self) -> None:
         self._order: tuple[object, NDArray[np.int64]] | None = None
@@ -94,12 +122,15 @@ class Plan:
     def step(self, epoch: int, batch: int) -> Step:
         rows = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
         if not self.train:
-            indices = np.arange(len(self.split))[rows]
+            indices = self._mine(np.arange(len(self.split))[rows])
             indices = indices[~self._is_quarantined(indices)]
             return Step(indices, eval_params(self.split.sizes[indices], self.resolution, self.crop_fraction))
-        indices = self.order(epoch)[rows]
+        indices = self._mine(self.order(epoch)[rows])
         sizes = self.split.sizes[indices]
         return Step(indices, train_params(self.augmentation, self.seed, epoch, indices, sizes))
+
+    def _mine(self, batch: NDArray[np.int64]) -> NDArray[np.int64]:
+        return batch[self.shard.rows(len(batch))]
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """[steps * batch_size]: the images of a training epoch, one batch after another."""
@@ -229,6 +260,7 @@ def make_loader(
     crop_fraction: float = CROP_FRACTION,
     cache: PixelCache | None = None,
     dali: DaliOptions | None = None,
+    shard: Shard = WHOLE,
 ) -> Loader:
     """A loader of `index.splits[split]` that gives square images of `resolution` pixels on `device`.
 
@@ -239,6 +271,7 @@ def make_loader(
     cache: of `choose_cache`; images come from there whatever the backend, unless its kind is "none". Where that is
     "disk" and the files are not there, they are written now.
     dali: how that backend decodes; None is `DaliOptions()`.
+    shard: the part of each batch that this loader gives; `batch_size` counts those of all processes.
 
     Raises:
         DataError: "dali" where DALI is not installed or cannot start; a cache that cannot be written.
@@ -264,6 +297,7 @@ def make_loader(
         train,
         augmentation or Augmentation(),
         crop_fraction=crop_fraction,
+        shard=shard,
     )
     made = _make(backend, plan, device, workers, split, cache, dali)
     made.quarantine(index.quarantined.get(split, {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -103,8 +104,10 @@ class _Positions(Sampler[_Position]):
 
 
 def _start_worker(_: int) -> None:
-    # Ctrl-C reaches every process of the terminal: the trainer decides, workers end with it.
+    # Ctrl-C reaches every process of the terminal, and torchrun ends a whole group with SIGTERM: the trainer decides,
+    # workers end with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgrp()
 
 
 def _as_it_is(prepared: Any) -> Any:
