@@ -42,7 +42,8 @@ def imagenet_file(variant: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), prefix)
     except (OSError, RuntimeError) as error:  # no network, no space, no permission; another hash
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        said = str(getattr(error, "reason", "") or error)  # a URLError wraps the reason in marks of its own
+        reason = said.splitlines()[0] if said else type(error).__name__
         raise UserError(
             f"{name} cannot be fetched ({reason}): get {url} on another machine and put it at {path}."
         ) from error

@@ -82,6 +82,7 @@ def test_offline_says_which_file_to_put_where(hub: Path, monkeypatch: pytest.Mon
         imagenet_file("b0")
     message = str(caught.value)
     assert "\n" not in message
+    assert "cannot be fetched (Name or service not known): " in message
     assert "get https://download.pytorch.org/models/efficientnet_b0_rwightman-7f5810bc.pth" in message
     assert f"put it at {hub / 'efficientnet_b0_rwightman-7f5810bc.pth'}." in message
 
