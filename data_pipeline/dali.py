@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -26,15 +27,17 @@ from data_pipeline.dali_options import DaliOptions
 from data_pipeline.errors import BadFiles, DataError
 from data_pipeline.loader import Batch, Loader, Plan, Step
 from data_pipeline.probe import CMYK, probe_image
+from data_pipeline.tar import TarMember, opened
 
-# Of each image: file name, anchor, shape, flip, and whether it is decoded on the CPU's threads.
+# Of each image: file name (from shards, its bytes), anchor, shape, flip, and whether the CPU's threads decode it.
 _KINDS = [types.UINT8, types.INT32, types.INT32, types.INT32, types.BOOL]
 _RANKS = [1, 1, 1, 0, 0]
+_READERS = 8  # images of shards read at once
 
 
 class _Source:
-    """Feeds DALI one batch of (file names, anchors, shapes, flips, on threads) after another, and remembers which are
-    under way. on_gpu: the last column is fed where it says anything."""
+    """Feeds DALI one batch of (files, anchors, shapes, flips, on threads) after another, and remembers which are under
+    way. on_gpu: the last column is fed where it says anything."""
 
     def __init__(self, plan: Plan, on_gpu: bool) -> None:
         self.plan = plan
@@ -43,6 +46,9 @@ class _Source:
         self.on_threads = plan.split.kinds >= CMYK
         """[N]: not for the GPU."""
         self.routed = on_gpu and bool(self.on_threads.any())
+        self.sharded = any(isinstance(path, TarMember) for path in plan.split.paths)
+        """Bytes are fed, not names: DALI reads whole files only."""
+        self.readers = ThreadPoolExecutor(_READERS, "shards") if self.sharded else None
 
     def __call__(self) -> tuple[list[NDArray[Any]], ...]:
         if not self.positions:
@@ -52,12 +58,23 @@ class _Source:
         return self.fed(step)
 
     def fed(self, step: Step) -> tuple[list[NDArray[Any]], ...]:
-        names = [np.frombuffer(os.fsencode(self.plan.split.paths[index]), np.uint8) for index in step.indices]
+        paths = [self.plan.split.paths[index] for index in step.indices]
+        contents = self.readers.map(_bytes_of, paths) if self.readers else map(os.fsencode, paths)
+        files = [np.frombuffer(content, np.uint8) for content in contents]
         # DALI counts rows first.
         anchors = list(np.ascontiguousarray(step.params.windows[:, 1::-1]))
         shapes = list(np.ascontiguousarray(step.params.windows[:, :1:-1]))
-        columns = names, anchors, shapes, list(step.params.flips.astype(np.int32))
+        columns = files, anchors, shapes, list(step.params.flips.astype(np.int32))
         return (*columns, list(self.on_threads[step.indices])) if self.routed else columns
+
+
+def _bytes_of(path: str) -> bytes:
+    """None of them where it cannot be read: DALI refuses that, and the file is looked at."""
+    try:
+        with opened(path) as file:
+            return file.read()
+    except OSError:
+        return b""
 
 
 def _decoded(files: Any, anchors: Any, shapes: Any, device: str, options: DaliOptions) -> Any:
@@ -71,7 +88,7 @@ def _decoded(files: Any, anchors: Any, shapes: Any, device: str, options: DaliOp
 
 
 def decoded_windows(
-    names: Any,
+    files: Any,
     anchors: Any,
     shapes: Any,
     flips: Any,
@@ -84,11 +101,11 @@ def decoded_windows(
 ) -> Any:
     """Graph: 8-bit pixels [side, side, 3] of a window of each upright image, resized with antialiasing, flipped.
 
+    files: the bytes of each.
     on_threads: which images a GPU leaves to the CPU's threads; None where there are none.
     margin: output pixels on each side that are resized along and cut off.
     device: "mixed" decodes on the GPU, "cpu" on DALI's threads.
     """
-    files = fn.io.file.read(names)
     if on_threads is None:
         images = _decoded(files, anchors, shapes, device, options)
     elif on_threads:
@@ -106,8 +123,10 @@ def _pipeline(source: _Source, device: str, options: DaliOptions) -> Any:
     count = 5 if source.routed else 4
     columns = fn.external_source(source=source, num_outputs=count, dtype=_KINDS[:count], ndim=_RANKS[:count])
     plan = source.plan
+    files = columns[0] if source.sharded else fn.io.file.read(columns[0])
     return decoded_windows(
-        *columns,
+        files,
+        *columns[1:],
         side=plan.resolution,
         margin=plan.margin,
         device=device,

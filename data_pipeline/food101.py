@@ -1,7 +1,8 @@
 """Folders of photos as an index: every image that can be decoded, its label, its oriented size.
 
-Three forms of data: Food-101's official layout (images/<class>/<id>.jpg with meta/train.json and meta/test.json, or the
-same as .txt), a plain train/<class>/* with val/<class>/* (or test/), and "sample", which is generated.
+Four forms of data: Food-101's official layout (images/<class>/<id>.jpg with meta/train.json and meta/test.json, or the
+same as .txt), a plain train/<class>/* with val/<class>/* (or test/), shards (data_pipeline/tar.py), and "sample", which
+is generated.
 
 Of every file the header and the end are read (data_pipeline/probe.py); files that fail are left out and counted. The
 result is remembered in the user's cache folder by path, size and modification time.
@@ -12,7 +13,8 @@ import json
 import os
 import tempfile
 from bisect import insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,14 +25,16 @@ from numpy.typing import NDArray
 from data_pipeline.errors import DataError
 from data_pipeline.probe import Probe, scan_files
 from data_pipeline.sample import make_sample, user_cache_folder
+from data_pipeline.tar import Sample, TarMember, contents, file_of, find_shards, order, read_shard
 
 SAMPLE = "sample"
 NAME = "food-101"  # the official archive's folder
 _SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp"}
 _CACHE_VERSION = 2
+_SHARDS_AT_ONCE = 8  # read at once: a network's delays add up
 _LAYOUTS = (
     "images/<class>/*.jpg with meta/train.json and meta/test.json (Food-101's layout), "
-    "or train/<class>/* and val/<class>/*"
+    "or train/<class>/* and val/<class>/*, or shards train*.tar and val*.tar"
 )
 _OFFLINE = "`--data sample` works without any photos"
 
@@ -40,6 +44,7 @@ class Split:
     """One split; row i of every field is image i."""
 
     paths: tuple[str, ...]
+    """Files, or members of shards (`data_pipeline.tar.TarMember`)."""
     labels: NDArray[np.int64]
     """[N]: position of the class in `Index.classes`."""
     sizes: NDArray[np.int32]
@@ -88,6 +93,17 @@ class Listing(NamedTuple):
     classes: list[str]
     files: dict[str, list[tuple[str, int]]]
     """split -> (path relative to the root, label)."""
+    members: Mapping[str, TarMember] = {}
+    """Those of the paths that lie in shards."""
+    left_out: Sequence[tuple[str, str]] = ()
+    """(path, reason) of images that have no place in `files`."""
+
+    def place(self, file: tuple[str, int]) -> tuple[int, tuple[str, str]]:
+        """The key by which the files of folders and of shards are sorted."""
+        return file[1], order(file[0]) if self.members else (file[0], "")
+
+    def path(self, root: Path, name: str) -> str:
+        return self.members.get(name) or f"{root}/{name}"
 
 
 def _names(path: Path) -> list[str]:
@@ -153,8 +169,24 @@ def _listed_in_folders(root: Path, val: str) -> Listing:
     return Listing(classes, files)
 
 
-def list_files(data: Path) -> tuple[Path, Listing]:
-    """The absolute folder of a data set, and what it names.
+def _listed_in_shards(root: Path, splits: dict[str, list[str]], cache: Path | None) -> Listing:
+    """train*.tar and val*.tar; a shard is read where `cache` does not know it as it is now."""
+    file = None if cache is None else _cache_file(root, cache, "-shards")
+    known = {} if file is None else _read_cache(file)
+    stamps = {name: _stamp(f"{root}/{name}") for names in splits.values() for name in names}
+    unknown = [name for name, stamp in stamps.items() if name not in known or known[name][:2] != stamp]
+    with ThreadPoolExecutor(_SHARDS_AT_ONCE) as pool:
+        found = dict(zip(unknown, pool.map(lambda name: read_shard(f"{root}/{name}"), unknown), strict=True))
+    samples = {
+        name: found[name] if name in found else [Sample(*fields) for fields in known[name][2]] for name in stamps
+    }
+    if file is not None and (unknown or stamps.keys() != known.keys()):
+        _write_cache(file, {name: [*stamps[name], samples[name]] for name in stamps})
+    return Listing(*contents(root, splits, samples))
+
+
+def list_files(data: Path, cache: Path | None = None) -> tuple[Path, Listing]:
+    """The absolute folder of a data set, and what it names. cache: where what was found in shards is remembered.
 
     Raises:
         DataError: there is none, or it cannot be read.
@@ -163,6 +195,9 @@ def list_files(data: Path) -> tuple[Path, Listing]:
     if (root / NAME / "meta").is_dir():  # where `python -m data_pipeline prepare --root` put it
         root = root / NAME
     try:
+        photos = (root / "train").is_dir() or ((root / "meta").is_dir() and (root / "images").is_dir())
+        if not photos and (shards := find_shards(root)):
+            return shards[0], _listed_in_shards(*shards, cache)
         return root, _list(root)
     except OSError as error:
         raise DataError(
@@ -191,8 +226,8 @@ def _list(root: Path) -> Listing:
     raise DataError(f"{root} holds no data set that is known here: expected {_LAYOUTS}; {_OFFLINE}.")
 
 
-def _cache_file(root: Path, cache: Path) -> Path:
-    return cache / "index" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:24]}.json"
+def _cache_file(root: Path, cache: Path, of: str = "") -> Path:
+    return cache / "index" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:24]}{of}.json"
 
 
 def _read_cache(file: Path) -> dict[str, list]:
@@ -226,12 +261,19 @@ def _stamp(path: str) -> list[int]:
     return [found.st_size, found.st_mtime_ns]
 
 
+def _stamps(paths: dict[str, str]) -> dict[str, list[int]]:
+    """Those of the files that hold these paths; each file is asked once."""
+    files = {name: file_of(path) for name, path in paths.items()}
+    stamps = {file: _stamp(file) for file in dict.fromkeys(files.values())}
+    return {name: stamps[file] for name, file in files.items()}
+
+
 def _probe_of(fields: Sequence[int]) -> Probe:
     width, height, orientation, kind = fields
     return Probe(width, height, orientation, kind, None)
 
 
-def _probe_all(root: Path, stamps: dict[str, list[int]], cache: Path) -> dict[str, Probe]:
+def _probe_all(root: Path, listing: Listing, stamps: dict[str, list[int]], cache: Path) -> dict[str, Probe]:
     """Every file's probe by relative path, from the cache where the file has not changed since."""
     file = _cache_file(root, cache)
     known, fresh = _read_cache(file), {}
@@ -245,7 +287,7 @@ def _probe_all(root: Path, stamps: dict[str, list[int]], cache: Path) -> dict[st
         else:
             unknown.append(name)
     if unknown:
-        probes.update(zip(unknown, scan_files([f"{root}/{name}" for name in unknown]), strict=True))
+        probes.update(zip(unknown, scan_files([listing.path(root, name) for name in unknown]), strict=True))
         for name, stamp in stamps.items():
             probe = probes[name]
             if probe.reason is None:
@@ -255,11 +297,11 @@ def _probe_all(root: Path, stamps: dict[str, list[int]], cache: Path) -> dict[st
     return probes
 
 
-def _split(root: Path, listed: list[tuple[str, int]], probes: dict[str, Probe]) -> Split:
-    kept = [(name, label) for name, label in listed if probes[name].reason is None]
+def _split(root: Path, listing: Listing, split: str, probes: dict[str, Probe]) -> Split:
+    kept = [(name, label) for name, label in listing.files[split] if probes[name].reason is None]
     found = [probes[name] for name, _ in kept]
     return Split(
-        paths=tuple(f"{root}/{name}" for name, _ in kept),
+        paths=tuple(listing.path(root, name) for name, _ in kept),
         labels=np.array([label for _, label in kept], np.int64),
         sizes=np.array([(probe.width, probe.height) for probe in found], np.int32).reshape(-1, 2),
         orientations=np.array([probe.orientation for probe in found], np.uint8),
@@ -283,7 +325,7 @@ def _check(root: Path, listing: Listing, splits: dict[str, Split], excluded: lis
 def build_index(
     data: str | Path, *, cache_dir: str | Path | None = None, quarantined: Sequence[Sequence[Any]] = ()
 ) -> Index:
-    """The index of a folder of photos, or of the generated "sample".
+    """The index of a folder of photos, of shards, or of the generated "sample".
 
     Files that cannot be decoded, and files that the metadata names but are missing, are left out and listed in
     `excluded`. `cache_dir` (default: the user's cache folder) remembers what was found; where it cannot be written,
@@ -294,16 +336,17 @@ def build_index(
         DataError: no folder, no images, a class without images, damaged metadata, no permission.
     """
     cache = user_cache_folder() if cache_dir is None else Path(cache_dir)
-    root, listing = list_files(make_sample(cache) if str(data) == SAMPLE else Path(data))
+    root, listing = list_files(make_sample(cache) if str(data) == SAMPLE else Path(data), cache)
     kept_places = {record[1]: _probe_of(record[3:7]) for record in quarantined}
     for split, name, label, *_ in quarantined:
         if (name, label) not in listing.files[split]:  # a folder lists only what is there
-            insort(listing.files[split], (name, label), key=lambda file: (file[1], file[0]))
+            insort(listing.files[split], (name, label), key=listing.place)
     names = list(dict.fromkeys(name for listed in listing.files.values() for name, _ in listed))
-    stamps = {name: _stamp(f"{root}/{name}") for name in names}
-    probes = _probe_all(root, stamps, cache) | kept_places
+    stamps = _stamps({name: listing.path(root, name) for name in names})
+    probes = _probe_all(root, listing, stamps, cache) | kept_places
     excluded = [(f"{root}/{name}", reason) for name in names if (reason := probes[name].reason) is not None]
-    splits = {split: _split(root, listed, probes) for split, listed in listing.files.items()}
+    excluded += listing.left_out
+    splits = {split: _split(root, listing, split, probes) for split in listing.files}
     _check(root, listing, splits, excluded)
     kept = [name for name in names if probes[name].reason is None]
     listed = [

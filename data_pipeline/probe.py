@@ -4,13 +4,15 @@ A JPEG costs two short reads and a walk over its segments (bench/bench_loader.py
 and JPEGs of rare kinds, are decoded by PIL. Damage between a whole header and a whole end is found when the pixels are
 decoded, as far as decoders notice it: by `decode_fully`, or in training, which quarantines the file.
 
-`python -m data_pipeline.probe` reads file names and prints what they are: how `scan_files` uses more than one core.
+`python -m data_pipeline.probe` reads pickled paths and prints what they are: how `scan_files` uses more than one core.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickle
 import stat
 import struct
 import subprocess
@@ -24,6 +26,7 @@ from typing import BinaryIO, NamedTuple
 from PIL import Image
 
 from data_pipeline.errors import DataError
+from data_pipeline.tar import TarMember, file_of, opened
 
 KINDS = ("baseline", "progressive", "cmyk", "other")
 """JPEG kinds by number: what a GPU's JPEG engine decodes; what its hybrid decoder does; four-channel JPEGs; the rest
@@ -55,16 +58,20 @@ def _failed(reason: str) -> Probe:
 
 
 class _Reader:
-    """Bytes of an open file at any position, most of them from one read."""
+    """`size` bytes of an open file from `start` on, at any position, most of them from one read."""
 
-    def __init__(self, handle: int) -> None:
-        self.handle, self.base, self.data = handle, 0, os.pread(handle, _HEAD, 0)
+    def __init__(self, handle: int, start: int, size: int) -> None:
+        self.handle, self.start, self.size = handle, start, size
+        self.base, self.data = 0, self._read(0, _HEAD)
+
+    def _read(self, position: int, count: int) -> bytes:
+        return os.pread(self.handle, max(0, min(count, self.size - position)), self.start + position)
 
     def at(self, position: int, count: int) -> bytes:
         """Fewer at the end of the file."""
         start = position - self.base
         if start < 0 or start + count > len(self.data):
-            self.base, self.data = position, os.pread(self.handle, max(count, _HEAD), position)
+            self.base, self.data = position, self._read(position, max(count, _HEAD))
             start = 0
         return self.data[start : start + count]
 
@@ -73,18 +80,19 @@ def scan(path: str) -> Probe:
     """Header and end of a JPEG; other files are decoded."""
     try:
         # A pipe would block.
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        handle = os.open(file_of(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         return _failed(_words(error))
     try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
             return _failed("a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file")
-        if found.st_size == 0:
+        start, size = (path.offset, path.size) if isinstance(path, TarMember) else (0, found.st_size)
+        if size == 0:
             return _failed("empty file")
-        reader = _Reader(handle)
+        reader = _Reader(handle, start, size)
         if reader.at(0, 2) == b"\xff\xd8":
-            probe = _scan_jpeg(reader, found.st_size)
+            probe = _scan_jpeg(reader, size)
             if probe is not None:
                 return probe
     except OSError as error:
@@ -164,12 +172,12 @@ def _words(error: OSError) -> str:
 def decode_fully(path: str, *, every_pixel: bool = False) -> Probe:
     """What PIL makes of a file, reading all of its bytes: a JPEG at an eighth of its size unless `every_pixel`."""
     try:
-        mode = os.stat(path).st_mode
+        mode = os.stat(file_of(path)).st_mode
         if not stat.S_ISREG(mode):  # opening a pipe would block
             return _failed("a folder" if stat.S_ISDIR(mode) else "not a regular file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's remarks on metadata and size
-            with Image.open(path) as image:
+            with opened(path) as file, Image.open(file) as image:
                 if image.format not in _FORMATS:
                     return _failed(f"{image.format} is not supported, only JPEG, PNG and WebP")
                 if unsupported := _unsupported(path, image.format):
@@ -183,7 +191,8 @@ def decode_fully(path: str, *, every_pixel: bool = False) -> Probe:
     except Image.DecompressionBombError:
         return _failed("too many pixels")
     except Image.UnidentifiedImageError:
-        return _failed("empty file" if os.path.getsize(path) == 0 else "not an image")
+        size = path.size if isinstance(path, TarMember) else os.path.getsize(path)
+        return _failed("empty file" if size == 0 else "not an image")
     except OSError as error:
         return _failed(_words(error))
     except _PARSE_ERRORS as error:  # what PIL's parsers raise on damaged headers
@@ -204,7 +213,7 @@ def _kind(image: Image.Image) -> int:
 
 def _unsupported(path: str, form: str) -> str:
     """Why a decoder refuses, misreads or crashes on a file whose pixels PIL would read; "" where none does."""
-    with open(path, "rb") as file:
+    with opened(path) as file:
         if form in ("JPEG", "MPO"):
             return "" if _whole_jpeg_header(file) else "damaged JPEG header"
         data = file.read()
@@ -214,7 +223,7 @@ def _unsupported(path: str, form: str) -> str:
         return "PNG with 16 bits a channel is not supported"
     if _PNG_END not in data:
         return "truncated PNG"
-    with Image.open(path) as image:
+    with Image.open(io.BytesIO(data)) as image:
         image.verify()  # every checksum: loading passes over some, and torchvision's decoder crashes on them
     return ""
 
@@ -269,7 +278,7 @@ def _scan_elsewhere(paths: Sequence[str]) -> list[Probe]:
     environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{paths_before}" if paths_before else here}
     done = subprocess.run(
         [sys.executable, "-m", "data_pipeline.probe"],
-        input=b"\0".join(map(os.fsencode, paths)),
+        input=pickle.dumps(paths),
         stdout=subprocess.PIPE,
         env=environment,
         check=False,
@@ -280,8 +289,7 @@ def _scan_elsewhere(paths: Sequence[str]) -> list[Probe]:
 
 
 def main() -> None:
-    paths = sys.stdin.buffer.read().split(b"\0")
-    json.dump([scan(os.fsdecode(path)) for path in paths], sys.stdout)
+    json.dump([scan(path) for path in pickle.load(sys.stdin.buffer)], sys.stdout)
 
 
 if __name__ == "__main__":

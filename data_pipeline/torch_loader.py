@@ -17,6 +17,7 @@ from torchvision.transforms.v2 import functional as F
 
 from data_pipeline.errors import BadFiles, DataError
 from data_pipeline.loader import Batch, Loader, Plan, Step
+from data_pipeline.tar import TarMember
 
 
 class _Prepared(NamedTuple):
@@ -69,11 +70,18 @@ def window(path: str, orientation: int, size: NDArray[np.int32], box: NDArray[np
     Raises:
         RuntimeError: the file cannot be decoded, or its `size` (width, height) is another one now.
     """
-    image = upright(decode_image(read_file(path), mode=ImageReadMode.RGB), orientation)
+    image = upright(decode_image(_bytes_of(path), mode=ImageReadMode.RGB), orientation)
     if image.shape[2] != size[0] or image.shape[1] != size[1]:
         raise RuntimeError(f"it was {size[0]} x {size[1]} pixels and is {image.shape[2]} x {image.shape[1]} now")
     x, y, width, height = box.tolist()
     return F.resize(image[:, y : y + height, x : x + width], [to[1], to[0]], antialias=True)
+
+
+def _bytes_of(path: str) -> Tensor:
+    """[N] uint8: a file, or a member of a shard."""
+    return (
+        torch.frombuffer(bytearray(path.read()), dtype=torch.uint8) if isinstance(path, TarMember) else read_file(path)
+    )
 
 
 def upright(image: Tensor, orientation: int) -> Tensor:

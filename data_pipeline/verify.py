@@ -16,6 +16,7 @@ from rich.table import Table
 
 from data_pipeline.food101 import Listing, list_files
 from data_pipeline.probe import KINDS, Probe, decode_fully
+from data_pipeline.tar import opened
 
 _SHOWN = 20  # of each kind of finding; the counts are always those of all
 
@@ -61,7 +62,7 @@ def verify(root: Path) -> Report:
     report = Report(root, {name: dict.fromkeys(listing.files, 0) for name in listing.classes})
     by_content: dict[bytes, list[str]] = defaultdict(list)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        looked = pool.map(lambda name: _look(root / name), homes)
+        looked = pool.map(lambda name: _look(listing.path(root, name)), homes)
         console = Console(stderr=True)
         shown = track(looked, "decoding", len(homes), console=console, disable=not console.is_terminal, transient=True)
         for name, (probe, digest) in zip(homes, shown, strict=True):
@@ -75,6 +76,7 @@ def verify(root: Path) -> Report:
             report.kinds[KINDS[probe.kind]] += 1
             for split, label in homes[name]:
                 report.counts[listing.classes[label]][split] += 1
+    report.damaged += [(path.removeprefix(f"{root}/"), reason) for path, reason in listing.left_out]
     report.extra = _extra(root, listing)
     report.duplicates = [names for names in by_content.values() if len(names) > 1]
     report.leaks = [names for names in report.duplicates if len({home for n in names for home in homes[n]}) > 1]
@@ -82,14 +84,15 @@ def verify(root: Path) -> Report:
     return report
 
 
-def _look(path: Path) -> tuple[Probe | None, bytes | None]:
+def _look(path: str) -> tuple[Probe | None, bytes | None]:
     try:
-        digest = hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
+        with opened(path) as file:
+            digest = hashlib.blake2b(file.read(), digest_size=16).digest()
     except FileNotFoundError:
         return None, None
     except OSError as error:
         return Probe(0, 0, 1, 0, (error.strerror or str(error)).lower()), os.fsencode(path)
-    return decode_fully(str(path), every_pixel=True), digest
+    return decode_fully(path, every_pixel=True), digest
 
 
 def _extra(root: Path, listing: Listing) -> list[str]:
