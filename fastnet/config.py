@@ -45,7 +45,8 @@ class ModelOptions:
 @dataclass(frozen=True)
 class DataOptions:
     data: str = "sample"
-    """A folder in Food-101's layout, or with train/<class>/* and val/<class>/*; 'sample' is generated offline."""
+    """A folder in Food-101's layout, or with train/<class>/* and val/<class>/*, or webdataset shards: a folder with
+    train*.tar and val*.tar, or a quoted pattern, 'shards/*.tar'; 'sample' is generated offline."""
     loader: Literal["auto", "dali", "torch"] = "auto"
     """Input pipeline: NVIDIA DALI (decodes on the GPU where there is one) or torchvision v2 on a DataLoader."""
     workers: int | None = None
