@@ -133,7 +133,7 @@ def loops(sass: str) -> str:
     retries stand behind the end of the program is no loop."""
     instructions = [(int(address, 16), text) for address, text in _INSTRUCTION.findall(sass)]
     targets = [(int(m[1], 16), address) for address, text in instructions if (m := _BRANCH.search(text))]
-    ends = [address for address, text in instructions if re.search(r"\bEXIT\b", text)]
+    ends = [address for address, text in instructions if text.strip() == "EXIT"]
     bodies = [(first, last) for first, last in targets if first < last and not any(first < e < last for e in ends)]
     return "\n".join(t + " " for a, t in instructions if any(first <= a <= last for first, last in bodies))
 
@@ -161,16 +161,15 @@ def _compile(task: tuple[str, int]) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = _cuobjdump(cubin, "-res-usage")
-        sass = _cuobjdump(cubin, "-sass")
+        sass = _cuobjdump(cubin, "-res-usage", "-sass")
     widths = images = access_widths(sass)
     hgmma = None
     if spec.kind == "gemm":
         images = access_widths(loops(sass))
         half = any(kind in ("*fp16", "*bf16") for kind in spec.signature.values())
         hgmma = "HGMMA" in sass if arch == 90 and half else None
-    registers = max(int(n) for n in re.findall(r"REG:(\d+)", usage))
-    stack = max(int(n) for n in re.findall(r"STACK:(\d+)", usage))
+    registers = max(int(n) for n in re.findall(r"REG:(\d+)", sass))
+    stack = max(int(n) for n in re.findall(r"STACK:(\d+)", sass))
     shared = int(compiled.metadata.shared)
     return Report(
         name=name,

@@ -77,6 +77,7 @@ def test_loops_end_with_the_branch_back() -> None:
         /*0020*/                   LDGSTS.E.128 [R0], desc[UR6][R2.64] ;
         /*0030*/              @!P0 BRA 0x50 ;
         /*0040*/                   STG.E.64 desc[UR6][R2.64], R4 ;
+        /*0048*/              @P2  EXIT ;
         /*0050*/              @P1  BRA.U UP0, 0x20 ;
         /*0060*/                   STG.E desc[UR6][R2.64], R4 ;
         /*0070*/                   EXIT ;
