@@ -80,7 +80,14 @@ def full_table(seed: int = 0) -> Tensor:
     return made.to(DEVICE)
 
 
-@pytest.mark.parametrize(("dtype", "margin"), [(torch.float32, 2), (torch.float16, 0), (torch.bfloat16, 0)])
+@pytest.mark.parametrize(
+    ("dtype", "margin"),
+    [
+        (torch.float32, 2),
+        pytest.param(torch.float16, 0, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, 0, marks=pytest.mark.slow),
+    ],
+)
 def test_error_is_that_of_pytorch_and_one_rounding(dtype: torch.dtype, margin: int) -> None:
     photos, table = noise(*SIZES), full_table()
     options: dict[str, Any] = dict(resolution=13, margin=margin)
@@ -97,6 +104,7 @@ def test_error_is_that_of_pytorch_and_one_rounding(dtype: torch.dtype, margin: i
     assert error <= 2 * theirs + rounding
 
 
+@pytest.mark.slow
 def test_8_bit_output_is_the_oracle_rounded() -> None:
     photos = noise(*SIZES)
     table = augment_table(torch.tensor(WINDOWS), torch.tensor(FLIPS)).to(DEVICE)
@@ -154,6 +162,7 @@ def test_nothing_outside_the_window_is_looked_at() -> None:
     assert torch.equal(augment(*photos, table, resolution=11, impl="triton"), before)
 
 
+@pytest.mark.slow
 def test_erasing_fills_the_rectangle_and_nothing_else() -> None:
     photos = noise((20, 20))
     erased, fills = torch.tensor([[3, 1, 4, 7]]), torch.tensor([[9.0, -8.0, 7.5]])
@@ -179,7 +188,11 @@ def real(photos: Path, count: int, longest: int = 512) -> tuple[Store, list[Tens
 
 @pytest.mark.parametrize(
     ("impl", "count", "longest", "side"),
-    [("torch", 40, 512, 200), ("triton", 40 if DEVICE == "cuda" else 3, 48, 16), ("auto", 40, 512, 64)],
+    [
+        ("torch", 40, 512, 200),
+        pytest.param("triton", 40 if DEVICE == "cuda" else 3, 48, 16, marks=pytest.mark.slow),
+        ("auto", 40, 512, 64),
+    ],
 )
 def test_real_photos_as_torchvision_sees_them(photos: Path, impl: Any, count: int, longest: int, side: int) -> None:
     """torchvision's own crop, resize, flip and normalise on 8-bit images: within 0.5/255 on an image's mean, and
@@ -233,6 +246,7 @@ def test_real_photos_in_dalis_colours(photos: Path) -> None:
     assert off.abs().flatten(1).quantile(0.99, dim=1).max() <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="bytes are counted under the interpreter, on a CPU")
 def test_bytes_written_are_the_batch_and_bytes_read_are_a_few_times_the_window() -> None:
     photos = noise((64, 50), (40, 40))

@@ -327,6 +327,7 @@ def test_quarantine_changes_no_other_row(n: int, size: int, epoch: int, bad: set
     assert seen == order.tolist()
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_reported(index: Index) -> None:
     # In a process of its own: a fork of this one would inherit the threads of every backend that ran in it.
     code = f"""if True:
