@@ -127,16 +127,11 @@ def test_a_fused_block_moves_the_bytes_that_its_schedule_states(block: Block) ->
 
 
 def test_blocks_are_those_of_the_model() -> None:
-    found = Counter(
-        OpShape(
-            "bn_silu_squeeze_excite",
-            b.images,
-            b.channels,
-            *(-(-n // b.stride) for n in (b.height, b.width)),
-            b.squeezed,
-        )
-        for b in model_blocks("b1", 240, 2)
-    )
+    def excited(b: Block) -> OpShape:
+        height, width = (-(-n // b.stride) for n in (b.height, b.width))
+        return OpShape("bn_silu_squeeze_excite", b.images, b.channels, height, width, b.squeezed)
+
+    found = Counter(excited(block) for block in model_blocks("b1", 240, 2))
     calls = model_shapes("b1", 240, 2)
     assert found == Counter({s: n for s, n in calls.items() if s.op == "bn_silu_squeeze_excite"})
 
