@@ -10,6 +10,7 @@ import torch
 from data_pipeline import Index, Loader, choose_cache, make_loader
 from fastnet.config import TrainConfig
 from fastnet.device import pick_workers
+from fastnet.distributed import Division, no_sync, sync_batch_norm
 from fastnet.ema import ModelEma
 from fastnet.errors import UserError
 from fastnet.layers import operation_impl
@@ -21,13 +22,18 @@ from fastnet.weights import load_weights
 from kernels.launch import resolve
 
 
-def build_loaders(config: TrainConfig, index: Index, resolution: int, device: torch.device) -> tuple[Loader, Loader]:
-    """(training, validation). A training batch is a whole step's, however many parts it goes through the model in."""
-    images = len(index.splits["train"].paths)
-    if images < config.images_per_step:
+def build_loaders(
+    config: TrainConfig, index: Index, resolution: int, device: torch.device, division: Division
+) -> tuple[Loader, Loader]:
+    """(training, validation). A training batch is this rank's share of a whole step's, however many parts it goes
+    through the model in."""
+    images, ranks = len(index.splits["train"].paths), division.ranks
+    if images < division.images:
         flags = f"--batch-size {config.optimizer.batch_size}"
         if config.optimizer.grad_accum_steps > 1:
             flags += f" x --grad-accum-steps {config.optimizer.grad_accum_steps}"
+        if ranks.size > 1:
+            flags += f" x {ranks.size} processes"
         raise UserError(
             f"{flags} is more than the {images} training images of {index.root}: choose a smaller one.", exit_status=2
         )
@@ -36,14 +42,28 @@ def build_loaders(config: TrainConfig, index: Index, resolution: int, device: to
         cache=choose_cache(config.data.cache, index, resolution, device=device),
         resolution=resolution,
         seed=config.run.seed,
-        device=device.type,
-        workers=pick_workers(config.data.workers, device),
+        device=device,
+        workers=pick_workers(config.data.workers, device, ranks.local_size),
         dali=config.dali,
     )
     train = make_loader(
-        index, "train", train=True, augmentation=config.augment, batch_size=config.images_per_step, **common
+        index,
+        "train",
+        train=True,
+        augmentation=config.augment,
+        batch_size=division.images,
+        shard=division.shard,
+        **common,
     )
-    val = make_loader(index, "val", train=False, augmentation=None, batch_size=config.optimizer.batch_size, **common)
+    val = make_loader(
+        index,
+        "val",
+        train=False,
+        augmentation=None,
+        batch_size=config.optimizer.batch_size * ranks.size,
+        shard=division.shard._replace(parts=1),
+        **common,
+    )
     return train, val
 
 
@@ -111,19 +131,29 @@ def _pretrained(config: TrainConfig, classes: int, say: Callable[[str], None]) -
     return model
 
 
-def build_step(config: TrainConfig, model: EfficientNet, device: torch.device, amp: Amp) -> TrainStep:
+def build_step(
+    config: TrainConfig, model: EfficientNet, device: torch.device, amp: Amp, division: Division
+) -> TrainStep:
     """The training step of a model that is not yet compiled, with its optimizer and average."""
+    ranks = division.ranks
+    if config.run.sync_bn and ranks.size > 1:
+        sync_batch_norm(model)
     ema, capturable = None, device.type == "cuda"
     if config.ema.model_ema:
         ema = ModelEma(model, config.ema.model_ema_decay, warmup=config.ema.model_ema_warmup, capturable=capturable)
+    parallel = ranks.parallel(model, deterministic=config.run.deterministic)
     return TrainStep(
-        model,
-        make_optimizer(model, config.optimizer, config.peak_lr, capturable=capturable),
+        parallel,
+        make_optimizer(model, config.optimizer, config.peak_lr(division.images), capturable=capturable),
         device=device,
         amp=amp,
         label_smoothing=config.optimizer.label_smoothing,
         clip_grad_norm=config.optimizer.clip_grad_norm,
         ema=ema,
-        grad_accum_steps=config.optimizer.grad_accum_steps,
+        grad_accum_steps=division.parts,
         capturable=capturable,
+        no_sync=no_sync(parallel),
+        reduce_found_inf=ranks.maximum if ranks.size > 1 else None,
+        ranks=ranks.size,
+        images=division.images,
     )

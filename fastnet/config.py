@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -62,7 +63,8 @@ class OptimizerOptions:
     epochs: int = 100
     """Passes over the training set."""
     batch_size: int = 64
-    """Images that go through the model at a time; a step has --grad-accum-steps times as many."""
+    """Images that go through the model at a time, in each process that torchrun starts; a step has --grad-accum-steps x
+    processes times as many. A continued run keeps the images of its steps, whatever the number of processes."""
     grad_accum_steps: int = 1
     """Batches whose gradients add up to one update; their mean counts, as in one big batch."""
     optimizer: Literal["rmsprop_tf", "rmsprop", "adamw", "sgd"] = "rmsprop_tf"
@@ -155,7 +157,7 @@ class RunOptions:
     """Only deterministic algorithms: the same seed gives the same bits, at some cost in speed."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """Replay each step as one CUDA graph: forward, loss, backward, clipping, optimizer and average. auto: on CUDA,
-    where the step can be captured."""
+    where the step can be captured and one process trains."""
     save_every: int = 0
     """Also write a checkpoint every so many steps; 0: at the end of each epoch only."""
     checkpoint_hist: int = 1
@@ -168,6 +170,9 @@ class RunOptions:
     """Also send the metrics to Weights & Biases. (timm: --log-wandb)"""
     wandb_project: str = "fastnet"
     """Project of --wandb."""
+    sync_bn: bool = False
+    """Under torchrun: batch norm normalises over the images of all processes. Otherwise each over its own, and the
+    running statistics are those of process 0."""
     reestimate_bn: int = 0
     """Before each evaluation, re-estimate batch norm's statistics on so many training batches (0: use the running
     ones). For short runs: with momentum 0.01 they lag for hundreds of steps."""
@@ -238,18 +243,26 @@ class TrainConfig:
 
     @property
     def images_per_step(self) -> int:
-        """Images that one update of the weights sees."""
+        """Images of one process that one update of the weights sees, where a run starts."""
         return self.optimizer.batch_size * self.optimizer.grad_accum_steps
 
-    @property
-    def peak_lr(self) -> float:
-        """--lr, or the optimizer's rate for 256 images (RMSprop: the paper's; SGD: Goyal et al. 2017) in proportion."""
+    def peak_lr(self, images: int | None = None) -> float:
+        """--lr, or the optimizer's rate for 256 images (RMSprop: the paper's; SGD: Goyal et al. 2017) in proportion.
+
+        images: those of a step over all processes (default: of one process).
+        """
         if self.optimizer.lr is not None:
             return self.optimizer.lr
-        return {"sgd": 0.1, "adamw": 0.001}.get(self.optimizer.optimizer, 0.064) * self.images_per_step / 256
+        images = self.images_per_step if images is None else images
+        return {"sgd": 0.1, "adamw": 0.001}.get(self.optimizer.optimizer, 0.064) * images / 256
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def processes() -> int:
+    """How many processes train together, as torchrun says."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def config_from_dict(values: dict[str, Any], source: Path) -> TrainConfig:

@@ -24,11 +24,13 @@ def pick_amp(name: str, device: torch.device) -> Amp:
     return name  # type: ignore[return-value]
 
 
-def pick_workers(workers: int | None, device: torch.device) -> int:
-    """All cores feed a GPU; when a CPU trains, half of them do, so that the step keeps its own."""
+def pick_workers(workers: int | None, device: torch.device, sharing: int = 1) -> int:
+    """All cores feed a GPU; when a CPU trains, half of them do, so that the step keeps its own. sharing: processes that
+    do so at once."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if workers is not None:
         return workers
+    cores = max(1, cores // sharing)
     return min(16, cores) if device.type == "cuda" else max(1, cores // 2)
 
 

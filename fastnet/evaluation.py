@@ -37,28 +37,34 @@ def evaluate_model(
     device: torch.device,
     amp: Amp,
     stop: Callable[[], bool] = lambda: False,
+    add: Callable[[torch.Tensor], None] = lambda sums: None,
 ) -> Evaluation:
     """Evaluate each image of `batches` once, in evaluation mode and without compiled code.
 
     The last batch is shorter than the others and the mode differs from training: compiling for both would cost more
-    than it brings. The model's mode is restored. Raises Interrupted when `stop()` turns true.
+    than it brings. The model's mode is restored. `add` adds up what several processes found, in place. Raises
+    Interrupted when `stop()` turns true, in all of them if it does in one.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    sums = torch.zeros(5, dtype=torch.float64, device=device)  # the last: were we asked to stop?
     training = model.training
     model.eval()
     try:
         with torch.inference_mode(), torch.compiler.set_stance("force_eager"), autocast(device, amp):
             for images, labels in batches:
                 if stop():
-                    raise Interrupted
+                    sums[4] = 1
+                    break
                 logits = model(images).float()
                 hits = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
                 loss = F.cross_entropy(logits, labels, reduction="sum")
                 count = torch.full_like(loss, len(labels))
-                sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, count]).double()
+                sums[:4] += torch.stack([hits[:, 0].sum(), hits.sum(), loss, count]).double()
     finally:
         model.train(training)
-    top1, top5, loss_sum, images_seen = sums.tolist()
+    add(sums)
+    top1, top5, loss_sum, images_seen, stopped = sums.tolist()
+    if stopped:
+        raise Interrupted
     if not images_seen:
         raise UserError("there is no image to evaluate: add some to the validation split.")
     return Evaluation(100 * top1 / images_seen, 100 * top5 / images_seen, loss_sum / images_seen, int(images_seen))

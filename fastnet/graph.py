@@ -106,8 +106,10 @@ class GraphedStep:
         return self._outputs
 
 
-def pick_cuda_graph(name: Literal["auto", "on", "off"], device: torch.device) -> bool:
-    """What --cuda-graph means on `device`; UserError where "on" is impossible."""
+def pick_cuda_graph(name: Literal["auto", "on", "off"], device: torch.device, ranks: int = 1) -> bool:
+    """What --cuda-graph means on `device`, never for several ranks; UserError where "on" is impossible."""
     if name == "on" and device.type != "cuda":
         raise UserError("--cuda-graph on needs a GPU: leave it out, or train with --device cuda.", exit_status=2)
-    return name != "off" and device.type == "cuda"
+    if name == "on" and ranks > 1:
+        raise UserError("--cuda-graph on works in one process only: leave it out under torchrun.", exit_status=2)
+    return name != "off" and device.type == "cuda" and ranks == 1

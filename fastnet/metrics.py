@@ -6,7 +6,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,17 @@ from fastnet.trackers import Tracker
 class Sums:
     """Loss and hits summed on the device; `read` is the only place that waits for it."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, over_ranks: Callable[[Tensor], None] = lambda sums: None) -> None:
+        """over_ranks: adds up what several processes found in one step, in place."""
         self.total = torch.zeros(3, dtype=torch.float64, device=device)
+        self._over_ranks = over_ranks
 
     def add(self, loss: Tensor, correct: Tensor, images: int) -> None:
         """loss [] is a mean over `images`; correct [] counts right answers. A loss that is not finite counts 0."""
         sums = torch.stack([loss.double() * images, correct.double(), torch.full_like(loss, images).double()])
-        self.total += sums.masked_fill_(~loss.isfinite(), 0.0)
+        sums.masked_fill_(~loss.isfinite(), 0.0)
+        self._over_ranks(sums)
+        self.total += sums
 
     def read(self) -> tuple[float, float]:
         """(mean loss, top-1 in percent) since the last read."""
@@ -85,11 +89,16 @@ def peak_memory_gb(device: torch.device) -> float:
 class MetricsFile:
     """`metrics.jsonl` of a run: one JSON object a line, in the order of steps."""
 
-    def __init__(self, path: Path, resume_step: int, trackers: Sequence[Tracker] = ()) -> None:
-        """Lines of steps after `resume_step` were written by a process whose work was lost: they are dropped."""
+    def __init__(
+        self, path: Path, resume_step: int, trackers: Sequence[Tracker] = (), lines: int | None = None
+    ) -> None:
+        """What a process wrote whose work was lost is dropped: all after the first `lines`, where the checkpoint knows
+        how many there were, and after `resume_step`."""
         self.path, self._trackers = path, trackers
+        self.lines = 0
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step]
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step][:lines]
+            self.lines = len(kept)
             write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
 
     def write(self, kind: str, **values: Any) -> None:
@@ -99,6 +108,7 @@ class MetricsFile:
                 file.write(json.dumps(dict(kind=kind) | values) + "\n")
         except OSError as error:
             raise UserError(write_failure(self.path, error)) from error
+        self.lines += 1
         group = f"{kind}_ema" if values.get("weights") == "ema" else kind
         numbers = {f"{group}/{k}": v for k, v in values.items() if k != "step" and isinstance(v, int | float)}
         for tracker in self._trackers:

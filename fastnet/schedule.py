@@ -53,8 +53,10 @@ def progressive_resolution(epoch: int, epochs: int, resolution: int, stages: int
     return min(resolution, round((first + (resolution - first) * stage / (stages - 1)) / 8) * 8)
 
 
-def step_key(seed: int, step: int) -> int:
+def step_key(seed: int, step: int, rank: int = 0) -> int:
     """63 bits that all randomness inside a step is drawn from: a function of (seed, step), so that a resumed run draws
-    what the uninterrupted one draws, whatever else used a generator in between."""
-    digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
+    what the uninterrupted one draws, whatever else used a generator in between. rank: for draws that ranks don't share.
+    """
+    numbers = (seed, step, rank) if rank else (seed, step)
+    digest = hashlib.blake2b("/".join(map(str, numbers)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -49,10 +49,12 @@ class TrainStep:
 
     Args:
         ema: moved towards the model after each update.
-        grad_accum_steps: the batch goes through the model in so many equal parts, which divide it.
+        grad_accum_steps: the batch goes through the model in so many parts, equal ones where they divide it.
         capturable: nothing waits for the device (default: on CUDA). The optimizer and `ema` must be so too.
-        no_sync: entered around the backward of every part but the last (DistributedDataParallel.no_sync).
+        no_sync: entered around every part but the last (DistributedDataParallel.no_sync).
         reduce_found_inf: makes the flag, float32 [], the largest of all ranks, in place.
+        ranks, images: how many ranks' gradients the model averages, and the images of a step over all of them; 0 where
+            every rank has as many.
     """
 
     def __init__(
@@ -69,6 +71,8 @@ class TrainStep:
         capturable: bool | None = None,
         no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
         reduce_found_inf: Callable[[Tensor], None] | None = None,
+        ranks: int = 1,
+        images: int = 0,
     ) -> None:
         self.model, self.optimizer, self.ema = model, optimizer, ema
         self.device = device
@@ -78,6 +82,7 @@ class TrainStep:
         self.grad_accum_steps = grad_accum_steps
         self.capturable = device.type == "cuda" if capturable is None else capturable
         self._no_sync, self._reduce_found_inf = no_sync, reduce_found_inf
+        self._ranks, self._images = ranks, images
         self._params = [p for p in model.parameters() if p.requires_grad]
         # Batch norm's statistics have moved before the loss is known.
         self._statistics = [b for b in model.buffers() if b.is_floating_point()]
@@ -111,11 +116,11 @@ class TrainStep:
     ) -> tuple[Tensor, Tensor]:
         """The step as a function of tensors: drop_scales [blocks, B] (None: drawn by the model), mix [7] as in `Mix`.
 
-        Raises ValueError where the batch can't be divided.
+        Raises ValueError where the batch has fewer images than parts.
         """
         parts = self.grad_accum_steps
-        if len(images) % parts:
-            raise ValueError(f"a batch of {len(images)} can't go through the model in {parts} equal parts.")
+        if len(images) < parts:
+            raise ValueError(f"a batch of {len(images)} can't go through the model in {parts} parts.")
         with torch.no_grad():
             if self._statistics:
                 torch._foreach_copy_(self._before, self._statistics)
@@ -125,15 +130,16 @@ class TrainStep:
         share = None if mix is None else mix[-1]
         self.optimizer.zero_grad(set_to_none=True)
         losses, hits = [], []
-        scales = drop_scales.chunk(parts, 1) if drop_scales is not None else (None,) * parts
-        batches = zip(images.chunk(parts), labels.chunk(parts), opposite.chunk(parts), scales, strict=True)
+        scales = drop_scales.tensor_split(parts, 1) if drop_scales is not None else (None,) * parts
+        batches = zip(*(t.tensor_split(parts) for t in (images, labels, opposite)), scales, strict=True)
         for i, (some, right, other, scale) in enumerate(batches):
-            with autocast(self.device, self.amp):
-                logits = self.model(some, scale)
-            loss, correct = self._loss(logits.float(), right, other, share)
             with self._no_sync() if i < parts - 1 else nullcontext():
-                self._scaled(loss).backward()
-            losses.append(loss.detach())
+                with autocast(self.device, self.amp):
+                    logits = self.model(some, scale)
+                loss, correct = self._loss(logits.float(), right, other, share)
+                self._scaled(loss, len(some), len(images)).backward()
+            weight = len(some) * parts / len(images)
+            losses.append(loss.detach() if weight == 1 else loss.detach() * weight)
             hits.append(correct)
         loss = losses[0] if parts == 1 else torch.stack(losses).mean()
         self._update(loss)
@@ -150,10 +156,13 @@ class TrainStep:
         loss = share * loss + (1 - share) * F.cross_entropy(logits, other, label_smoothing=self.label_smoothing)
         return loss, share * correct + (1 - share) * (predicted == other).sum()
 
-    def _scaled(self, loss: Tensor) -> Tensor:
+    def _scaled(self, loss: Tensor, part: int, mine: int) -> Tensor:
+        """The mean loss of `part` of this rank's images, weighted so that gradients add up to those of the step's."""
         if self.amp == "fp16":
             loss = loss * self.loss_scale
-        return loss / self.grad_accum_steps if self.grad_accum_steps > 1 else loss
+        total = self._images or mine * self._ranks
+        weight = part * self._ranks / total
+        return loss if weight == 1 else loss * weight
 
     @torch.no_grad()
     def _update(self, loss: Tensor) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastnet.config import RECIPES, TrainConfig, read_config
+from fastnet.config import RECIPES, TrainConfig, processes, read_config
 from fastnet.errors import UserError, run_command
 
 RUNS = Path("runs")
@@ -126,7 +127,7 @@ def _refuse_changes(saved: TrainConfig, given: TrainConfig, folder: Path) -> Non
 
     before, now = flatten(saved), flatten(given)
     allowed = set(CHANGEABLE)
-    if given.images_per_step == saved.images_per_step:
+    if given.images_per_step * processes() == _images_per_step(saved, folder):
         # The same images in each step, in other parts: the way out of a GPU's memory.
         allowed |= {"batch_size", "grad_accum_steps"}
     for name, value in now.items():
@@ -137,6 +138,14 @@ def _refuse_changes(saved: TrainConfig, given: TrainConfig, folder: Path) -> Non
                 "continue, or start a new run without --resume.",
                 exit_status=2,
             )
+
+
+def _images_per_step(saved: TrainConfig, folder: Path) -> int:
+    """The images of a step over all the processes with which the run was started."""
+    try:
+        return int(json.loads((folder / "last.json").read_text())["images_per_step"])
+    except (OSError, ValueError, KeyError):
+        return saved.images_per_step
 
 
 def run_folder(config: TrainConfig) -> Path:
@@ -152,7 +161,8 @@ def run_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def train() -> int:
+def settle() -> tuple[TrainConfig, Path]:
+    """What the command line means, and the run's folder; offers to download a data set that is not there."""
     config = parse_arguments(sys.argv[1:])
     config.validate()
     folder = run_folder(config)
@@ -160,6 +170,13 @@ def train() -> int:
     from data_pipeline.prepare import offer
 
     offer(config.data.data)
+    return config, folder
+
+
+def train() -> int:
+    if processes() > 1:
+        return _train_together()
+    config, folder = settle()
 
     import torch
     from rich.console import Console
@@ -168,6 +185,25 @@ def train() -> int:
 
     torch.set_flush_denormal(True)  # arithmetic on denormals is many times slower on a CPU
     return Trainer(config, folder, Console()).run()
+
+
+def _train_together() -> int:
+    """One of the processes that torchrun started. The first reads the command line for all."""
+    import logging
+
+    import torch
+    from rich.console import Console
+
+    from fastnet.distributed import join
+    from fastnet.trainer import Trainer
+
+    ranks = join()
+    if not ranks.first:
+        logging.getLogger("data_pipeline").setLevel(logging.ERROR)
+    torch.set_flush_denormal(True)
+    with ranks.one_voice():
+        config, folder = ranks.decide(settle)
+        return Trainer(config, folder, Console(quiet=not ranks.first), ranks).run()
 
 
 def main() -> None:

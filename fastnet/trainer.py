@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from fastnet.config import TrainConfig
 from fastnet.curves import draw_curves
 from fastnet.device import out_of_memory, pick_amp, pick_device
 from fastnet.display import Display, format_seconds, say_excluded, show_table
+from fastnet.distributed import ALONE, Ranks, divide
 from fastnet.errors import UserError
 from fastnet.evaluation import Interrupted, evaluate_model, reestimate_batch_norm
 from fastnet.graph import CudaRecorder, pick_cuda_graph
@@ -43,12 +45,12 @@ class Trainer:
     Raises UserError or DataError, with one sentence, for whatever the user can mend.
     """
 
-    def __init__(self, config: TrainConfig, folder: Path, console: Console) -> None:
+    def __init__(self, config: TrainConfig, folder: Path, console: Console, ranks: Ranks = ALONE) -> None:
         config.validate()
-        self.config, self.folder, self.console = config, folder, console
-        self.device = pick_device(config.run.device)
+        self.config, self.folder, self.console, self.ranks = config, folder, console, ranks
+        self.device = ranks.device(pick_device(config.run.device))
         self.amp = pick_amp(config.run.amp, self.device)
-        self.graphed = pick_cuda_graph(config.run.cuda_graph, self.device)
+        self.graphed = pick_cuda_graph(config.run.cuda_graph, self.device, ranks.size)
         if config.run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -57,20 +59,31 @@ class Trainer:
         arch = architecture(config.model.variant, config.model.scaling)
         self.resolution = config.model.resolution or arch.resolution
         self.resize = DynamicResize(self.resolution)
-        self._saved = load_checkpoint(self.last) if self.last.exists() else None
-        # Who replaces a file that went bad depends on all that did, and on the places of all others.
-        quarantined = self._saved[2].get("quarantined", []) if self._saved else []
-        self.index = build_index(config.data.data, quarantined=quarantined)
-        self.train_loader, self.val_loader = build_loaders(config, self.index, self.resolution, self.device)
-        saved_model = None
-        if self._saved is not None:
-            saved_model = ModelConfig(**self._saved[2]["model"] | {"kernels": config.model.kernels})
-        self.model = build_model(config, len(self.index.classes), self.device, saved_model, self.say)
-        self.step = build_step(config, self.model, self.device, self.amp)
+        self._saved = ranks.broadcast(load_checkpoint(self.last) if ranks.first and self.last.exists() else None)
+        saved = self._saved[2] if self._saved else {}
+        self.division = divide(
+            saved.get("images_per_step", config.images_per_step * (1 if saved else ranks.size)),
+            ranks,
+            config.optimizer.batch_size,
+            config.optimizer.grad_accum_steps,
+        )
+        self.peak_lr = config.peak_lr(self.division.images)
+        saved_model = ModelConfig(**saved["model"] | {"kernels": config.model.kernels}) if saved else None
+        with ranks.first_here():  # fills caches that the others on this machine read
+            # Who replaces a file that went bad depends on all that did, and on the places of all others.
+            self.index = build_index(config.data.data, quarantined=saved.get("quarantined", []))
+            self.train_loader, self.val_loader = build_loaders(
+                config, self.index, self.resolution, self.device, self.division
+            )
+            self.model = build_model(config, len(self.index.classes), self.device, saved_model, self.say)
+        self.step = build_step(config, self.model, self.device, self.amp, self.division)
         self.progress = Progress()
-        self.sums = Sums(self.device)
+        self.sums = Sums(self.device, ranks.add)
         self.clock = Clock()
         self.stop = StopRequest()
+        self._lines: int | None = None  # of metrics.jsonl, as the checkpoint knows it
+        self.stopped_by = 0
+        """The signal that all ranks agreed to stop for."""
 
     @property
     def last(self) -> Path:
@@ -86,6 +99,9 @@ class Trainer:
         not finite, with the file as it was."""
         self._check_health()
         self.progress.train_seconds = self._train_seconds()
+        bad = dict(chain(*self.ranks.gather(self.train_loader.quarantined + self.val_loader.quarantined)))
+        if not self.ranks.first:
+            return
         training = {
             f"optimizer/{name}": value for name, value in optimizer_tensors(self.model, self.step.optimizer).items()
         }
@@ -99,7 +115,9 @@ class Trainer:
             "classes": list(self.index.classes),
             "resolution": self.resolution,
             "data_fingerprint": self.index.fingerprint,
-            "quarantined": self.index.quarantine_records(self.train_loader.quarantined + self.val_loader.quarantined),
+            "quarantined": self.index.quarantine_records(bad.items()),
+            "images_per_step": self.division.images,
+            "metrics_lines": self.metrics.lines,
         }
         save_checkpoint(self.last, self.model.state_dict(), training, metadata)
 
@@ -129,6 +147,7 @@ class Trainer:
         if self.step.ema is not None:
             self.step.ema.load_state_dict(parts["ema"])
         self.progress = Progress(**metadata["progress"])
+        self._lines = metadata.get("metrics_lines")
 
     def _train_seconds(self) -> float:
         seconds, self.clock.train_seconds = self.clock.train_seconds, 0.0
@@ -151,16 +170,12 @@ class Trainer:
 
     def _run(self) -> int:
         config = self.config
-        resumed = self.last.exists()
+        resumed = self._saved is not None
         if resumed:
             self.restore()
         progress = self.progress
-        trackers = make_trackers(config, self.folder, progress.step)
-        write_atomically(self.folder / "config.json", config.to_json().encode())
-        if self.index.excluded:
-            listed = "".join(f"{path}: {reason}\n" for path, reason in self.index.excluded)
-            write_atomically(self.folder / "excluded.txt", listed.encode("utf-8", "surrogateescape"))
-        self.metrics = MetricsFile(self.folder / "metrics.jsonl", progress.step, trackers)
+        if self.ranks.first:
+            self._open_files()
         if not resumed:
             self.save()
         self._announce(resumed)
@@ -172,18 +187,33 @@ class Trainer:
                 while progress.epoch < config.optimizer.epochs:
                     with suppress(Interrupted):
                         self._train_epoch(total)
-                        if not self.stop():
+                        if not self._agree_to_stop():
                             self._finish_epoch()
                     self.save()
-                    if self.stop():
+                    if self._agree_to_stop():
                         break
         finally:
-            self.metrics.close()
-        if self.stop():
+            if self.ranks.first:
+                self.metrics.close()
+        if self.stopped_by:
             self.say(f"stopped at step {progress.step}; continue with: {self._resume_command()}")
-            return 128 + (self.stop.signal or 0)
-        self._conclude()
+            return 128 + self.stopped_by
+        if self.ranks.first:
+            self._conclude()
         return 0
+
+    def _open_files(self) -> None:
+        """config.json, excluded.txt and metrics.jsonl of the run, the last without what came after the checkpoint."""
+        trackers = make_trackers(self.config, self.folder, self.progress.step)
+        write_atomically(self.folder / "config.json", self.config.to_json().encode())
+        if self.index.excluded:
+            listed = "".join(f"{path}: {reason}\n" for path, reason in self.index.excluded)
+            write_atomically(self.folder / "excluded.txt", listed.encode("utf-8", "surrogateescape"))
+        self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.progress.step, trackers, self._lines)
+
+    def _agree_to_stop(self) -> bool:
+        self.stopped_by = self.ranks.largest(self.stop.signal or 0)
+        return bool(self.stopped_by)
 
     def _prepare_step(self) -> None:
         """Compile, and record from then on, as asked for."""
@@ -208,6 +238,7 @@ class Trainer:
         per_epoch = self.train_loader.steps_per_epoch
         if progress.step_in_epoch >= per_epoch:
             return
+        self._share_quarantine()
         self.model.train()
         self.resize.resolution = progressive_resolution(
             progress.epoch,
@@ -220,25 +251,44 @@ class Trainer:
         for (images, labels), waited in self.clock.batches(batches):
             start = time.perf_counter()
             set_learning_rate(
-                self.step.optimizer, learning_rate(progress.step, per_epoch, config.peak_lr, config.optimizer)
+                self.step.optimizer, learning_rate(progress.step, per_epoch, self.peak_lr, config.optimizer)
             )
             if self.step.ema is not None:
                 self.step.ema.set_update(progress.step + 1)
-            torch.manual_seed(step_key(config.run.seed, progress.step))
-            loss, correct = self.step(self.resize(images), labels, mix=self._mix())
+            loss, correct = self.step(self.resize(images), labels, self._drop_scales(), self._mix())
             self.sums.add(loss, correct, len(labels))
             progress.step += 1
             progress.step_in_epoch += 1
+            progress.images_seen += self.division.images
             if progress.step % config.run.log_every == 0 or progress.step == total:
                 self._log(total)  # waits for the device, so that the clock below is true on average
-            self.clock.step(waited + time.perf_counter() - start, waited, len(labels))
+            self.clock.step(waited + time.perf_counter() - start, waited, self.division.images)
             self.display.advance()
-            if self.stop():
+            if self.ranks.largest_before(self.stop.signal or 0):
                 return
             # The end of an epoch is saved when it has been evaluated.
             at_end = progress.step_in_epoch == per_epoch
             if config.run.save_every and progress.step % config.run.save_every == 0 and not at_end:
                 self.save()
+
+    def _drop_scales(self) -> torch.Tensor:
+        """This rank's part of the next step's drop-connect draw; seeds what the model itself draws, a rank its own."""
+        seed, ranks = self.config.run.seed, self.ranks
+        torch.manual_seed(step_key(seed, self.progress.step))
+        scales = self.model.draw_drop_scales(self.division.images, self.device)
+        if ranks.size == 1:
+            return scales
+        torch.manual_seed(step_key(seed, self.progress.step, ranks.rank))
+        return scales[:, torch.from_numpy(self.division.shard.rows(self.division.images)).to(self.device)]
+
+    def _share_quarantine(self) -> None:
+        """Every rank leaves out the files that went bad for any of them."""
+        if self.ranks.size == 1:
+            return
+        for loader in (self.train_loader, self.val_loader):
+            bad = dict(chain(*self.ranks.gather(loader.quarantined)))
+            paths = loader.plan.split.paths
+            loader.quarantine({at: bad[path] for at, path in enumerate(paths) if path in bad} if bad else {})
 
     def _mix(self) -> torch.Tensor | None:
         """The mixing's numbers for the next step, on the device."""
@@ -251,6 +301,8 @@ class Trainer:
         progress = self.progress
         health = self._check_health()
         loss, top1 = self.sums.read()
+        if not self.ranks.first:
+            return
         rate, waiting = self.clock.rates()
         memory = peak_memory_gb(self.device)
         values: dict[str, Any] = dict(
@@ -258,9 +310,7 @@ class Trainer:
             epoch=progress.epoch,
             loss=round(loss, 6),
             top1=round(top1, 4),
-            lr=learning_rate(
-                progress.step - 1, self.train_loader.steps_per_epoch, self.config.peak_lr, self.config.optimizer
-            ),
+            lr=learning_rate(progress.step - 1, self.train_loader.steps_per_epoch, self.peak_lr, self.config.optimizer),
             resolution=self.resize.resolution,
         )
         text = f"loss {loss:.3f}  top-1 {top1:.1f} %  {rate:.0f} images/s  waiting {waiting:.0f} %  {memory:.1f} GB"
@@ -270,7 +320,7 @@ class Trainer:
         self.metrics.write(
             "train", **values, images_per_s=round(rate, 2), data_wait=round(waiting, 2), memory_gb=memory
         )
-        left = (total - progress.step) * self.config.images_per_step / rate if rate else 0.0
+        left = (total - progress.step) * self.division.images / rate if rate else 0.0
         self.display.status(progress.step, progress.epoch, text, left)
 
     def _check_health(self) -> Health:
@@ -291,25 +341,30 @@ class Trainer:
         candidates: dict[str, EfficientNet] = {"model": self.model}
         if self.step.ema is not None:
             candidates["ema"] = self.step.ema.module
-        common: dict[str, Any] = dict(device=self.device, amp=self.amp, stop=self.stop)
+        common: dict[str, Any] = dict(device=self.device, amp=self.amp)
         results = []
         for name, model in candidates.items():
             note = ""
             if config.run.reestimate_bn:
                 batches = self.train_loader.batches(progress.epoch)
-                used = reestimate_batch_norm(model, batches, config.run.reestimate_bn, **common)
+                # Ranks that normalise together must not part.
+                stop = self.stop if self.ranks.size == 1 else lambda: False
+                used = reestimate_batch_norm(model, batches, config.run.reestimate_bn, stop=stop, **common)
+                self.ranks.average_statistics(model)
                 note = f"  (batch norm re-estimated on {used} training batches)"
-            result = evaluate_model(model, self.val_loader.batches(0), **common)
+            self.ranks.share_statistics(model)
+            result = evaluate_model(model, self.val_loader.batches(0), stop=self.stop, add=self.ranks.add, **common)
             self.display.say(
                 f"epoch {progress.epoch}{' averaged weights' if name == 'ema' else ''}: top-1 {result.top1:.2f} %  "
                 f"top-5 {result.top5:.2f} %  loss {result.loss:.4f}{note}"
             )
             results.append(dict(epoch=progress.epoch, step=progress.step, weights=name, **dataclasses.asdict(result)))
-        for values in results:  # all or none, should a stop come in between
-            self.metrics.write("eval", **values)
         best = max(results, key=lambda values: values["top1"])
         progress.evaluations.append(best)
-        self._keep(candidates[best["weights"]], best)
+        if self.ranks.first:
+            for values in results:  # all or none, should a stop come in between
+                self.metrics.write("eval", **values)
+            self._keep(candidates[best["weights"]], best)
         progress.epoch += 1
         progress.step_in_epoch = 0
 
@@ -345,13 +400,20 @@ class Trainer:
             f"data {index.root}: {len(index.classes)} classes, {self.train_loader.num_images} training and "
             f"{self.val_loader.num_images} validation images"
         )
+        if self.ranks.size > 1:
+            norm = "over all" if config.run.sync_bn else "over its own"
+            self.say(
+                f"{self.ranks.size} processes, {self.division.images} images a step; batch norm in each {norm} images"
+            )
         if config.data.cache != "none":
             self.say(f"cache {self.train_loader.cache_note}")
         self.say(f"run {self.folder}")
         say_excluded(self.console, index.excluded, self.folder / "excluded.txt")
 
     def _resume_command(self) -> str:
-        return f"python -m fastnet.train --resume {self.folder}"
+        size = self.ranks.size
+        program = f"torchrun --nproc-per-node {self.ranks.local_size}" if size > 1 else "python"
+        return f"{program} -m fastnet.train --resume {self.folder}"
 
     def _smaller_batch(self) -> str:
         batch, parts = self.config.optimizer.batch_size, self.config.optimizer.grad_accum_steps

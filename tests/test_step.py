@@ -174,9 +174,30 @@ def test_parts_add_up_to_one_big_batch(mixed: bool) -> None:
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize(("parts", "ranks"), [(3, 1), (2, 3)])
+def test_uneven_parts_weigh_by_their_images(parts: int, ranks: int) -> None:
+    """8 images in parts of 3, 3 and 2, or on ranks with 3, 3 and 2; the loss is computed in fp32."""
+    images, labels = batch(size=8)
+    scales = torch.ones(7, 8, dtype=torch.float64)
+
+    def gradient(rows: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        step = make_step(capturable=False, clip_grad_norm=0.0, **options)
+        step.model.double().eval()
+        loss, _ = step(images[rows].double(), labels[rows], scales[:, rows])
+        return loss, torch.cat([p.grad.flatten() for p in step.model.parameters() if p.grad is not None])
+
+    loss, whole = gradient(torch.arange(8))
+    shares = torch.arange(8).tensor_split(ranks)
+    found = [gradient(rows, grad_accum_steps=parts, ranks=ranks, images=8) for rows in shares]
+    mean_loss = sum(found[r][0] * len(shares[r]) for r in range(ranks)) / 8
+    torch.testing.assert_close(mean_loss, loss)
+    mean = torch.stack([gradient for _, gradient in found]).mean(0)
+    assert (mean - whole).norm() < 1e-6 * whole.norm()
+
+
 def test_a_batch_that_cannot_be_divided_is_named() -> None:
-    with pytest.raises(ValueError, match="a batch of 4 can't go through the model in 3 equal parts"):
-        make_step(grad_accum_steps=3)(*batch())
+    with pytest.raises(ValueError, match="a batch of 4 can't go through the model in 5 parts"):
+        make_step(grad_accum_steps=5)(*batch())
 
 
 def test_only_the_last_part_synchronises_and_the_flag_is_shared() -> None:

@@ -42,7 +42,7 @@ def test_flags_are_flat_and_reach_their_place() -> None:
         ["--variant", "b3", "--lr", "0.5", "--data", "x", "--amp", "bf16", "--hue", "9", "--loader", "torch"]
     )
     assert config.model.variant == "b3"
-    assert config.peak_lr == 0.5
+    assert config.peak_lr() == 0.5
     assert config.data.data == "x"
     assert config.run.amp == "bf16"
     assert config.augment.hue == 9
@@ -51,17 +51,17 @@ def test_flags_are_flat_and_reach_their_place() -> None:
 
 def test_the_recipe_gives_the_defaults_and_flags_win() -> None:
     assert parse_arguments(["--recipe", "quick"]) == QUICK
-    assert parse_arguments(["--recipe", "finetune", "--lr", "0.1"]).peak_lr == 0.1
+    assert parse_arguments(["--recipe", "finetune", "--lr", "0.1"]).peak_lr() == 0.1
     assert parse_arguments(["--recipe", "finetune"]).ema.model_ema
     assert parse_arguments(["--recipe", "quick", "--epochs", "3"]).optimizer.epochs == 3
     assert parse_arguments([]) == FOOD101
 
 
 def test_the_default_learning_rate_follows_the_batch() -> None:
-    assert parse_arguments(["--batch-size", "512"]).peak_lr == pytest.approx(0.128)
-    assert parse_arguments(["--batch-size", "128", "--grad-accum-steps", "4"]).peak_lr == pytest.approx(0.128)
-    assert parse_arguments(["--batch-size", "256", "--optimizer", "sgd"]).peak_lr == pytest.approx(0.1)
-    assert parse_arguments(["--batch-size", "256", "--optimizer", "adamw"]).peak_lr == pytest.approx(0.001)
+    assert parse_arguments(["--batch-size", "512"]).peak_lr() == pytest.approx(0.128)
+    assert parse_arguments(["--batch-size", "128", "--grad-accum-steps", "4"]).peak_lr() == pytest.approx(0.128)
+    assert parse_arguments(["--batch-size", "256", "--optimizer", "sgd"]).peak_lr() == pytest.approx(0.1)
+    assert parse_arguments(["--batch-size", "256", "--optimizer", "adamw"]).peak_lr() == pytest.approx(0.001)
 
 
 def test_a_user_of_timm_may_type_timms_names() -> None:

@@ -1,0 +1,288 @@
+"""Several processes that train as one: `torchrun --nproc-per-node N -m fastnet.train ...`, on GPUs one process each.
+
+What a step computes on is fixed when the run starts: its images (--batch-size x --grad-accum-steps x ranks), their
+order, crops, drop-connect and mixing draws. Each rank takes its share of every step's images (`data_pipeline.Shard`),
+so that a run may go on with another number of ranks, in the middle of an epoch too: it sees the same images in the same
+steps, each once, in more or fewer parts where --batch-size asks for it. What does depend on the ranks: batch norm's
+batches without --sync-bn, dropout's masks, and rounding.
+
+Gradients are averaged by DistributedDataParallel, loss and hits added up step by step, evaluation's sums once. Batch
+norm's running statistics are those of rank 0, which alone writes files and speaks; they are what a continued run
+starts from, so that it computes what an uninterrupted one does.
+"""
+
+# No annotations from the future: DistributedDataParallel compares those of its hook with types.
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data_pipeline import DataError, Shard
+from fastnet.config import processes
+from fastnet.errors import UserError
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(hours=1)  # for ranks that wait while one decodes a data set into the cache
+
+
+@dataclass
+class Ranks:
+    """This process among those of the run. Alone (the default) every method does nothing, or what one process would."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    """Ranks on this machine, of which local_rank is this one's number."""
+    _asked: tuple[Any, Tensor] | None = field(default=None, repr=False)
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the run's files and speaks."""
+        return self.rank == 0
+
+    def device(self, device: torch.device) -> torch.device:
+        """The device of this rank; UserError where there are fewer GPUs than ranks on this machine."""
+        if self.size == 1 or device.type != "cuda":
+            return device
+        count = torch.cuda.device_count()
+        if self.local_rank >= count:
+            raise UserError(
+                f"--nproc-per-node {self.local_size} is more than the {count} GPUs here: start one process a GPU.",
+                exit_status=2,
+            )
+        torch.cuda.set_device(self.local_rank)
+        return torch.device("cuda", self.local_rank)
+
+    # --- words between ranks, on the host ---------------------------------------------------------------------------
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value, which can be pickled."""
+        if self.size == 1:
+            return value
+        holder = [value if self.first else None]
+        dist.broadcast_object_list(holder, device=torch.device("cpu"))
+        return holder[0]  # type: ignore[return-value]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def decide(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0. Where it raises there, the others leave without a word."""
+        status: Any = None
+        value: Any = None
+        failure: BaseException | None = None
+        if self.first:
+            try:
+                value = make()
+            except (UserError, DataError, SystemExit) as error:
+                failure, status = error, _status(error)
+        value, status = self.broadcast((value, status))
+        if failure is not None:
+            raise failure
+        if status is not None:
+            raise SystemExit(status)
+        return value
+
+    def largest(self, number: int) -> int:
+        """The largest of all ranks' numbers; waits for them."""
+        if self.size == 1:
+            return number
+        value = torch.tensor(number)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return int(value)
+
+    def largest_before(self, number: int) -> int:
+        """The largest of the numbers that the ranks gave in the call before this one (0 in the first): nobody waits."""
+        if self.size == 1:
+            return number
+        before, value = self._asked, torch.tensor(number)
+        self._asked = dist.all_reduce(value, dist.ReduceOp.MAX, async_op=True), value
+        if before is None:
+            return 0
+        before[0].wait()
+        return int(before[1])
+
+    @contextmanager
+    def first_here(self) -> Iterator[None]:
+        """The body runs in one process of each machine before it runs in the others, which then find what it made."""
+        if self.local_rank:
+            self.largest(0)
+        try:
+            yield
+        finally:
+            if not self.local_rank:
+                self.largest(0)
+
+    @contextmanager
+    def one_voice(self) -> Iterator[None]:
+        """The body of a run. Of the errors that end it, the first that a rank meets is raised, and the ranks that fail
+        of it or in turn leave without a word."""
+        if self.size == 1:
+            yield
+            return
+        try:
+            yield
+            if self._asked is not None:
+                self._asked[0].wait()
+            self.largest(0)  # nobody leaves while another still listens
+            dist.destroy_process_group()
+        except (UserError, DataError) as error:
+            if not self._fails_first():
+                raise SystemExit(_status(error)) from None
+            raise
+        except RuntimeError as error:
+            if not _lost_a_peer(error):
+                raise
+            if not self._fails_first():
+                raise SystemExit(1) from None
+            raise UserError(
+                "another process of this run ended: the last checkpoint is from before; continue with --resume, or let "
+                "torchrun do it (--max-restarts, with --out and --resume auto)."
+            ) from error
+
+    def _fails_first(self) -> bool:
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        try:
+            return bool(dist.distributed_c10d._get_default_store().add(f"fastnet/failures/{attempt}", 1) == 1)
+        except RuntimeError:  # the store went with the process that failed
+            return False
+
+    # --- tensors, on the device -------------------------------------------------------------------------------------
+
+    def add(self, tensor: Tensor) -> None:
+        """The sum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    def maximum(self, tensor: Tensor) -> None:
+        """The largest of all ranks', in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+
+    def share_statistics(self, model: nn.Module) -> None:
+        """Batch norm's running statistics become rank 0's."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+    def average_statistics(self, model: nn.Module) -> None:
+        """Batch norm's running statistics become the mean of all ranks'."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                if buffer.is_floating_point():
+                    dist.all_reduce(buffer)
+                    buffer /= self.size
+
+    def parallel(self, model: nn.Module, *, deterministic: bool) -> nn.Module:
+        """The model whose backward averages gradients; it starts from rank 0's weights.
+
+        deterministic: they are added in the order of the ranks, so that the sum does not depend on where in a message a
+        gradient lies: the first step of a process lays them out otherwise than the later ones.
+        """
+        if self.size == 1:
+            return model
+        with warnings.catch_warnings():
+            # The name that torch 2.15 has for it is unknown to 2.11.
+            warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+            wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        if deterministic and self.size > 2:  # of two numbers there is one sum
+            wrapped.register_comm_hook(None, _mean_in_order)
+        return wrapped
+
+
+ALONE = Ranks()
+
+
+def join() -> Ranks:
+    """Meet the other processes that torchrun started."""
+    if processes() == 1:
+        return ALONE
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    local_rank, local_size = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, max(1, local_size))
+
+
+def no_sync(model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+    """What TrainStep enters around every part of a step but the last."""
+    return model.no_sync if isinstance(model, DistributedDataParallel) else nullcontext
+
+
+@dataclass(frozen=True)
+class Division:
+    """How the images of a step are divided: among ranks, and by each rank into parts that go through the model."""
+
+    images: int
+    ranks: Ranks
+    parts: int
+
+    @property
+    def shard(self) -> Shard:
+        return Shard(self.ranks.rank, self.ranks.size, self.parts)
+
+
+def divide(images: int, ranks: Ranks, batch_size: int, grad_accum_steps: int) -> Division:
+    """The division of a step's `images` as the flags say; for a run that goes on with other ranks, into the fewest
+    parts that hold at most batch_size images. UserError where a part would have fewer than two."""
+    parts = grad_accum_steps
+    if batch_size * grad_accum_steps * ranks.size != images:
+        share = -(-images // ranks.size)
+        parts = -(-share // batch_size)
+    if images // ranks.size // parts < 2:
+        raise UserError(
+            f"a step of this run has {images} images, too few for {ranks.size} ranks: start fewer processes.",
+            exit_status=2,
+        )
+    return Division(images, ranks, parts)
+
+
+def sync_batch_norm(model: nn.Module) -> None:
+    """Let every batch norm normalise over the images of all ranks (--sync-bn)."""
+    from fastnet.layers import BatchNorm
+
+    group = dist.group.WORLD
+    assert group is not None
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.group = group.group_name
+
+
+def _mean_in_order(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    mine, ranks = bucket.buffer(), dist.get_world_size()
+    gathered = torch.empty(ranks * mine.numel(), dtype=mine.dtype, device=mine.device)
+
+    def mean(_: Any) -> Tensor:
+        total, *others = gathered.chunk(ranks)
+        for other in others:
+            total += other
+        return mine.copy_(total / ranks)
+
+    work = dist.all_gather_into_tensor(gathered, mine, async_op=True)
+    assert work is not None
+    return work.get_future().then(mean)
+
+
+def _status(error: BaseException) -> Any:
+    if isinstance(error, SystemExit):
+        return error.code or 0
+    return error.exit_status if isinstance(error, UserError) else 1
+
+
+def _lost_a_peer(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "Connection closed"))

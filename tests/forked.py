@@ -1,0 +1,163 @@
+"""Training runs in forked children of a process that has imported everything once, alone or as ranks of one another.
+
+`python -m tests.forked serve` answers lines of JSON (a `Request`) with lines of JSON: every rank's exit status.
+`python -m tests.forked EVENT LOG FLAG...` is one process of a run, for torchrun.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+# By a run on its way, at seconds each.
+IMPORTED_LATE = (
+    "torch._inductor", "torch.distributed.fsdp", "torchvision.transforms.v2", "matplotlib.backends.backend_agg",
+    "fastnet.trainer", "fastnet.figures", "fastnet.train", "tyro", "tyro.conf", "data_pipeline.prepare",
+    "data_pipeline.torch_loader", "data_pipeline.cached_loader", "PIL.Image",
+)  # fmt: skip
+ROOT = Path(__file__).parents[1]
+
+
+def fork(body: Callable[[], int], output: Path) -> int:
+    """Start `body` in a child whose words go to the end of a file, and whose status is what it returns; its id."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        os.setsid()
+        handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        status = body()
+    except SystemExit as done:
+        status = int(done.code or 0)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def wait(pid: int) -> int:
+    """Exit status of a child; the negative of the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def shrink() -> None:
+    """From here on a model has two blocks, and trains on one thread."""
+    import torch
+
+    from fastnet import model
+    from fastnet.model import Stage
+
+    torch.set_num_threads(1)
+    model.STAGES = (Stage(1, 3, 1, 8, 1), Stage(2, 3, 2, 16, 2))  # type: ignore[assignment]
+
+
+def prepare() -> None:
+    """What every run would import."""
+    for late in IMPORTED_LATE:
+        import_module(late)
+    shrink()
+
+
+def watch(event: str, log: str) -> None:
+    """Write down the (epoch, step, image) that this rank trains on to `log`.<process id>.
+
+    event: "kill RANK STEP": that rank ends without a word where the step would begin. "stop RANK STEP": it is asked to
+    stop there.
+    """
+    from fastnet.trainer import Trainer
+
+    what, who, when = event.split() or ("", "", "")
+    inner = Trainer._drop_scales
+
+    def spy(trainer: Trainer) -> Any:
+        progress, plan = trainer.progress, trainer.train_loader.plan
+        with open(f"{log}.{os.getpid()}", "a") as file:
+            for index in plan.step(progress.epoch, progress.step_in_epoch).indices:
+                file.write(f"{progress.epoch} {progress.step} {index}\n")
+        if (who, when) == (str(trainer.ranks.rank), str(progress.step)):
+            if what == "kill" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif what == "stop":
+                trainer.stop.signal = signal.SIGTERM
+        return inner(trainer)
+
+    Trainer._drop_scales = spy  # type: ignore[method-assign]
+
+
+def once(event: str, log: str, flags: list[str]) -> int:
+    from fastnet import train
+
+    watch(event, log)
+    sys.argv = ["train", *flags]
+    train.main()
+    return 0
+
+
+def answer(request: dict[str, Any]) -> list[int]:
+    ranks = request["ranks"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(ranks):
+        names = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
+        os.environ.update({name: str(value) for name, value in names.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        body = lambda: once(request["event"], request["log"], request["flags"])  # noqa: E731
+        children.append(fork(body, Path(request["output"])))
+    return [wait(child) for child in children]
+
+
+class Server:
+    """`python -m tests.forked serve`, from the side that asks."""
+
+    def __init__(self) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "tests.forked", "serve"]
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(self, ranks: int, out: Path, *flags: str, event: str = "") -> tuple[list[int], str]:
+        """Every rank's exit status, and what they said."""
+        output = out.with_name(f"{out.name}.txt")
+        output.write_text("")
+        log = str(out.with_name(f"{out.name}.seen"))
+        request = dict(ranks=ranks, event=event, log=log, output=str(output), flags=["--out", str(out), *flags])
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline()), output.read_text()
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def main() -> None:
+    if sys.argv[1] != "serve":
+        shrink()
+        sys.exit(once(sys.argv[1], sys.argv[2], sys.argv[3:]))
+    prepare()
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Two and three processes that torchrun starts: the same run as one process, stopped, lost and continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from fastnet import distributed
+from fastnet.distributed import ALONE, Ranks, divide
+from fastnet.errors import UserError
+from fastnet.graph import pick_cuda_graph
+from tests.forked import ROOT, Server
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    made = Server()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """26 images to train on, 7 to evaluate: neither can be divided by 2 or 3 batches evenly."""
+    root = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    for split, counts in (("train", (13, 13)), ("val", (4, 3))):
+        for label, name in enumerate(("dark", "bright")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(counts[label]):
+                pixels = generator.integers(0, 100, (40, 48, 3), dtype=np.uint8) + 120 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.jpg")
+    return root
+
+
+def flags(data: Path, batch: int, *more: str) -> list[str]:
+    return [
+        "--data", str(data), "--loader", "torch", "--workers", "0", "--device", "cpu", "--resolution", "32",
+        "--epochs", "2", "--log-every", "2", "--batch-size", str(batch), "--dropout", "0",
+        "--lr", "0.01", "--model-ema", "--model-ema-decay", "0.5", "--mixup", "0.3", "--cutmix", "1", *more,
+    ]  # fmt: skip
+
+
+def seen(out: Path) -> list[tuple[int, ...]]:
+    """(epoch, step, image) of all ranks and attempts, sorted."""
+    lines = [line for path in out.parent.glob(f"{out.name}.seen.*") for line in path.read_text().splitlines()]
+    return sorted(tuple(map(int, line.split())) for line in lines)
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("images_per_s", "data_wait", "memory_gb")} for line in lines]
+
+
+def agree(mine: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+    """Equal lines, but for the rounding of losses."""
+    for a, b in zip(mine, theirs, strict=True):
+        assert a == b | {"loss": pytest.approx(b["loss"], rel=1e-3)}
+
+
+def difference(a: Path, b: Path) -> float:
+    """Largest difference of weights, averages and optimizer state."""
+    first, second = (load_file(out / "last.safetensors") for out in (a, b))
+    assert first.keys() == second.keys()
+    return max((first[name].double() - second[name].double()).abs().max().item() for name in first)
+
+
+@pytest.mark.slow
+def test_ranks_compute_what_one_process_does_and_may_change(data: Path, tmp_path: Path, server: Server) -> None:
+    """12 images a step: on one process; on two, 6 each, with joint batch norm; on two that are stopped, then three."""
+    one, two, changed = (tmp_path / name for name in ("one", "two", "changed"))
+    status, said = server.run(1, one, *flags(data, 12))
+    assert status == [0], said
+    status, said = server.run(2, two, *flags(data, 6, "--sync-bn"))
+    assert status == [0, 0], said
+    assert "2 processes, 12 images a step; batch norm in each over all images" in said
+    assert said.count("learning curves:") == 1  # one of them speaks
+    assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
+    assert seen(one) == seen(two)
+    assert len(seen(two)) == len({(epoch, image) for epoch, _, image in seen(two)}) == 2 * 24
+    # The same sums in another order.
+    assert difference(one, two) < 1e-3
+    agree(metrics(two), metrics(one))
+    assert [line["images"] for line in metrics(two) if line["kind"] == "eval"] == [7] * 4
+
+    # One rank is signalled in the first step; both know of it after the second, in the middle of the epoch... of two
+    # steps, so that the evaluation is what is left out.
+    status, said = server.run(2, changed, *flags(data, 6, "--sync-bn"), event="stop 1 0")
+    assert status == [143, 143], said
+    assert "stopped at step 2; continue with: torchrun --nproc-per-node 2" in said
+    assert json.loads((changed / "last.json").read_text())["progress"]["images_seen"] == 24
+    status, said = server.run(3, changed, "--resume", "auto")
+    assert status == [0, 0, 0], said
+    assert "3 processes, 12 images a step" in said
+    assert seen(changed) == seen(one)
+    assert difference(one, changed) < 1e-3
+    agree(metrics(changed), metrics(one))
+
+
+@pytest.mark.slow
+def test_ranks_with_uneven_shares_stop_and_continue_in_the_same_bits(
+    data: Path, tmp_path: Path, server: Server
+) -> None:
+    """Three ranks share 8 images a step as 3, 3 and 2 of a run that one began, three steps an epoch."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for out, events in ((whole, [""]), (parts, ["stop 2 1", "kill 0 4", ""])):
+        assert server.run(1, out, *flags(data, 8, "--deterministic"), event="stop 0 0")[0] == [143]
+        for event in events:
+            status, said = server.run(3, out, "--resume", "auto", "--save-every", "1", event=event)
+            assert (status == [0, 0, 0]) == (event == ""), said
+            assert "Traceback" not in said
+    steps = seen(parts)
+    assert {(epoch, image) for epoch, _, image in steps} == {(epoch, image) for epoch, _, image in seen(whole)}
+    assert set(steps) == set(seen(whole))  # what was done twice was done on the same images
+    done = [(epoch, image) for epoch, _, image in seen(whole)]
+    assert len(done) == len(set(done)) == 2 * 24
+    assert metrics(parts) == metrics(whole)
+    assert difference(parts, whole) == 0
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_lost_rank_again(data: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "run", tmp_path / "run.seen"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "--rdzv-backend",
+        "c10d", "--rdzv-endpoint", "localhost:0", "-m", "tests.forked", "kill 1 2", str(log), "--out", str(out),
+        "--resume", "auto", *flags(data, 4, "--save-every", "1"), "--epochs", "1",
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "continuing efficientnet_b0" in done.stdout
+    steps = seen(out)
+    assert sorted({image for _, _, image in steps}) == sorted({image for _, step, image in set(steps)})
+    assert len(set(steps)) == 24  # three steps of 8 images, each seen in one step only
+    assert json.loads((out / "last.json").read_text())["progress"]["images_seen"] == 24
+
+
+@pytest.mark.slow
+def test_what_goes_wrong_is_said_once(data: Path, tmp_path: Path, server: Server) -> None:
+    for name, wrong, words, expected in (
+        ("a", flags(tmp_path / "nowhere", 6), "There is no folder", 1),
+        ("b", flags(data, 6, "--nonsense"), "--nonsense", 2),
+        ("c", flags(data, 14), "--batch-size 14 x 2 processes is more than the 26 training images", 2),
+        ("d", flags(data, 6, "--lr", "1e-9", "--epochs", "0"), "--epochs 0 must lie between", 2),
+    ):
+        status, said = server.run(2, tmp_path / name, *wrong)
+        assert status == [expected] * 2, said
+        assert said.count(words) == 1, said
+        assert "Traceback" not in said
+
+
+def test_divisions() -> None:
+    assert divide(64, ALONE, 32, 2).parts == 2
+    assert divide(64, Ranks(0, 2), 32, 1).parts == 1
+    assert divide(64, Ranks(1, 3), 32, 1).parts == 1
+    assert divide(64, ALONE, 20, 1).parts == 4
+    assert sum(len(divide(65, Ranks(rank, 3), 16, 1).shard.rows(65)) for rank in range(3)) == 65
+    with pytest.raises(UserError, match="has 6 images, too few for 4 ranks"):
+        divide(6, Ranks(0, 4), 6, 1)
+
+
+def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert distributed.join() == ALONE
+    assert ALONE.gather(3) == [3]
+    assert ALONE.largest(2) == ALONE.largest_before(2) == 2
+    model = torch.nn.Linear(1, 1)
+    assert ALONE.parallel(model, deterministic=True) is model
+
+
+def test_a_graph_is_refused_where_several_processes_train() -> None:
+    cuda = torch.device("cuda")
+    assert pick_cuda_graph("auto", cuda, 1)
+    assert not pick_cuda_graph("auto", cuda, 2)
+    with pytest.raises(UserError, match="--cuda-graph on works in one process only"):
+        pick_cuda_graph("on", cuda, 2)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="--nproc-per-node 3 is more than the 2 GPUs"):
+        Ranks(2, 3, 2, 3).device(torch.device("cuda"))
