@@ -44,8 +44,7 @@ BN_SILU = ("tests/test_batch_norm_silu.py", "-k", "test_bn_silu and fp32")
 STATISTICS = ("tests/test_batch_norm_silu.py", "-k", "statistics")
 SQUEEZE = ("tests/test_squeeze_excite.py", "-k", "fp32")
 DROP = ("tests/test_drop_connect.py", "-k", "fp32")
-DEPTHWISE = ("tests/test_depthwise.py", "-k", "sums and (k3-s1 or k5-s1 or k3-s2) and fp32")
-WALK = ("tests/test_depthwise.py", "-k", "sums and p1")
+DEPTHWISE = ("tests/test_depthwise.py", "-k", "sums and k3-s1-1x10")
 POINTWISE = ("tests/test_pointwise.py", "-k", "test_pointwise and 22-6 and (forward or dgrad or wgrad)")
 
 MUTATIONS = (
@@ -138,7 +137,7 @@ MUTATIONS = (
         "kernels/depthwise.py",
         "all_m2 += m2 + delta * delta * (all_count * share)",
         "all_m2 += m2",
-        WALK,
+        ("tests/test_depthwise.py", "-k", "large_mean"),
     ),
     Mutation(
         "taps of the gradient mirrored",
@@ -173,7 +172,7 @@ MUTATIONS = (
         "kernels/pointwise_wgrad.py",
         "narrow = tl.where(row + tl.arange(0, BLOCK_M)[:, None] < end, narrow, 0.0).to(narrow.dtype)",
         "narrow = narrow",
-        POINTWISE,
+        ("tests/test_pointwise.py", "-k", "test_pointwise and fp16 and 24-72-40 and projection_wgrad"),
     ),
 )
 
