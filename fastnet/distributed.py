@@ -157,9 +157,8 @@ class Ranks:
             ) from error
 
     def _fails_first(self) -> bool:
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         try:
-            return bool(dist.distributed_c10d._get_default_store().add(f"fastnet/failures/{attempt}", 1) == 1)
+            return bool(dist.distributed_c10d._get_default_store().add("failures", 1) == 1)
         except RuntimeError:  # the store went with the process that failed
             return False
 
@@ -214,9 +213,14 @@ def join() -> Ranks:
     if processes() == 1:
         return ALONE
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    # torchrun's store outlives the processes that it starts again, and still holds the addresses of the former ones.
+    attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size}"
+    dist.init_process_group(
+        backend, store=dist.PrefixStore(attempt, store), rank=rank, world_size=size, timeout=PATIENCE
+    )
     local_rank, local_size = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, max(1, local_size))
+    return Ranks(rank, size, local_rank, max(1, local_size))
 
 
 def no_sync(model: nn.Module) -> Callable[[], AbstractContextManager[None]]:

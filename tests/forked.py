@@ -97,7 +97,7 @@ def watch(event: str, log: str) -> None:
                 trainer.stop.signal = signal.SIGTERM
         return inner(trainer)
 
-    Trainer._drop_scales = spy  # type: ignore[method-assign]
+    Trainer._drop_scales = spy  # type: ignore[method-assign, assignment]
 
 
 def once(event: str, log: str, flags: list[str]) -> int:
