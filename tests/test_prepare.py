@@ -224,6 +224,7 @@ def _device(name: str) -> tarfile.TarInfo:
         archive(FILES, link=_link("food-101/images/link", "/etc")),
         archive(FILES, device=_device("food-101/null")),
     ],
+    ids=["name outside", "name through a folder", "link upwards", "link to the root", "device"],
     ids=["parent", "inner parent", "link out", "absolute link", "device"],
 )
 def test_an_archive_that_leads_out_of_its_folder_is_refused(server: Server, tmp_path: Path, content: bytes) -> None:
@@ -236,6 +237,7 @@ def test_an_archive_that_leads_out_of_its_folder_is_refused(server: Server, tmp_
 @pytest.mark.parametrize(
     ("content", "words"),
     [(b"no archive", "is damaged"), (archive(FILES)[:-100], "is damaged"), (archive({"x": b"y"}), "holds no")],
+    ids=["no archive", "cut off", "other files"],  # without names an archive's bytes, with its time, would be one
 )
 def test_an_archive_of_something_else_is_refused(server: Server, tmp_path: Path, content: bytes, words: str) -> None:
     server.content = content
