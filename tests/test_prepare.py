@@ -224,7 +224,6 @@ def _device(name: str) -> tarfile.TarInfo:
         archive(FILES, link=_link("food-101/images/link", "/etc")),
         archive(FILES, device=_device("food-101/null")),
     ],
-    ids=["name outside", "name through a folder", "link upwards", "link to the root", "device"],
     ids=["parent", "inner parent", "link out", "absolute link", "device"],
 )
 def test_an_archive_that_leads_out_of_its_folder_is_refused(server: Server, tmp_path: Path, content: bytes) -> None:
