@@ -19,7 +19,7 @@ class UserError(Exception):
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """Run a CLI's body; print a user's error as its one sentence on stderr and return the exit status."""
+    """Run a CLI's body; print a user's error, or Ctrl-C, as one sentence on stderr and return the exit status."""
     from data_pipeline import DataError
 
     # OpenMP threads that spin while they wait starve the loader's workers and each other as soon as the cores are
@@ -31,5 +31,7 @@ def run_command(command: Callable[[], int]) -> int:
         message, status = str(error), error.exit_status
     except DataError as error:
         message, status = str(error), 1
+    except KeyboardInterrupt:
+        message, status = "interrupted.", 130
     print(f"error: {message}", file=sys.stderr)
     return status

@@ -86,6 +86,7 @@ def reestimate_batch_norm(
     """
     norms = list(model.batch_norms())
     momenta = [norm.momentum for norm in norms]
+    counts = [norm.num_batches_tracked.clone() for norm in norms]  # of training steps, which these are not
     used, training = 0, model.training
     model.train()
     try:
@@ -98,7 +99,8 @@ def reestimate_batch_norm(
                     norm.momentum = 1.0 / used
                 model(images, torch.ones(len(model.blocks), len(images), device=device))
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm, momentum, count_before in zip(norms, momenta, counts, strict=True):
             norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count_before)
         model.train(training)
     return used

@@ -350,6 +350,7 @@ def test_reestimated_statistics_are_plain_means() -> None:
         model.stem.bn.running_var, torch.stack([r.var((0, 2, 3)) for r in raw]).mean(0), rtol=1e-4, atol=1e-6
     )
     assert {norm.momentum for norm in model.batch_norms()} == {0.01}
+    assert {int(norm.num_batches_tracked) for norm in model.batch_norms()} == {0}
 
 
 def test_sums_weigh_by_images() -> None:

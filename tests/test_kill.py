@@ -1,0 +1,137 @@
+"""Runs that are killed, run out of disk or lose their data, and continue to the same bits."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from data_pipeline import DataError
+from fastnet import checkpoint
+from fastnet import model as model_file
+from fastnet.config import TrainConfig
+from fastnet.errors import UserError
+from fastnet.model import Stage
+from fastnet.trainer import Trainer
+from tests.forked import ROOT
+from tests.kill_trials import Case, digests, make_data
+
+
+@pytest.mark.slow
+def test_twenty_runs_killed_at_random_moments() -> None:
+    """Of the 200 that `python -m tests.kill_trials --trials 200` makes by hand."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kill_trials", "--trials", "20"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "20 trials, 0 failed" in done.stdout
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(model_file, "STAGES", (Stage(1, 3, 1, 8, 1), Stage(2, 3, 2, 16, 2)))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield Case("torch", "none", 0, 1, rich=False).config(make_data(tmp_path / "data"))
+    torch.use_deterministic_algorithms(False)
+
+
+def trainer_of(config: TrainConfig, out: Path) -> Trainer:
+    return Trainer(config, out, Console(file=StringIO()))
+
+
+def before_step(trainer: Trainer, step: int, act: Any) -> None:
+    """Let `act` happen where this step (from 0) would begin."""
+    inner = trainer.step.run
+
+    def call(*inputs: Any) -> Any:
+        if trainer.progress.step == step:
+            act()
+        return inner(*inputs)
+
+    trainer.step._call = call
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.ENOSPC, "no space left"), (errno.EROFS, "no permission"), (errno.EDQUOT, "no space")]
+)
+@pytest.mark.parametrize("name", ["last.safetensors", "last.json", "best.safetensors", "metrics.jsonl"])
+def test_a_disk_that_fills_up_or_turns_read_only_costs_one_sentence(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int, words: str
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert trainer_of(config, whole).run() == 0
+    trainer = trainer_of(config, parts)
+    real_open = open
+    fails: list[bool] = []
+
+    def refuse(path: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
+        if fails and mode != "r" and Path(path).name in (name, f".{name}.tmp"):
+            raise OSError(number, os.strerror(number), str(path))
+        return real_open(path, mode, *args, **options)
+
+    from fastnet import metrics
+
+    for module in (checkpoint, metrics):
+        monkeypatch.setattr(module, "open", refuse, raising=False)
+    before_step(trainer, 1, lambda: fails.append(True))
+    with pytest.raises(UserError, match=words) as caught:
+        trainer.run()
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+    fails.clear()
+    assert trainer_of(config, parts).run() == 0
+    assert digests(parts) == digests(whole) | {"files": digests(parts)["files"]}
+
+
+def test_data_that_vanishes_costs_one_sentence(config: TrainConfig, tmp_path: Path) -> None:
+    whole, parts, data, away = (tmp_path / name for name in ("whole", "parts", "data", "away"))
+    assert trainer_of(config, whole).run() == 0
+    trainer = trainer_of(config, parts)
+    before_step(trainer, 3, lambda: data.rename(away))
+    with pytest.raises(DataError, match="continue with --resume") as caught:
+        trainer.run()
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match="There is no folder"):
+        trainer_of(config, parts)
+    away.rename(data)
+    assert trainer_of(config, parts).run() == 0
+    assert digests(parts) == digests(whole)
+
+
+def test_what_was_written_after_the_checkpoint_is_written_once(config: TrainConfig, tmp_path: Path) -> None:
+    """An evaluation is stopped, done again and lost: the checkpoint from before it is of the same step."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert trainer_of(config, whole).run() == 0
+    trainer = trainer_of(config, parts)
+    trainer._finish_epoch = lambda: setattr(trainer.stop, "signal", 15)  # type: ignore[method-assign]
+    assert trainer.run() == 143
+    trainer = trainer_of(config, parts)
+
+    def lost() -> None:
+        raise KeyboardInterrupt
+
+    trainer.save = lost  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert trainer_of(config, parts).run() == 0
+    assert digests(parts) == digests(whole)
+
+
+def test_a_run_keeps_the_images_of_its_steps(config: TrainConfig, tmp_path: Path) -> None:
+    """--batch-size says in how many parts they go through the model."""
+    trainer = trainer_of(config, tmp_path / "run")
+    before_step(trainer, 0, lambda: setattr(trainer.stop, "signal", 2))
+    assert trainer.run() == 130
+    halves = replace(config, optimizer=replace(config.optimizer, batch_size=2))
+    assert trainer_of(halves, tmp_path / "run").division.parts == 2
+    assert trainer_of(halves, tmp_path / "run").peak_lr == trainer.peak_lr
