@@ -17,9 +17,8 @@ from data_pipeline import build_index
 from fastnet.build import build_loaders, build_model, build_step
 from fastnet.checkpoint import Progress, load_checkpoint, save_checkpoint, write_atomically
 from fastnet.config import TrainConfig
-from fastnet.curves import draw_curves
 from fastnet.device import out_of_memory, pick_amp, pick_device
-from fastnet.display import Display, format_seconds, say_excluded, show_table
+from fastnet.display import Display
 from fastnet.distributed import ALONE, Ranks, divide
 from fastnet.errors import UserError
 from fastnet.evaluation import Interrupted, evaluate_model, reestimate_batch_norm
@@ -35,6 +34,7 @@ from fastnet.step import Health
 from fastnet.stop import StopRequest
 from fastnet.trackers import make_trackers
 from fastnet.weights import save_weights
+from fastnet.words import announce, conclude, out_of_memory_words, resume_command
 
 LEAST_LOSS_SCALE = 1.0  # fp16 gradients that overflow at this scale are not finite for another reason
 
@@ -163,7 +163,7 @@ class Trainer:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            raise UserError(self._smaller_batch()) from error
+            raise UserError(out_of_memory_words(self)) from error
         finally:
             self.train_loader.close()
             self.val_loader.close()
@@ -178,7 +178,7 @@ class Trainer:
             self._open_files()
         if not resumed:
             self.save()
-        self._announce(resumed)
+        announce(self, resumed)
         self._prepare_step()
 
         total = config.optimizer.epochs * self.train_loader.steps_per_epoch
@@ -196,10 +196,10 @@ class Trainer:
             if self.ranks.first:
                 self.metrics.close()
         if self.stopped_by:
-            self.say(f"stopped at step {progress.step}; continue with: {self._resume_command()}")
+            self.say(f"stopped at step {progress.step}; continue with: {resume_command(self)}")
             return 128 + self.stopped_by
         if self.ranks.first:
-            self._conclude()
+            conclude(self)
         return 0
 
     def _open_files(self) -> None:
@@ -385,61 +385,3 @@ class Trainer:
         for path in self.folder.glob("checkpoint-*"):
             if path.stem not in kept:
                 path.unlink()
-
-    # --- words ----------------------------------------------------------------------------------------------------
-
-    def _announce(self, resumed: bool) -> None:
-        config, index = self.config, self.index
-        parameters = sum(p.numel() for p in self.model.parameters())
-        self.say(
-            f"{'continuing' if resumed else 'training'} efficientnet_{config.model.variant} "
-            f"({parameters / 1e6:.1f} M parameters) at {self.resolution} px on {self.device}, amp {self.amp}, "
-            f"compile {config.run.compile}, kernels {config.model.kernels}, loader {self.train_loader.description}"
-        )
-        self.say(
-            f"data {index.root}: {len(index.classes)} classes, {self.train_loader.num_images} training and "
-            f"{self.val_loader.num_images} validation images"
-        )
-        if self.ranks.size > 1:
-            norm = "over all" if config.run.sync_bn else "over its own"
-            self.say(
-                f"{self.ranks.size} processes, {self.division.images} images a step; batch norm in each {norm} images"
-            )
-        if config.data.cache != "none":
-            self.say(f"cache {self.train_loader.cache_note}")
-        self.say(f"run {self.folder}")
-        say_excluded(self.console, index.excluded, self.folder / "excluded.txt")
-
-    def _resume_command(self) -> str:
-        size = self.ranks.size
-        program = f"torchrun --nproc-per-node {self.ranks.local_size}" if size > 1 else "python"
-        return f"{program} -m fastnet.train --resume {self.folder}"
-
-    def _smaller_batch(self) -> str:
-        batch, parts = self.config.optimizer.batch_size, self.config.optimizer.grad_accum_steps
-        if batch < 4:
-            return f"out of memory on {self.device}: lower --resolution or choose a smaller --variant."
-        return (
-            f"out of memory on {self.device} with --batch-size {batch}: try --batch-size {batch // 2} "
-            f"--grad-accum-steps {2 * parts}, which updates the weights as often."
-        )
-
-    def _conclude(self) -> None:
-        progress = self.progress
-        best = max(progress.evaluations, key=lambda values: values["top1"])
-        rate, waiting = self.clock.rates()
-        averaged = " (averaged weights)" if best.get("weights") == "ema" else ""
-        rows = {
-            "top-1": f"{best['top1']:.2f} %{averaged}",
-            "top-5": f"{best['top5']:.2f} %",
-            "best epoch": f"{best['epoch']} of 0-{self.config.optimizer.epochs - 1}",
-            "training time": format_seconds(progress.train_seconds),
-            "throughput": f"{rate:.0f} images/s" if rate else "not measured",
-            "waiting for data": f"{waiting:.0f} %",
-            "peak memory": f"{peak_memory_gb(self.device):.1f} GB",
-            "excluded files": str(len(self.index.excluded)),
-        }
-        show_table(self.console, f"efficientnet_{self.config.model.variant} at {self.resolution} px", rows)
-        self.say(f"learning curves: {draw_curves(self.folder)}")
-        self.say(f"evaluate: python -m fastnet.evaluate {self.folder}")
-        self.say(f"train on: {self._resume_command()} --epochs {2 * self.config.optimizer.epochs}")

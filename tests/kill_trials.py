@@ -125,10 +125,10 @@ def run(case: Case, data: Path, out: Path, cache: Path, seen: Seen, kill: Kill |
     """The body of a child."""
     from rich.console import Console
 
-    from fastnet import trainer
+    from fastnet import trainer, words
 
     os.environ["XDG_CACHE_HOME"] = str(cache)
-    trainer.draw_curves = lambda folder: folder  # of the metrics, which are compared
+    words.draw_curves = lambda folder: folder  # of the metrics, which are compared
 
     def in_phase(owner: Any, name: str, phase: int) -> None:
         inner = getattr(owner, name)
@@ -149,7 +149,7 @@ def run(case: Case, data: Path, out: Path, cache: Path, seen: Seen, kill: Kill |
         (trainer.Trainer, "_train_epoch", 1),
         (trainer.Trainer, "save", 2),
         (trainer.Trainer, "_finish_epoch", 3),
-        (trainer.Trainer, "_conclude", 4),
+        (trainer, "conclude", 4),
     ):
         in_phase(owner, name, phase)
 

@@ -1,0 +1,75 @@
+"""What a run says about itself: its beginning, how it is continued, and what came out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastnet.curves import draw_curves
+from fastnet.display import format_seconds, say_excluded, show_table
+from fastnet.metrics import peak_memory_gb
+
+if TYPE_CHECKING:
+    from fastnet.trainer import Trainer
+
+
+def announce(trainer: Trainer, resumed: bool) -> None:
+    """What is trained, on what, where."""
+    config, index = trainer.config, trainer.index
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    trainer.say(
+        f"{'continuing' if resumed else 'training'} efficientnet_{config.model.variant} "
+        f"({parameters / 1e6:.1f} M parameters) at {trainer.resolution} px on {trainer.device}, amp {trainer.amp}, "
+        f"compile {config.run.compile}, kernels {config.model.kernels}, loader {trainer.train_loader.description}"
+    )
+    trainer.say(
+        f"data {index.root}: {len(index.classes)} classes, {trainer.train_loader.num_images} training and "
+        f"{trainer.val_loader.num_images} validation images"
+    )
+    if trainer.ranks.size > 1:
+        norm = "over all" if config.run.sync_bn else "over its own"
+        trainer.say(
+            f"{trainer.ranks.size} processes, {trainer.division.images} images a step; batch norm in each {norm} images"
+        )
+    if config.data.cache != "none":
+        trainer.say(f"cache {trainer.train_loader.cache_note}")
+    trainer.say(f"run {trainer.folder}")
+    say_excluded(trainer.console, index.excluded, trainer.folder / "excluded.txt")
+
+
+def resume_command(trainer: Trainer) -> str:
+    size = trainer.ranks.size
+    program = f"torchrun --nproc-per-node {trainer.ranks.local_size}" if size > 1 else "python"
+    return f"{program} -m fastnet.train --resume {trainer.folder}"
+
+
+def out_of_memory_words(trainer: Trainer) -> str:
+    """The sentence that names a batch to try."""
+    batch, parts = trainer.config.optimizer.batch_size, trainer.config.optimizer.grad_accum_steps
+    if batch < 4:
+        return f"out of memory on {trainer.device}: lower --resolution or choose a smaller --variant."
+    return (
+        f"out of memory on {trainer.device} with --batch-size {batch}: try --batch-size {batch // 2} "
+        f"--grad-accum-steps {2 * parts}, which updates the weights as often."
+    )
+
+
+def conclude(trainer: Trainer) -> None:
+    """What came out, and what can be done with it."""
+    progress = trainer.progress
+    best = max(progress.evaluations, key=lambda values: values["top1"])
+    rate, waiting = trainer.clock.rates()
+    averaged = " (averaged weights)" if best.get("weights") == "ema" else ""
+    rows = {
+        "top-1": f"{best['top1']:.2f} %{averaged}",
+        "top-5": f"{best['top5']:.2f} %",
+        "best epoch": f"{best['epoch']} of 0-{trainer.config.optimizer.epochs - 1}",
+        "training time": format_seconds(progress.train_seconds),
+        "throughput": f"{rate:.0f} images/s" if rate else "not measured",
+        "waiting for data": f"{waiting:.0f} %",
+        "peak memory": f"{peak_memory_gb(trainer.device):.1f} GB",
+        "excluded files": str(len(trainer.index.excluded)),
+    }
+    show_table(trainer.console, f"efficientnet_{trainer.config.model.variant} at {trainer.resolution} px", rows)
+    trainer.say(f"learning curves: {draw_curves(trainer.folder)}")
+    trainer.say(f"evaluate: python -m fastnet.evaluate {trainer.folder}")
+    trainer.say(f"train on: {resume_command(trainer)} --epochs {2 * trainer.config.optimizer.epochs}")
