@@ -380,6 +380,7 @@ def test_settings_that_make_no_sense_are_refused(index: Index, change: dict[str,
 INTERRUPTED = """
 import os, signal, sys, time
 from data_pipeline import build_index, make_loader
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
 index = build_index(sys.argv[1], cache_dir=sys.argv[2])
 loader = make_loader(index, "train", backend="torch", resolution=24, batch_size=2, seed=0, train=True,
                      augmentation=None, workers=2)
