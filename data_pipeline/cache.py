@@ -93,11 +93,13 @@ def choose_cache(
     *,
     device: str | torch.device = "cpu",
     cache_dir: str | Path | None = None,
+    processes: int = 1,
 ) -> PixelCache:
     """The cache for both splits of `index`, at resolutions up to `resolution`; "auto" is the first of gpu (where
     `device` is one), ram and disk that fits, else none.
 
     cache_dir: where "disk" keeps its files; default: the user's cache folder.
+    processes: that train together on this machine. Files are shared; each keeps RAM and a GPU of its own.
 
     Raises:
         DataError: what was asked for does not fit.
@@ -116,8 +118,8 @@ def choose_cache(
     need = sum(stored_bytes(split, resolution) for split in index.splits.values())
     what = f"{sum(map(len, index.splits.values()))} images at short side {short_side(resolution)} are {_size(need)}"
     memory = available_memory()
-    fits = {"ram": need <= RAM_SHARE * memory}
-    said = {"ram": f"{_size(memory)} of memory are available"}
+    fits = {"ram": need * processes <= RAM_SHARE * memory}
+    said = {"ram": f"{_size(memory)} of memory are available" + (f" to {processes} processes" * (processes > 1))}
     if device.type == "cuda":
         free = gpu_memory(device)
         fits["gpu"] = need <= GPU_SHARE * free

@@ -39,7 +39,7 @@ def build_loaders(
         )
     common: dict[str, Any] = dict(
         backend=config.data.loader,
-        cache=choose_cache(config.data.cache, index, resolution, device=device),
+        cache=choose_cache(config.data.cache, index, resolution, device=device, processes=ranks.local_size),
         resolution=resolution,
         seed=config.run.seed,
         device=device,

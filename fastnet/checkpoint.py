@@ -82,6 +82,12 @@ def save_checkpoint(
     # safetensors stores the elements in logical order only for contiguous tensors; a copy of a channels_last weight.
     content = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"fastnet": text})
     write_atomically(path, content)
+    write_readable(path, metadata)
+
+
+def write_readable(path: Path, metadata: dict[str, Any]) -> None:
+    """The JSON beside a checkpoint. A process that ended between the two files leaves that of an earlier one."""
+    text = json.dumps({"format": FORMAT} | metadata, indent=2)
     write_atomically(path.with_suffix(".json"), text.encode() + b"\n")
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from data_pipeline import build_index
 from fastnet.build import build_loaders, build_model, build_step
-from fastnet.checkpoint import Progress, load_checkpoint, save_checkpoint, write_atomically
+from fastnet.checkpoint import Progress, load_checkpoint, save_checkpoint, write_atomically, write_readable
 from fastnet.config import TrainConfig
 from fastnet.device import out_of_memory, pick_amp, pick_device
 from fastnet.display import Display
@@ -146,6 +146,8 @@ class Trainer:
         self.step.load_state_dict(parts["step"])
         if self.step.ema is not None:
             self.step.ema.load_state_dict(parts["ema"])
+        if self.ranks.first:
+            write_readable(self.last, metadata)
         self.progress = Progress(**metadata["progress"])
         self._lines = metadata.get("metrics_lines")
 

@@ -439,6 +439,14 @@ def test_a_cache_that_is_there_fits_a_full_disk(index: Index, tmp_path: Path, mo
     assert choose_cache("disk", index, 24, cache_dir=tmp_path).kind == "disk"
 
 
+def test_processes_of_one_machine_keep_a_copy_each(monkeypatch: pytest.MonkeyPatch, index: Index) -> None:
+    need = sum(cache.stored_bytes(split, 24) for split in index.splits.values())
+    monkeypatch.setattr(cache, "available_memory", lambda: 3 * need)
+    assert choose_cache("ram", index, 24, processes=2).kind == "ram"
+    with pytest.raises(DataError, match="are available to 3 processes: use --cache disk"):
+        choose_cache("ram", index, 24, processes=3)
+
+
 def test_available_memory_is_that_of_this_machine() -> None:
     assert 1e6 < cache.available_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

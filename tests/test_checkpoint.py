@@ -52,6 +52,15 @@ def test_a_failed_write_leaves_the_old_file(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.json", "last.safetensors"]
 
 
+def test_the_readable_file_is_that_of_the_checkpoint_again(tmp_path: Path) -> None:
+    path = tmp_path / "last.safetensors"
+    save(path, 1.0)
+    whole = path.with_suffix(".json").read_text()
+    path.with_suffix(".json").write_text("{}")
+    checkpoint.write_readable(path, load_checkpoint(path)[2])
+    assert path.with_suffix(".json").read_text() == whole
+
+
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "last.safetensors"
     save(path, 1.0)
