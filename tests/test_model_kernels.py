@@ -53,7 +53,7 @@ def course(kernels: str, dtype: torch.dtype, device: torch.device, steps: int) -
 @pytest.mark.parametrize(
     ("kernels", "steps"),
     [
-        ("triton", 6),
+        ("triton", 10),
         ("triton-ops", 8),
         pytest.param("triton-ops", 20, marks=pytest.mark.full),
         pytest.param("triton", 200, marks=pytest.mark.full),
