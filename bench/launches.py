@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastnet.choices import block_key
 from kernels import pointwise
 from kernels.batch_norm import sum_partials
 from kernels.depthwise import depthwise, merge_stats
@@ -41,10 +42,10 @@ class Launch(NamedTuple):
 
 
 def describe(block: Block) -> str:
-    return (
-        f"{block.in_channels}→{block.channels}→{block.out_channels} k{block.kernel_size} s{block.stride} "
-        f"at {block.height}, batch {block.images}"
+    key = block_key(
+        block.in_channels, block.channels, block.out_channels, block.kernel_size, block.stride, block.height
     )
+    return f"{key}, batch {block.images}"
 
 
 class Vectors(NamedTuple):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from bench.limits import H200, Rates, block_work, bound, limits, rates
 from bench.machine import gpu_state
 from bench.measure import ColdCache, peak_memory, sample, summarise
 from bench.shapes import model_blocks
-from bench.stages import RESULTS, Case, Context, Stage, attempt, newest_results
+from bench.stages import Case, Context, Stage, attempt
 from fastnet.model import Kernels
 from kernels import mbconv_traffic
 from kernels.launch import INTERPRETED
@@ -238,18 +237,6 @@ def _launch_line(step: str, one: Case) -> str:
     share = f"{one['predicted'] / one['ours']['median']:8.0%}" if "ours" in one else " " * 8
     limit = f"{1e6 * one['predicted']:8.1f} {one['limit']:<13}"
     return f"  {step:<24}{us('ours')}{rate}{limit}{share}{us('library')}{us('eager')}{us(COMPILED)}  {one['fastest']}"
-
-
-def choices(results: Path = RESULTS) -> dict[str, dict[str, dict[str, str]]]:
-    """GPU -> block -> step -> which of ours, eager and compiled did the same job fastest, from the newest results."""
-    found: dict[str, dict[str, dict[str, str]]] = {}
-    for _, content in newest_results(results):
-        blocks = found.setdefault(content["machine"]["gpu"], {})
-        for stage in ("launches", "launches, compiled"):  # the second knows all that the first does of its steps
-            for block, case in content["stages"].get(stage, {}).get("cases", {}).items():
-                steps = case.get("steps", {})
-                blocks.setdefault(block, {}).update({step: one["fastest"] for step, one in steps.items()})
-    return found
 
 
 def blocks(name: str, names: Sequence[str]) -> Stage:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastnet.choices import Form, chosen
 from kernels import ConvNorm, Excite, bn_drop_connect_add, bn_silu, bn_silu_squeeze_excite, mbconv
 from kernels.launch import Impl, resolve
 
@@ -185,22 +186,27 @@ class MBConv(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """x [B, C_in, H, W], drop-connect scale [B] (None: 1) → [B, C_out, H/stride, W/stride]."""
-        if self._fuses(x):
-            bn = self.project.bn
+        bn = self.project.bn
+        form = self._form(x)
+        if form != "triton-ops":
             return mbconv(
                 x, None if self.expand is None else self.expand.layer, self.depthwise.layer, self.se.tensors,
                 self.project.layer, scale, stride=self.shape.stride, padding=self.padding, residual=self.has_residual,
-                training=bn.training, momentum=bn.momentum, eps=bn.eps, group=bn.group, impl=bn.impl,
+                training=bn.training, momentum=bn.momentum, eps=bn.eps, group=bn.group,
+                impl="torch" if form == "torch" else bn.impl,
             )  # fmt: skip
         h = x if self.expand is None else self.expand(x)
         h = self.depthwise(h, self.se)
         return self.project(h, x if self.has_residual else None, scale)
 
-    def _fuses(self, x: Tensor) -> bool:
-        """Whether the block runs as one: with Triton, and every norm in training or nothing to differentiate."""
+    def _form(self, x: Tensor) -> Form:
+        """The block as one ("triton", or "torch" where that was measured to be faster) or convolution by convolution.
+
+        As one only with Triton, and with every norm in training or nothing to differentiate.
+        """
         if self.kernels in ("torch", "triton-ops") or resolve(self.project.bn.impl, x) == "torch":
-            return False
+            return "triton-ops"
         norms = [part.bn for part in (self.expand, self.depthwise, self.project) if part is not None]
         if all(bn.training for bn in norms):
-            return True
-        return not (torch.is_grad_enabled() or any(bn.training for bn in norms))
+            return chosen(self.shape, x) if self.kernels == "auto" else "triton"
+        return "triton-ops" if torch.is_grad_enabled() or any(bn.training for bn in norms) else "triton"

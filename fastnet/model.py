@@ -83,7 +83,8 @@ class ModelConfig:
     bn_momentum is torch's: running = (1 − momentum)·running + momentum·batch (TF's 0.99 is 0.01 here).
     padding: "symmetric" is k // 2 on every side; "same" is TF's, which puts an odd pixel right and below.
     kernels: "torch" is plain PyTorch; "triton" fuses whole MBConv blocks and never falls back; "triton-ops" keeps
-    PyTorch's convolutions and fuses what lies between them; "auto" is "triton" on CUDA and "torch" elsewhere.
+    PyTorch's convolutions and fuses what lies between them; "auto" is "torch" without CUDA and on it "triton", but for
+    blocks that were measured to train faster otherwise (``fastnet.choices``).
     """
 
     variant: str = "b0"
