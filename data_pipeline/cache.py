@@ -1,8 +1,9 @@
 """Where decoded images are kept: in RAM, in a file, or on the GPU; which of them fits; and the files.
 
-In RAM an image is decoded when it is first asked for. On disk the whole split is decoded first, into a scratch folder
-that is renamed when it is complete: `pixels.bin`, images [H, W, 3] one after another, and `index.json` with a CRC of
-each. One process builds at a time, the others wait for it; a folder of another version or of other data is replaced.
+In RAM an image is decoded when it is first asked for, once for all processes of a machine. On disk the whole split is
+decoded first, into a scratch folder that is renamed when it is complete: `pixels.bin`, images [H, W, 3] one after
+another, and `index.json` with a CRC of each. One process builds at a time, the others wait for it; a folder of another
+version or of other data is replaced.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data_pipeline.errors import DataError
 from data_pipeline.food101 import Index
@@ -46,15 +48,30 @@ _log = logging.getLogger("data_pipeline")
 
 class PixelCache:
     """Where the decoded images of a data set are kept: what `make_loader` takes. It makes one store a split, when it is
-    first asked for, which loaders of any resolution up to `resolution` share."""
+    first asked for, which loaders of any resolution up to `resolution` share.
+
+    memory: gives zeroed bytes that the processes of this machine share, asked for by all of them in turn, split by
+    split; None: this process keeps RAM of its own.
+    """
 
     def __init__(
-        self, kind: Kind, reason: str, index: Index, resolution: int, cache_dir: str | Path | None = None
+        self,
+        kind: Kind,
+        reason: str,
+        index: Index,
+        resolution: int,
+        cache_dir: str | Path | None = None,
+        memory: Callable[[int], Tensor] | None = None,
     ) -> None:
         self.kind = kind
         self.reason = reason
         """Why, with the sizes, in one sentence without its full stop."""
         self.index, self.resolution, self.cache_dir = index, resolution, cache_dir
+        self._memory: dict[str, Tensor] = {}
+        if kind == "ram" and memory is not None:
+            self._memory = {
+                name: memory(stored_bytes(split, resolution) + len(split)) for name, split in index.splits.items()
+            }
         self._stores: dict[str, tuple[PixelStore, dict[int, str]]] = {}
         self._device_stores: dict[str, DeviceStore] = {}
 
@@ -68,7 +85,12 @@ class PixelCache:
             if self.kind == "disk":
                 self._stores[split] = disk_store(self.index, split, self.resolution, threads, self.cache_dir)
             else:
-                store = PixelStore(self.index.splits[split], short_side(self.resolution), pinned=pinned)
+                photos, side, shared = self.index.splits[split], short_side(self.resolution), self._memory.get(split)
+                if shared is None:
+                    store = PixelStore(photos, side, pinned=pinned)
+                else:
+                    pixels, ready = shared.split([len(shared) - len(photos), len(photos)])
+                    store = PixelStore(photos, side, pixels, ready=ready.numpy().view(np.bool_))
                 self._stores[split] = store, {}
         return self._stores[split]
 
@@ -93,33 +115,44 @@ def choose_cache(
     *,
     device: str | torch.device = "cpu",
     cache_dir: str | Path | None = None,
-    processes: int = 1,
+    memory: Callable[[int], Tensor] | None = None,
+    agree: Callable[[Callable[[], tuple[Kind, str]]], tuple[Kind, str]] = lambda choose: choose(),
 ) -> PixelCache:
     """The cache for both splits of `index`, at resolutions up to `resolution`; "auto" is the first of gpu (where
     `device` is one), ram and disk that fits, else none.
 
     cache_dir: where "disk" keeps its files; default: the user's cache folder.
-    processes: that train together on this machine. Files are shared; each keeps RAM and a GPU of its own.
+    memory: as in `PixelCache`, where several processes of this machine train together. Files are shared as they are;
+        each GPU keeps the whole set, as every rank's images of an epoch come from all of it.
+    agree: gives all of those processes what the function that it gets returns in one of them.
 
     Raises:
         DataError: what was asked for does not fit.
     """
     if requested not in ("none", "disk", "ram", "gpu", "auto"):
         raise ValueError(f'cache must be "none", "disk", "ram", "gpu" or "auto", got "{requested}"')
-    device = torch.device(device)
+    kind, reason = agree(lambda: _choose(requested, index, resolution, torch.device(device), cache_dir))
+    return PixelCache(kind, reason, index, resolution, cache_dir, memory)
+
+
+def _choose(
+    requested: Literal["none", "disk", "ram", "gpu", "auto"],
+    index: Index,
+    resolution: int,
+    device: torch.device,
+    cache_dir: str | Path | None,
+) -> tuple[Kind, str]:
+    """Which, and why."""
     if requested == "gpu" and device.type != "cuda":
         raise DataError("--cache gpu needs a GPU to train on, and this run has none: use --cache ram.")
 
-    def chosen(kind: Kind, reason: str) -> PixelCache:
-        return PixelCache(kind, reason, index, resolution, cache_dir)
-
     if requested == "none":
-        return chosen("none", "images are decoded every time")
+        return "none", "images are decoded every time"
     need = sum(stored_bytes(split, resolution) for split in index.splits.values())
     what = f"{sum(map(len, index.splits.values()))} images at short side {short_side(resolution)} are {_size(need)}"
     memory = available_memory()
-    fits = {"ram": need * processes <= RAM_SHARE * memory}
-    said = {"ram": f"{_size(memory)} of memory are available" + (f" to {processes} processes" * (processes > 1))}
+    fits = {"ram": need <= RAM_SHARE * memory}
+    said = {"ram": f"{_size(memory)} of memory are available"}
     if device.type == "cuda":
         free = gpu_memory(device)
         fits["gpu"] = need <= GPU_SHARE * free
@@ -137,8 +170,8 @@ def choose_cache(
         kinds: tuple[Kind, ...] = ("gpu", "ram", "disk")
         for kind in kinds:
             if fits.get(kind):
-                return chosen(kind, f"{what}, and {said[kind]}")
-        return chosen("none", f"{what}; {said['ram']} and {said['disk']}")
+                return kind, f"{what}, and {said[kind]}"
+        return "none", f"{what}; {said['ram']} and {said['disk']}"
     if not fits[requested]:
         other = {"gpu": "--cache ram", "ram": "--cache disk", "disk": "--cache ram, or another XDG_CACHE_HOME"}[
             requested
@@ -146,7 +179,7 @@ def choose_cache(
         raise DataError(
             f"--cache {requested} does not fit: {what}, and {said[requested]}: use {other} or --cache none."
         )
-    return chosen(requested, f"{what}, and {said[requested]}")
+    return requested, f"{what}, and {said[requested]}"
 
 
 def _size(count: float) -> str:

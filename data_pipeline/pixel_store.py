@@ -48,15 +48,24 @@ class PixelStore:
     offsets: int64 [N], in bytes. sizes: int32 [N, 2], stored width and height.
     """
 
-    def __init__(self, split: Split, side: int, buffer: Tensor | None = None, *, pinned: bool = False) -> None:
+    def __init__(
+        self,
+        split: Split,
+        side: int,
+        buffer: Tensor | None = None,
+        *,
+        pinned: bool = False,
+        ready: NDArray[np.bool_] | None = None,
+    ) -> None:
         self.split = split
         self.sizes = stored_sizes(split.sizes, side)
         lengths = 3 * self.sizes.astype(np.int64).prod(axis=1)
         self.offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
         self.total = int(lengths.sum())
         self.buffer = torch.empty(self.total, dtype=torch.uint8, pin_memory=pinned) if buffer is None else buffer
-        self.ready = np.zeros(len(split), np.bool_)
-        """[N]: the image is in the buffer, and was seen to be whole."""
+        self.ready = np.zeros(len(split), np.bool_) if ready is None else ready
+        """[N]: the image is in the buffer, and was seen to be whole. Processes that share a buffer share this too: two
+        may decode one image at once, into the same bytes."""
         self.checksums: NDArray[np.uint32] | None = None
         """[N] CRC-32 of each image, where the buffer came from a file."""
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from data_pipeline import Index, Loader, choose_cache, make_loader
+from data_pipeline import Index, Loader, PixelCache, choose_cache, make_loader
 from fastnet.config import TrainConfig
 from fastnet.device import pick_workers
-from fastnet.distributed import Division, no_sync, sync_batch_norm
+from fastnet.distributed import Division, Ranks, no_sync, sync_batch_norm
 from fastnet.ema import ModelEma
 from fastnet.errors import UserError
 from fastnet.layers import operation_impl
@@ -22,8 +22,20 @@ from fastnet.weights import load_weights
 from kernels.launch import resolve
 
 
+def build_cache(config: TrainConfig, index: Index, resolution: int, device: torch.device, ranks: Ranks) -> PixelCache:
+    """Where the run keeps decoded images; all ranks call it together."""
+    return choose_cache(
+        config.data.cache,
+        index,
+        resolution,
+        device=device,
+        memory=ranks.shared_memory if ranks.size > 1 else None,
+        agree=ranks.decide,
+    )
+
+
 def build_loaders(
-    config: TrainConfig, index: Index, resolution: int, device: torch.device, division: Division
+    config: TrainConfig, index: Index, cache: PixelCache, resolution: int, device: torch.device, division: Division
 ) -> tuple[Loader, Loader]:
     """(training, validation). A training batch is this rank's share of a whole step's, however many parts it goes
     through the model in."""
@@ -39,7 +51,7 @@ def build_loaders(
         )
     common: dict[str, Any] = dict(
         backend=config.data.loader,
-        cache=choose_cache(config.data.cache, index, resolution, device=device, processes=ranks.local_size),
+        cache=cache,
         resolution=resolution,
         seed=config.run.seed,
         device=device,

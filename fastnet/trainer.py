@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from data_pipeline import build_index
-from fastnet.build import build_loaders, build_model, build_step
+from fastnet.build import build_cache, build_loaders, build_model, build_step
 from fastnet.checkpoint import Progress, load_checkpoint, save_checkpoint, write_atomically, write_readable
 from fastnet.config import TrainConfig
 from fastnet.device import out_of_memory, pick_amp, pick_device
@@ -69,11 +69,14 @@ class Trainer:
         )
         self.peak_lr = config.peak_lr(self.division.images)
         saved_model = ModelConfig(**saved["model"] | {"kernels": config.model.kernels}) if saved else None
-        with ranks.first_here():  # fills caches that the others on this machine read
+        # The first process of a machine fills what the others on it read.
+        with ranks.first_here():
             # Who replaces a file that went bad depends on all that did, and on the places of all others.
             self.index = build_index(config.data.data, quarantined=saved.get("quarantined", []))
+        cache = build_cache(config, self.index, self.resolution, self.device, ranks)
+        with ranks.first_here():
             self.train_loader, self.val_loader = build_loaders(
-                config, self.index, self.resolution, self.device, self.division
+                config, self.index, cache, self.resolution, self.device, self.division
             )
             self.model = build_model(config, len(self.index.classes), self.device, saved_model, self.say)
         self.step = build_step(config, self.model, self.device, self.amp, self.division)

@@ -75,15 +75,17 @@ def prepare() -> None:
 
 
 def watch(event: str, log: str) -> None:
-    """Write down the (epoch, step, image) that this rank trains on to `log`.<process id>.
+    """Write down the (epoch, step, image) that this rank trains on to `log`.<process id>, and the files that it decodes
+    into a cache to `log`.decoded.
 
     event: "kill RANK STEP": that rank ends without a word where the step would begin. "stop RANK STEP": it is asked to
     stop there.
     """
+    from data_pipeline.pixel_store import PixelStore
     from fastnet.trainer import Trainer
 
     what, who, when = event.split() or ("", "", "")
-    inner = Trainer._drop_scales
+    inner, decode = Trainer._drop_scales, PixelStore.decode
 
     def spy(trainer: Trainer) -> Any:
         progress, plan = trainer.progress, trainer.train_loader.plan
@@ -97,7 +99,13 @@ def watch(event: str, log: str) -> None:
                 trainer.stop.signal = signal.SIGTERM
         return inner(trainer)
 
+    def spy_decode(store: PixelStore, index: int, out: Any) -> None:
+        with open(f"{log}.decoded", "a") as file:  # short lines, which several processes may append
+            file.write(f"{store.split.paths[index]}\n")
+        decode(store, index, out)
+
     Trainer._drop_scales = spy  # type: ignore[method-assign, assignment]
+    PixelStore.decode = spy_decode  # type: ignore[method-assign, assignment]
 
 
 def once(event: str, log: str, flags: list[str]) -> int:

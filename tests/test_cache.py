@@ -439,12 +439,24 @@ def test_a_cache_that_is_there_fits_a_full_disk(index: Index, tmp_path: Path, mo
     assert choose_cache("disk", index, 24, cache_dir=tmp_path).kind == "disk"
 
 
-def test_processes_of_one_machine_keep_a_copy_each(monkeypatch: pytest.MonkeyPatch, index: Index) -> None:
-    need = sum(cache.stored_bytes(split, 24) for split in index.splits.values())
-    monkeypatch.setattr(cache, "available_memory", lambda: 3 * need)
-    assert choose_cache("ram", index, 24, processes=2).kind == "ram"
-    with pytest.raises(DataError, match="are available to 3 processes: use --cache disk"):
-        choose_cache("ram", index, 24, processes=3)
+def test_processes_of_one_machine_decode_an_image_once(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = [torch.zeros(10**6, dtype=torch.uint8) for _ in index.splits]
+
+    def process() -> PixelStore:
+        places = iter(shared)
+        return choose_cache("ram", index, 24, memory=lambda size: next(places)[:size]).store("train", 1)[0]
+
+    first, second = process(), process()
+    pixels = first.ensure(3).clone()
+    assert second.ready.tolist() == [i == 3 for i in range(len(second.split))]
+    monkeypatch.setattr(PixelStore, "decode", lambda *_: pytest.fail("decoded again"))
+    assert torch.equal(second.ensure(3), pixels)
+
+
+def test_one_process_chooses_for_all(index: Index) -> None:
+    assert choose_cache("ram", index, 24, agree=lambda choose: ("disk", "because")).kind == "disk"
+    with pytest.raises(DataError, match="needs a GPU"):
+        choose_cache("gpu", index, 24, agree=lambda choose: choose())
 
 
 def test_available_memory_is_that_of_this_machine() -> None:

@@ -54,7 +54,7 @@ def flags(data: Path, batch: int, *more: str) -> list[str]:
 
 def seen(out: Path) -> list[tuple[int, ...]]:
     """(epoch, step, image) of all ranks and attempts, sorted."""
-    lines = [line for path in out.parent.glob(f"{out.name}.seen.*") for line in path.read_text().splitlines()]
+    lines = [line for path in out.parent.glob(f"{out.name}.seen.[0-9]*") for line in path.read_text().splitlines()]
     return sorted(tuple(map(int, line.split())) for line in lines)
 
 
@@ -80,10 +80,13 @@ def difference(a: Path, b: Path) -> float:
 def test_ranks_compute_what_one_process_does_and_may_change(data: Path, tmp_path: Path, server: Server) -> None:
     """12 images a step: on one process; on two, 6 each, with joint batch norm; on two that are stopped, then three."""
     one, two, changed = (tmp_path / name for name in ("one", "two", "changed"))
-    status, said = server.run(1, one, *flags(data, 12))
+    status, said = server.run(1, one, *flags(data, 12, "--cache", "ram"))
     assert status == [0], said
-    status, said = server.run(2, two, *flags(data, 6, "--sync-bn"))
+    status, said = server.run(2, two, *flags(data, 6, "--sync-bn", "--cache", "ram"))
     assert status == [0, 0], said
+    decoded = (tmp_path / "two.seen.decoded").read_text().splitlines()
+    assert sorted(decoded) == sorted(set(decoded))  # each image once, though either rank trained on it
+    assert len(decoded) >= 24 + 7
     assert "2 processes, 12 images a step; batch norm in each over all images" in said
     assert said.count("learning curves:") == 1  # one of them speaks
     assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
@@ -96,7 +99,7 @@ def test_ranks_compute_what_one_process_does_and_may_change(data: Path, tmp_path
 
     # One rank is signalled in the first step; both know of it after the second, in the middle of the epoch... of two
     # steps, so that the evaluation is what is left out.
-    status, said = server.run(2, changed, *flags(data, 6, "--sync-bn"), event="stop 1 0")
+    status, said = server.run(2, changed, *flags(data, 6, "--sync-bn", "--cache", "ram"), event="stop 1 0")
     assert status == [143, 143], said
     assert "stopped at step 2; continue with: torchrun --nproc-per-node 2" in said
     assert json.loads((changed / "last.json").read_text())["progress"]["images_seen"] == 24
