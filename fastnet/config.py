@@ -54,8 +54,8 @@ class DataOptions:
     """Worker threads (DALI, cache) or processes (torch). Default: the cores, at most 16; on a CPU half of them."""
     cache: Literal["none", "disk", "ram", "gpu", "auto"] = "none"
     """Decode each image once, to the short side that the largest crop needs, and augment from there: kept in RAM, on
-    the GPU, or in a file that later runs find again; processes of one machine share RAM and file. auto takes the first of gpu, ram and disk that fits, and says
-    so."""
+    the GPU, or in a file that later runs find again; processes of one machine share RAM and file. auto takes the first
+    of gpu, ram and disk that fits, and says so."""
 
 
 @dataclass(frozen=True)
