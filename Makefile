@@ -33,7 +33,7 @@ test-all: install  ## Every test, the full products of shapes and dtypes too.
 	$(BIN)/python -m pytest tests $(SPREAD)
 
 check: install lint types  ## Daily: lint, types and the quick tests (under two minutes).
-	$(BIN)/python -m pytest tests -m "not slow and not full" -q $(SPREAD)
+	$(BIN)/python -m pytest tests -m "not slow and not wide and not full" -q $(SPREAD)
 
 bench: install  ## Benchmarks against timm and torchvision on this machine.
 	$(BIN)/python -m pytest bench --benchmark-only

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -90,7 +91,7 @@ QUICK = {torch.float32: SHAPES[:4], torch.float16: SHAPES[:2], torch.bfloat16: S
 
 
 def cases(op: str) -> list[Any]:
-    """Parameters for pytest: the quick cases, and the rest of the product marked slow."""
+    """Parameters for pytest: one quick case of each dtype, more of them marked wide, the rest of the product slow."""
     modes: tuple[Any, ...] = ("train", "eval") if op.startswith("bn") else ("plain",)
     optional = [name for name in ("residual", "scale") if name in ARGUMENTS[op]]
     if op == "drop_connect_add":
@@ -107,7 +108,13 @@ def cases(op: str) -> list[Any]:
                         (replace(case, shape=WALK, walk=True), fast and mode != "eval" and dtype == torch.float32)
                     )
                 made += [(replace(case, absent=(name,)), fast and i == 0 and mode != "eval") for name in optional]
-    return [pytest.param(case, id=str(case), marks=() if fast else pytest.mark.slow) for case, fast in made]
+    found: Counter[torch.dtype] = Counter()
+    parameters = []
+    for case, fast in made:
+        found[case.dtype] += fast
+        marks = pytest.mark.slow if not fast else pytest.mark.wide if found[case.dtype] > 1 else ()
+        parameters.append(pytest.param(case, id=str(case), marks=marks))
+    return parameters
 
 
 def inputs(case: Case, seed: int = 0) -> dict[str, Tensor | None]:

@@ -80,6 +80,7 @@ def full_table(seed: int = 0) -> Tensor:
     return made.to(DEVICE)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("dtype", "margin"),
     [

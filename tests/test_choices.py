@@ -79,7 +79,7 @@ def trained(kernels: Any, x: Tensor, compiled: bool = False) -> list[Tensor]:
     return [t.detach() for t in (y, x.grad, *block.buffers(), *(p.grad for p in block.parameters())) if t is not None]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", ["triton", "triton-ops", "torch"])
 def test_auto_runs_the_chosen_form(form: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU PyTorch computes every form, so the results are those of `torch`; what tells them apart is the call."""

@@ -38,6 +38,7 @@ def report(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_one_configuration_of_an_elementwise_kernel_keeps_the_limits() -> None:
     done = report("--quick", "--arch", "90", "--only", "bn_silu_fwd", "--processes", "1")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -80,7 +80,7 @@ FULL = [
     for mode in ("block", "expand 1", "alone")
     for shape in SHAPES
 ]
-CASES = [pytest.param(case, id=str(case)) for case in QUICK]
+CASES = [pytest.param(case, id=str(case), marks=pytest.mark.wide if i % 3 else ()) for i, case in enumerate(QUICK)]
 CASES += [pytest.param(case, id=str(case), marks=pytest.mark.slow) for case in SLOW]
 CASES += [pytest.param(case, id=f"full-{case}", marks=pytest.mark.full) for case in FULL]
 
@@ -276,7 +276,13 @@ def test_repeats_bit_for_bit_and_images_do_not_mix(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [replace(QUICK[5], programs=None), QUICK[6], pytest.param(SLOW[2], marks=pytest.mark.slow)], ids=str
+    "case",
+    [
+        pytest.param(replace(QUICK[5], programs=None), marks=pytest.mark.wide),
+        QUICK[6],
+        pytest.param(SLOW[2], marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_traffic_is_what_the_interpreter_counts(case: Case) -> None:
     v = inputs(case)
@@ -325,6 +331,7 @@ def test_depthwise_conv2d_is_the_reference_in_any_layout_forward_and_backward() 
     assert results[2][0].is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.wide
 def test_opcheck() -> None:
     x = torch.randn(2, 4, 3, 2).contiguous(memory_format=torch.channels_last).requires_grad_()
     taps = torch.randn(4, 1, 3, 3, requires_grad=True)

@@ -66,6 +66,7 @@ def test_a_report_needs_nothing_beside_it(run: Path, capsys: pytest.CaptureFixtu
     assert sum(float(row["loss"]) for row in rows) / 12 == pytest.approx(scores["loss"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_weights_of_no_run_are_reported_where_asked(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,6 +41,7 @@ def test_after_the_head_it_is_the_class_activation_map(model: EfficientNet) -> N
     assert expected.max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 4, 7])
 def test_other_stages_by_finite_differences(model: EfficientNet, stage: int) -> None:
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)

@@ -62,7 +62,14 @@ def before_step(trainer: Trainer, step: int, act: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "words"), [(errno.ENOSPC, "no space left"), (errno.EROFS, "no permission"), (errno.EDQUOT, "no space")]
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "no space left"),
+        *(
+            pytest.param(*n, marks=pytest.mark.slow)
+            for n in ((errno.EROFS, "no permission"), (errno.EDQUOT, "no space"))
+        ),
+    ],
 )
 @pytest.mark.parametrize("name", ["last.safetensors", "last.json", "best.safetensors", "metrics.jsonl"])
 def test_a_disk_that_fills_up_or_turns_read_only_costs_one_sentence(

@@ -67,6 +67,7 @@ def test_triton_never_falls_back(op: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert parity.call(op, values, "triton", case.options).shape == SHAPE
 
 
+@pytest.mark.slow
 def test_kernels_import_and_run_without_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
@@ -200,12 +201,14 @@ def opcheck_arguments(op: str, training: bool) -> list[tuple[Any, tuple[Any, ...
     }[op]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op: str) -> None:
     for operation, arguments in opcheck_arguments(op, training=True):
         torch.library.opcheck(operation, arguments)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("op", OPS)
 @torch._dynamo.config.patch(error_on_recompile=True)
@@ -226,6 +229,7 @@ def test_compiled_equals_eager_without_recompiling(op: str, backend: str) -> Non
                 assert torch.equal(graph[name], tensor), name
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("op", OPS)
 def test_any_input_and_gradient_layout_gives_the_same_channels_last_result(op: str) -> None:
     case = case_of(op)

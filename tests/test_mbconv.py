@@ -74,7 +74,10 @@ FULL = tuple(
     for size in ((8, 7), (15, 15))
 )
 CASES = [
-    *(pytest.param(block, id=str(block)) for block in QUICK),
+    *(
+        pytest.param(block, id=str(block), marks=pytest.mark.wide if block.dtype == torch.float32 else ())
+        for block in QUICK
+    ),
     *(pytest.param(block, id=str(block), marks=pytest.mark.slow) for block in SLOW),
     *(pytest.param(block, id=str(block), marks=pytest.mark.full) for block in FULL),
 ]

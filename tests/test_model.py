@@ -295,6 +295,7 @@ def train_once(model: EfficientNet, x: Tensor, scales: Tensor) -> Tensor:
     return out.detach()
 
 
+@pytest.mark.slow
 def test_blocks_of_one_shape_share_a_compiled_graph() -> None:
     torch._dynamo.reset()
     eager = EfficientNet(ModelConfig(width=0.5, depth=1.8, num_classes=7, dropout=0.0, drop_connect_rate=0.3)).train()
@@ -313,6 +314,7 @@ def test_blocks_of_one_shape_share_a_compiled_graph() -> None:
     assert list(model.state_dict()) == list(eager.state_dict())
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_compiled_model_is_its_own() -> None:
     torch._dynamo.reset()
     model, backend = tiny(drop_connect_rate=0.0).eval(), CountingBackend()
@@ -343,6 +345,7 @@ def test_regional_compilation_keeps_its_gradients_through_aot_autograd() -> None
         torch.testing.assert_close(our_buffer, their_buffer)
 
 
+@pytest.mark.slow
 def test_every_published_variant_builds() -> None:
     with torch.device("meta"):
         for variant in PUBLISHED:

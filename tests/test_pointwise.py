@@ -325,6 +325,7 @@ def test_pointwise_conv2d(dtype: torch.dtype, shape: tuple[int, ...], out: int) 
         assert error <= 2 * torch_error + rounding, name
 
 
+@pytest.mark.slow
 def test_pointwise_conv2d_keeps_pytorchs_contract() -> None:
     x, weight = arguments(torch.float32)
     ops = torch.ops.fastnet
@@ -346,6 +347,7 @@ def test_pointwise_conv2d_keeps_pytorchs_contract() -> None:
         torch.autograd.grad(dx.sum(), weight)
 
 
+@pytest.mark.slow
 def test_pointwise_conv2d_compiles_to_one_graph() -> None:
     torch._dynamo.reset()
     x, weight = arguments(torch.float32)

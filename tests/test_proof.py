@@ -224,6 +224,7 @@ def test_blocks_are_checked_and_timed() -> None:
     assert "triton-ops ms" in table
 
 
+@pytest.mark.slow
 @interpreted
 def test_launches_are_timed_with_their_bytes() -> None:
     found, table = run_tiny(proof_blocks.LAUNCHES)

@@ -113,6 +113,7 @@ def _histograms(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     return torch.tensor(np.array(rows), dtype=torch.float32), torch.from_numpy(found.labels)
 
 
+@pytest.mark.slow
 def test_colours_do_not_tell_the_classes(folder: Path) -> None:
     """Nearest neighbours, a linear and a two-layer classifier on colour histograms, plain and sorted (which keeps
     how much of the picture each colour covers): the best of their best epochs stays at 40 % or below."""

@@ -93,6 +93,7 @@ BLOCKS = (
 )
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: "-".join(map(str, block)))
 def test_a_fused_block_moves_the_bytes_that_its_schedule_states(block: Block) -> None:
     dtype = torch.bfloat16

@@ -114,7 +114,7 @@ def test_a_run_leaves_its_files_and_says_how_to_go_on(finished: tuple[Path, str]
     assert json.loads((out / "last.json").read_text())["progress"]["step"] == 6
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 5])
+@pytest.mark.parametrize("stop_at", [3, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 5))])
 def test_stopped_and_continued_ends_in_the_same_bits(
     folder: Path, tmp_path: Path, finished: tuple[Path, str], stop_at: int
 ) -> None:
@@ -130,6 +130,7 @@ def test_stopped_and_continued_ends_in_the_same_bits(
     assert without_times(out / "metrics.jsonl") == without_times(finished[0] / "metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_a_rich_run_stopped_and_continued_ends_in_the_same_bits(folder: Path, tmp_path: Path) -> None:
     trainers = []
     for name, stops in (("a", [None]), ("b", [2, 4, None])):
@@ -198,6 +199,7 @@ def test_fp16_keeps_its_loss_scale_over_a_stop(folder: Path, tmp_path: Path) -> 
     assert trainer.step.health().loss_scale == 1234
 
 
+@pytest.mark.slow
 def test_save_every_writes_between_epochs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
     original = Trainer.save
@@ -263,6 +265,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder: Path, tmp_path: Path) -
     assert json.loads((tmp_path / "a" / "last.json").read_text())["progress"]["step"] == 0
 
 
+@pytest.mark.slow
 def test_a_bad_step_between_two_looks_is_named_and_leaves_the_checkpoint(folder: Path, tmp_path: Path) -> None:
     trainer = Trainer(tiny(folder, save_every=2), tmp_path / "a", Console(file=StringIO()))
     run = trainer.step.run
@@ -285,6 +288,7 @@ def test_a_bad_step_between_two_looks_is_named_and_leaves_the_checkpoint(folder:
     assert train(tiny(folder), tmp_path / "a")[0] == 0
 
 
+@pytest.mark.slow
 def test_fp16_counts_what_it_skips_and_stops_where_scaling_does_not_help(folder: Path, tmp_path: Path) -> None:
     config = tiny(folder, amp="fp16")
     trainer = Trainer(config, tmp_path / "a", Console(file=StringIO()))
@@ -323,6 +327,7 @@ def test_no_memory_left_is_one_sentence_with_a_batch_to_try(folder: Path, tmp_pa
         trainer.run()
 
 
+@pytest.mark.slow
 def test_a_continued_run_does_not_need_the_file_it_started_from(folder: Path, tmp_path: Path) -> None:
     from fastnet.weights import save_weights
 

@@ -124,6 +124,7 @@ def their_names(style: Style, model: EfficientNet, tensors: dict[str, Tensor]) -
     return exported(style, holder) | {"logits": tensors["logits"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("variant", ["b0", *(pytest.param(v, marks=pytest.mark.slow) for v in ("b1", "b2"))])
 def test_training_step_in_fp64(style: Style, variant: str) -> None:
@@ -147,6 +148,7 @@ def test_training_step_in_fp64(style: Style, variant: str) -> None:
         assert name == "logits" or not torch.equal(value, initial[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("amp", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["fp32", "bf16"])
 def test_training_step_is_as_exact_as_theirs(style: Style, amp: bool) -> None:
