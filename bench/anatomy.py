@@ -45,10 +45,9 @@ def kernel_bytes(work: Workload) -> Counter[str]:
     """Bytes from memory of each of our kernels in a step on fused blocks, stem and head included."""
     found: Counter[str] = Counter()
     blocks = model_blocks(work.variant, work.resolution, work.batch)
-    for block in blocks:
-        for steps in (mbconv_traffic.forward, mbconv_traffic.backward):
-            for launches in steps(block, DTYPE, from_memory=True).values():
-                found.update(launches)
+    for steps in mbconv_traffic.model(blocks, DTYPE, from_memory=True):
+        for launches in steps.values():
+            found.update(launches)
     inside = {block.channels for block in blocks if block.expands}
     for shape in model_shapes(work.variant, work.resolution, work.batch):
         if shape.op == "bn_silu" and shape.channels not in inside:

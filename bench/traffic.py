@@ -24,7 +24,6 @@ from bench.contenders import OURS, TORCHVISION, available_peers, build
 from bench.count_dispatch import step_bytes
 from bench.shapes import OpShape, activations, model_blocks, model_shapes
 from kernels import batch_norm_silu, batch_norm_silu_squeeze_excite, drop_connect, mbconv_traffic
-from kernels.mbconv_traffic import Block
 
 DTYPE = torch.bfloat16
 
@@ -68,11 +67,11 @@ def operations(work: Work) -> int:
     return ours + _dispatched(work, OURS, kernels="triton-ops")
 
 
-def block_steps(block: Block, *, from_memory: bool) -> dict[str, int]:
-    """Bytes of each step of the schedule of one fused block, forward and backward."""
-    steps = mbconv_traffic.forward(block, DTYPE, from_memory=from_memory)
-    steps |= mbconv_traffic.backward(block, DTYPE, from_memory=from_memory)
-    return {step: sum(launches.values()) for step, launches in steps.items()}
+def block_steps(work: Work, *, from_memory: bool) -> list[dict[str, int]]:
+    """Bytes of each step of the schedule of every fused block, forward and backward."""
+    blocks = model_blocks(work.variant, work.resolution, work.batch)
+    found = mbconv_traffic.model(blocks, DTYPE, from_memory=from_memory)
+    return [{step: sum(launches.values()) for step, launches in steps.items()} for steps in found]
 
 
 def ends(work: Work) -> dict[str, int]:
@@ -90,8 +89,8 @@ def ends(work: Work) -> dict[str, int]:
 def fused(work: Work, *, from_memory: bool) -> dict[str, int]:
     """Bytes of a step on fused blocks (--kernels triton), by step of the schedule and part of the model."""
     total: Counter[str] = Counter()
-    for block in model_blocks(work.variant, work.resolution, work.batch):
-        total.update(block_steps(block, from_memory=from_memory))
+    for steps in block_steps(work, from_memory=from_memory):
+        total.update(steps)
     return {step: total[step] for step in sorted(total, key=_forward_first)} | ends(work)
 
 
@@ -131,12 +130,14 @@ def report(work: Work) -> str:
         *(line(name, memory[name], at_kernels[name]) for name in memory),
         "", "fused blocks, by block", head,
     ]  # fmt: skip
-    for i, block in enumerate(model_blocks(work.variant, work.resolution, work.batch)):
+    steps = (block_steps(work, from_memory=cached) for cached in (True, False))
+    blocks = model_blocks(work.variant, work.resolution, work.batch)
+    for i, (block, *moved) in enumerate(zip(blocks, *steps, strict=True)):
         name = (
             f"{i:2} {block.in_channels}→{block.channels}→{block.out_channels} k{block.kernel_size} s{block.stride} "
             f"at {block.height}"
         )
-        sums = [sum(block_steps(block, from_memory=cached).values()) for cached in (True, False)]
+        sums = [sum(found.values()) for found in moved]
         lines.append(line(name, *sums))
     return "\n".join(lines)
 

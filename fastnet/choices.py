@@ -36,11 +36,12 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def chosen(shape: BlockShape, x: Tensor) -> Form:
-    """How to train a block on x [B, C_in, H, W]; what was measured holds for 16-bit images."""
+def chosen(shape: BlockShape, x: Tensor, height: int) -> Form:
+    """How to train a block on an input of that height, on the device and of the dtype of x; what was measured holds for
+    16-bit images."""
     if not EXCEPTIONS or x.dtype not in (torch.float16, torch.bfloat16):
         return "triton"
     expanded = shape.in_channels * shape.expand_ratio
-    key = block_key(shape.in_channels, expanded, shape.out_channels, shape.kernel_size, shape.stride, x.shape[2])
+    key = block_key(shape.in_channels, expanded, shape.out_channels, shape.kernel_size, shape.stride, height)
     mode = "compiled" if torch.compiler.is_compiling() else "eager"
     return EXCEPTIONS.get(_device_name(x.device), {}).get(key, {}).get(mode, "triton")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastnet.choices import Form, chosen
 from kernels import ConvNorm, Excite, bn_drop_connect_add, bn_silu, bn_silu_squeeze_excite, mbconv
 from kernels.launch import Impl, resolve
+from kernels.mbconv import Unjoined, mbconv_training
 
 if TYPE_CHECKING:
     from fastnet.model import BlockShape, Kernels, ModelConfig, Padding
@@ -184,23 +185,31 @@ class MBConv(nn.Module):
         self.padding = config.padding
         self.kernels = config.kernels
 
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """x [B, C_in, H, W], drop-connect scale [B] (None: 1) → [B, C_out, H/stride, W/stride]."""
+    def forward(self, x: Tensor | Unjoined, scale: Tensor | None = None, *, join: bool = True) -> Tensor | Unjoined:
+        """x [B, C_in, H, W], drop-connect scale [B] (None: 1) → [B, C_out, H/stride, W/stride].
+
+        x may be Unjoined, and without `join` the output is, where `EfficientNet.forward` says so.
+        """
         bn = self.project.bn
-        form = self._form(x)
+        layers = (
+            None if self.expand is None else self.expand.layer, self.depthwise.layer, self.se.tensors,
+            self.project.layer,
+        )  # fmt: skip
+        options: Any = {"stride": self.shape.stride, "padding": self.padding, "residual": self.has_residual}
+        options |= {"momentum": bn.momentum, "eps": bn.eps, "group": bn.group}
+        if isinstance(x, Unjoined) or not join:
+            return mbconv_training(x, *layers, scale, **options, join=join)
+        form = self.form(x, x.shape[2])
         if form != "triton-ops":
-            return mbconv(
-                x, None if self.expand is None else self.expand.layer, self.depthwise.layer, self.se.tensors,
-                self.project.layer, scale, stride=self.shape.stride, padding=self.padding, residual=self.has_residual,
-                training=bn.training, momentum=bn.momentum, eps=bn.eps, group=bn.group,
-                impl="torch" if form == "torch" else bn.impl,
-            )  # fmt: skip
+            impl = "torch" if form == "torch" else bn.impl
+            return mbconv(x, *layers, scale, **options, training=bn.training, impl=impl)
         h = x if self.expand is None else self.expand(x)
         h = self.depthwise(h, self.se)
         return self.project(h, x if self.has_residual else None, scale)
 
-    def _form(self, x: Tensor) -> Form:
-        """The block as one ("triton", or "torch" where that was measured to be faster) or convolution by convolution.
+    def form(self, x: Tensor, height: int) -> Form:
+        """The block as one ("triton", or "torch" where that was measured to be faster) or convolution by convolution,
+        for an input of that height, on the device and of the dtype of x.
 
         As one only with Triton, and with every norm in training or nothing to differentiate.
         """
@@ -208,5 +217,17 @@ class MBConv(nn.Module):
             return "triton-ops"
         norms = [part.bn for part in (self.expand, self.depthwise, self.project) if part is not None]
         if all(bn.training for bn in norms):
-            return chosen(self.shape, x) if self.kernels == "auto" else "triton"
+            return chosen(self.shape, x, height) if self.kernels == "auto" else "triton"
         return "triton-ops" if torch.is_grad_enabled() or any(bn.training for bn in norms) else "triton"
+
+    def leaves_its_join_to(self, following: MBConv, x: Tensor | Unjoined) -> bool:
+        """Whether the next block's expansion can make this one's output as it loads: both train fused."""
+        x = x.p if isinstance(x, Unjoined) else x
+        height = math.ceil(x.shape[2] / self.shape.stride)
+        return (
+            following.expand is not None
+            and self.project.bn.training
+            and following.project.bn.training
+            and self.form(x, x.shape[2]) == following.form(x, height) == "triton"
+            and not (self._forward_hooks or following._forward_pre_hooks)  # which want to see it
+        )

@@ -192,8 +192,10 @@ class EfficientNet(nn.Module):
                 rows = drop_scales.to(torch.promote_types(self.survival_prob.dtype, torch.float32)).unbind()
                 scales = [row if can else None for row, can in zip(rows, self._can_drop, strict=True)]
         x = self.stem(images)
-        for block, scale in zip(self.blocks, scales, strict=True):
-            x = block(x, scale)
+        blocks = list(self._mbconvs())
+        for block, following, scale in zip(blocks, [*blocks[1:], None], scales, strict=True):
+            join = following is None or not block.leaves_its_join_to(following, x)
+            x = block(x, scale, join=join)
         return self.classify(x)
 
     def classify(self, x: Tensor) -> Tensor:
@@ -222,7 +224,7 @@ class EfficientNet(nn.Module):
         return (block for block in self.blocks if isinstance(block, MBConv))
 
 
-def _compiled_copy(function: Callable[..., Tensor], name: str, options: dict[str, Any]) -> Callable[..., Tensor]:
+def _compiled_copy(function: Callable[..., Any], name: str, options: dict[str, Any]) -> Callable[..., Any]:
     assert isinstance(function, types.FunctionType)
     code = function.__code__.replace(co_name=name)
     copy = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)

@@ -106,18 +106,18 @@ def _stage_bytes(arch: Architecture, resolution: int, stem: int, head: int) -> l
     def norm(channels: int, side: int) -> int:
         return sum(batch_norm_silu.traffic((images, channels, side, side), dtype).values())
 
-    def block(shape: Block) -> int:
-        steps = (half(shape, dtype, from_memory=True) for half in (mbconv_traffic.forward, mbconv_traffic.backward))
-        return sum(count for half in steps for launches in half.values() for count in launches.values())
-
     first, last = blocks[0].height, -(-blocks[-1].height // blocks[-1].stride)
     # Forward reads x and writes y; the weight's gradient reads both; the head's x has a gradient too.
     pixels, stem_out = 3 * resolution**2, stem * first**2
     head_in, head_out = blocks[-1].out_channels * last**2, head * last**2
     found = [norm(stem, first) + 2 * images * 2 * (pixels + stem_out)]
+    moved = [
+        sum(count for launches in steps.values() for count in launches.values())
+        for steps in mbconv_traffic.model(blocks, dtype, from_memory=True)
+    ]
     for repeats in stage_repeats(arch.depth):
-        found.append(sum(map(block, blocks[:repeats])))
-        blocks = blocks[repeats:]
+        found.append(sum(moved[:repeats]))
+        moved = moved[repeats:]
     return [*found, norm(head, last) + 2 * images * 3 * (head_in + head_out)]
 
 

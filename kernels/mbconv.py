@@ -30,8 +30,9 @@ in elements, vectors and partials aside; `bench.traffic` counts every byte. Unfu
 more forward and twice that backward. The two halves of B2 and of B7 read the same tensors twice: one kernel for both
 would save dy + P + D and dA1 + E, at the price of an accumulator of [64, C_out] registers a program.
 
-F6 stays a launch of its own: y is the next block's residual and its weight gradient's operand and has to be written
-either way, so folding F6 into the next F1 would save one read of y and tie two blocks together.
+In a model F6 is left to the next block where that has an expansion (`Unjoined`): its F1 makes y of P and x as it loads,
+and stores it once, for y is that block's residual and its weight gradient's operand. That saves a read of y; the price
+is that the programs of other output columns make y again, from P and x in L2.
 
 Inference is the forward half without statistics: running means and variances take the batch's place, and BN3 and
 the residual join F5, whose output is y.
@@ -72,18 +73,37 @@ class Excite(NamedTuple):
     b_expand: Tensor
 
 
+class Unjoined(NamedTuple):
+    """A block's output that the next block's expansion makes as it loads: projection [B, C, H, W], residual or None,
+    drop-connect scale [B] or None, and the projection's batch norm [C].
+
+    For autograd `p` is the output: what arrives as its gradient is the output's. The rest takes no part in it.
+    """
+
+    p: Tensor
+    residual: Tensor | None
+    scale: Tensor | None
+    mean: Tensor
+    var: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
 def _rows(x: Tensor) -> int:
     return x.numel() // x.shape[1]
 
 
 class _MBConv(torch.autograd.Function):
-    """y and the batch statistics (mean1, var1,) mean2, var2, mean3, var3, which are not differentiable."""
+    """y, or without `join` what stands for it (see `Unjoined`), and the batch statistics (mean1, var1,) mean2, var2,
+    mean3, var3, which are not differentiable; nor is x, which comes last where it is made here from `former`."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor | None, w1: Tensor | None, g1: Tensor | None, b1: Tensor | None,
-        taps: Tensor, g2: Tensor, b2: Tensor, wr: Tensor, br: Tensor, we: Tensor, be: Tensor, w3: Tensor, g3: Tensor,
-        b3: Tensor, stride: int, padding: str, residual: bool, eps: float, group: str,
+        ctx: Any, x: Tensor, x0: Tensor | None, scale0: Tensor | None, mean0: Tensor | None, var0: Tensor | None,
+        g0: Tensor | None, b0: Tensor | None, scale: Tensor | None, w1: Tensor | None, g1: Tensor | None,
+        b1: Tensor | None, taps: Tensor, g2: Tensor, b2: Tensor, wr: Tensor, br: Tensor, we: Tensor, be: Tensor,
+        w3: Tensor, g3: Tensor, b3: Tensor, stride: int, padding: str, residual: bool, join: bool, eps: float,
+        group: str,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         w3_stored = w3.to(x.dtype).flatten(1)
         if w1 is None:
@@ -91,21 +111,31 @@ class _MBConv(torch.autograd.Function):
             e = x
         else:
             w1_stored = w1.to(x.dtype).flatten(1)
-            e, mean1, var1 = ops.expand(x, w1_stored)
+            if mean0 is None:
+                e, mean1, var1 = ops.expand(x, w1_stored)
+            else:
+                x, e, mean1, var1 = ops.joined_expand(x, x0, scale0, mean0, var0, g0, b0, w1_stored, eps)
             mean1, var1, _ = join_statistics(mean1, var1, _rows(e), group)
         d, mean2, var2 = ops.depthwise_forward(e, mean1, var1, g1, b1, taps, eps, stride, padding)
         mean2, var2, _ = join_statistics(mean2, var2, _rows(d), group)
         p, mean3, var3, d_norm, *vectors = ops.project(d, mean2, var2, g2, b2, wr, br, we, be, w3_stored, eps)
         mean3, var3, _ = join_statistics(mean3, var3, _rows(p), group)
-        y = bn_drop_connect_add_op(p, x if residual else None, scale, mean3, var3, g3, b3, eps, True, group)
+        y = p
+        if join:
+            y = bn_drop_connect_add_op(p, x if residual else None, scale, mean3, var3, g3, b3, eps, True, group)
         ctx.save_for_backward(
             x, scale, None if w1 is None else e, d, p, d_norm, *vectors, mean1, var1, g1, b1, mean2, var2, g2, b2,
             mean3, var3, g3, b3, w1_stored, taps, wr, we, w3_stored,
         )  # fmt: skip
         ctx.options = stride, padding, residual, eps, group
-        statistics = (mean2, var2, mean3, var3) if mean1 is None else (mean1, var1, mean2, var2, mean3, var3)
-        ctx.mark_non_differentiable(*statistics)
-        return y, *statistics
+        others = [mean2, var2, mean3, var3]
+        if mean1 is not None and var1 is not None:
+            others = [mean1, var1, *others]
+        if mean0 is not None:
+            others.append(x)
+        ctx.mark_non_differentiable(*others)
+        ctx.set_materialize_grads(False)  # or backward would begin with zeros for each of them
+        return y, *others
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -132,8 +162,8 @@ class _MBConv(torch.autograd.Function):
             dx, dw1 = ops.expand_backward(da1, e, joint, mean1, var1, g1, b1, x, w1, dy if residual else None, eps)
             dw1, dg1, db1 = dw1[:, :, None, None], sums1[1], sums1[0]
         return (
-            dx, None, dw1, dg1, db1, dtaps, sums2[1], sums2[0], dwr, dbr, dwe, dbe, dw3[:, :, None, None], sums3[1],
-            sums3[0], None, None, None, None, None,
+            dx, *(None,) * 7, dw1, dg1, db1, dtaps, sums2[1], sums2[0], dwr, dbr, dwe, dbe, dw3[:, :, None, None],
+            sums3[1], sums3[0], *(None,) * 6,
         )  # fmt: skip
 
 
@@ -195,33 +225,84 @@ def mbconv(
     _check(x, expand, depthwise, excite, project, scale, stride, padding, residual)
     if scale is not None and not training:
         raise ValueError("a drop-connect scale is for training: pass scale=None")
-    rows = x.shape[0] * L.cdiv(x.shape[2], stride) * L.cdiv(x.shape[3], stride)
-    if training and rows == 1:
-        raise ValueError(f"batch statistics need more than one value per channel, got x of shape {tuple(x.shape)}")
+    if training:
+        _check_rows(x, stride)
     if L.resolve(impl, x) == "torch":
         return reference.mbconv(
             x, expand, depthwise, excite, project, scale, stride=stride, padding=padding, residual=residual,
             training=training, momentum=momentum, eps=eps, group=group,
         )  # fmt: skip
+    if training:
+        y = mbconv_training(
+            x, expand, depthwise, excite, project, scale, stride=stride, padding=padding, residual=residual,
+            momentum=momentum, eps=eps, group=group, join=True,
+        )  # fmt: skip
+        assert isinstance(y, Tensor)
+        return y
+    _check_squeeze(excite)
+    layers = ([] if expand is None else list(expand), list(depthwise), list(excite), list(project))
+    return ops.inference(_in_autocast(x), *layers, stride, padding, residual, eps)
+
+
+def mbconv_training(
+    x: Tensor | Unjoined,
+    expand: ConvNorm | None,
+    depthwise: ConvNorm,
+    excite: Excite,
+    project: ConvNorm,
+    scale: Tensor | None,
+    *,
+    stride: int,
+    padding: Padding,
+    residual: bool,
+    momentum: float,
+    eps: float,
+    group: str,
+    join: bool,
+) -> Tensor | Unjoined:
+    """The Triton path of `mbconv` in training, for arguments whose shapes fit, also from and to a block that is joined
+    with this one: x may be Unjoined where there is an expansion; without `join` the output is."""
+    _check_squeeze(excite)
+    former: Unjoined | None = None
+    if isinstance(x, Unjoined):
+        former, x = x, x.p
+    _check_rows(x, stride)
+    x = _in_autocast(x)
+    y, *others = _MBConv.apply(
+        x, *((None,) * 6 if former is None else former[1:]), scale,
+        *((None,) * 3 if expand is None else expand[:3]), *depthwise[:3], *excite, *project[:3], stride, padding,
+        residual, join, eps, group,
+    )  # fmt: skip
+    shortcut: Tensor = x.detach() if former is None else others.pop()
+    rows, ranks = _rows(y), group_size(group)
+    counted = [] if expand is None else [(expand, _rows(x))]
+    normed = [(layer, ranks * n) for layer, n in (*counted, (depthwise, rows), (project, rows))]
+    _move_running_statistics(normed, others, momentum)
+    if join:
+        return y
+    mean, var = others[-2:]
+    norm = project.norm_weight.detach(), project.norm_bias.detach()
+    return Unjoined(y, shortcut if residual else None, scale, mean, var, *norm)
+
+
+def _check_rows(x: Tensor, stride: int) -> None:
+    if x.shape[0] * L.cdiv(x.shape[2], stride) * L.cdiv(x.shape[3], stride) == 1:
+        raise ValueError(f"batch statistics need more than one value per channel, got x of shape {tuple(x.shape)}")
+
+
+def _check_squeeze(excite: Excite) -> None:
     if excite.w_reduce.shape[0] > MAX_SQUEEZE:
         raise ValueError(
             f"the Triton kernels squeeze to at most {MAX_SQUEEZE} channels, got {excite.w_reduce.shape[0]}: "
             "pass impl='torch'"
         )
+
+
+def _in_autocast(x: Tensor) -> Tensor:
+    """x as the kernels take it: in autocast an fp32 image is rounded."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    if not training:
-        layers = ([] if expand is None else list(expand), list(depthwise), list(excite), list(project))
-        return ops.inference(x, *layers, stride, padding, residual, eps)
-    y, *statistics = _MBConv.apply(
-        x, scale, *((None,) * 3 if expand is None else expand[:3]), *depthwise[:3], *excite, *project[:3], stride,
-        padding, residual, eps, group,
-    )  # fmt: skip
-    counted = [] if expand is None else [(expand, x.shape[0] * x.shape[2] * x.shape[3])]
-    ranks = group_size(group)
-    normed = [(layer, ranks * n) for layer, n in (*counted, (depthwise, rows), (project, rows))]
-    _move_running_statistics(normed, statistics, momentum)
-    return y
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
 
 
 def _move_running_statistics(layers: list[tuple[ConvNorm, int]], statistics: list[Tensor], momentum: float) -> None:

@@ -53,6 +53,38 @@ def _(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
 
 
 @torch.library.custom_op(
+    "fastnet::mbconv_joined_expand",
+    mutates_args=(),
+    device_types=("cuda", "cpu"),
+    schema="(Tensor p, Tensor? residual, Tensor? scale, Tensor mean, Tensor var, Tensor weight, Tensor bias, Tensor w,"
+    " float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def joined_expand(
+    p: Tensor,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    w: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The former block's projection p [B, C_in, H, W], the batch norm on it, drop-connect scale [B] and residual → x,
+    which is that block's output; and `expand` of x."""
+    norm = P.coefficients(mean, var, weight, bias, eps)
+    return P.joined_forward(L.nhwc(p), None if residual is None else L.nhwc(residual), scale, norm, w)
+
+
+@joined_expand.register_fake
+def _(p: Tensor, residual: Tensor | None, scale: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
+    channels = others[4].shape[0]
+    return (
+        L.empty_image(p), empty_nhwc(p, channels, *p.shape[2:]), _vector(p, channels), _vector(p, channels),
+    )  # fmt: skip
+
+
+@torch.library.custom_op(
     "fastnet::mbconv_depthwise",
     mutates_args=(),
     device_types=("cuda", "cpu"),
@@ -340,7 +372,8 @@ def _(
 
 
 OPERATIONS = (
-    expand, depthwise_forward, project, join_backward, project_backward, depthwise_gradients, expand_backward, inference
+    expand, joined_expand, depthwise_forward, project, join_backward, project_backward, depthwise_gradients,
+    expand_backward, inference,
 )  # fmt: skip
 for _op in OPERATIONS:
     L.once_differentiable(_op, "mbconv")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -96,32 +97,41 @@ def _depthwise_backward(shape: Shape, dtype: torch.dtype, g: Geometry, norm: boo
     return moved
 
 
-def forward(block: Block, dtype: torch.dtype, *, from_memory: bool = False) -> dict[str, Bytes]:
+def forward(
+    block: Block, dtype: torch.dtype, *, former: Block | None = None, joins: bool = True, from_memory: bool = False
+) -> dict[str, Bytes]:
     """F1 to F6 by launch. Every access counts, as under the interpreter; with `from_memory` an element that another
-    program of the same launch reads too counts once, as where the caches serve the others."""
+    program of the same launch reads too counts once, as where the caches serve the others.
+
+    former: a block that leaves its join to this one's F1; without `joins` this one leaves its own to the next.
+    """
     b, c, out = block.images, block.channels, block.out_channels
     g = geometry(block.height, block.width, block.kernel_size, block.stride, block.padding)
     narrow, wide = (b, block.in_channels, block.height, block.width), (b, c, block.height, block.width)
     d, p = (b, c, g.out_height, g.out_width), (b, out, g.out_height, g.out_width)
 
-    def product(shape: Shape, n: int, prologue: Prologue, epilogue: Epilogue) -> Bytes:
-        parts = plan(shape, shape[1], n, prologue, epilogue, dtype).parts
-        return {
-            "_pointwise_kernel": gemm_traffic(shape, n, dtype, prologue, epilogue, from_memory=from_memory),
-            "_merge_stats_kernel": 8 * parts * n + 8 * n,
-        }
+    def product(shape: Shape, n: int, prologue: Prologue, scaled: bool = False, joined: bool = False) -> Bytes:
+        parts = plan(shape, shape[1], n, prologue, "statistics", dtype).parts
+        moved = gemm_traffic(
+            shape, n, dtype, prologue, "statistics", scaled=scaled, joined=joined, from_memory=from_memory
+        )
+        return {"_pointwise_kernel": moved, "_merge_stats_kernel": 8 * parts * n + 8 * n}
 
     gate = _excite(b, image_plan(d)[3], c, block.squeezed, from_memory)
     join = _join(p, dtype, residual=block.residual, scaled=block.scaled, from_memory=from_memory)
-    steps = {"F1 expand": product(narrow, c, "none", "statistics")} if block.expands else {}
-    return steps | {
+    steps: dict[str, Bytes] = {}
+    if former is not None:
+        steps["F1 expand"] = {"_coefficients_kernel": coefficient_traffic(block.in_channels, False)}
+        steps["F1 expand"] |= product(narrow, c, "join", former.scaled, former.residual)
+    elif block.expands:
+        steps["F1 expand"] = product(narrow, c, "none")
+    steps |= {
         "F2 depthwise": _depthwise(wide, dtype, g, block.expands, from_memory),
         "F3 squeeze": _squeeze(d, dtype, block.squeezed, from_memory),
         "F4 excite": {"_excite_kernel": gate["_excite_kernel"]},
-        "F5 project": {"_coefficients_kernel": coefficient_traffic(c, False)}
-        | product(d, out, "bn_silu_gate", "statistics"),
-        "F6 join": {"_drop_connect_kernel": join["_drop_connect_kernel"]},
+        "F5 project": {"_coefficients_kernel": coefficient_traffic(c, False)} | product(d, out, "bn_silu_gate"),
     }
+    return steps | {"F6 join": {"_drop_connect_kernel": join["_drop_connect_kernel"]}} if joins else steps
 
 
 def backward(block: Block, dtype: torch.dtype, *, from_memory: bool = False) -> dict[str, Bytes]:
@@ -163,3 +173,15 @@ def backward(block: Block, dtype: torch.dtype, *, from_memory: bool = False) -> 
             wide, block.in_channels, dtype, "bn_silu_grad", from_memory=from_memory
         )
     return steps
+
+
+def model(blocks: Sequence[Block], dtype: torch.dtype, *, from_memory: bool = False) -> list[dict[str, Bytes]]:
+    """F1 to B7 of each of the blocks of a model, which leave their joins to the expansion behind them."""
+    found = []
+    for former, block, following in zip([None, *blocks], blocks, [*blocks[1:], None], strict=False):
+        steps = forward(
+            block, dtype, former=former if block.expands else None, joins=following is None or not following.expands,
+            from_memory=from_memory,
+        )  # fmt: skip
+        found.append(steps | backward(block, dtype, from_memory=from_memory))
+    return found

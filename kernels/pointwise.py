@@ -56,6 +56,7 @@ __all__ = [
     "expansion_dgrad",
     "expansion_wgrad",
     "forward",
+    "joined_forward",
     "projection_dgrad",
     "projection_wgrad",
     "traffic",
@@ -71,13 +72,28 @@ def forward(
     `coefficients`, times `gate` fp32 [B, C_in] where there is one.
     """
     prologue: pointwise_operand.Prologue = "none" if norm is None else "bn_silu" if gate is None else "bn_silu_gate"
-    y, partial, step = gemm(x, weight, prologue=prologue, epilogue="statistics", vectors=norm, gate=gate)
+    return _merged(*gemm(x, weight, prologue=prologue, epilogue="statistics", vectors=norm, gate=gate))
+
+
+def joined_forward(
+    p: Tensor, residual: Tensor | None, scale: Tensor | None, norm: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x = scale[b] BN(p) (+ residual) [B, C_in, H, W]; x weightᵀ, and its mean and biased variance, as in `forward`."""
+    x = L.empty_image(p)
+    found = gemm(
+        p, weight, prologue="join", epilogue="statistics", x=residual, joined=x, vectors=norm, scale=scale
+    )  # fmt: skip
+    return x, *_merged(*found)
+
+
+def _merged(y: Tensor, partial: Tensor | None, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and the mean and biased variance that its partials, of `step` rows each, make."""
     assert partial is not None
     channels = y.shape[1]
-    mean, var = L.empty((channels,), like=x), L.empty((channels,), like=x)
+    mean, var = L.empty((channels,), like=y), L.empty((channels,), like=y)
     L.launch(
         _merge_stats_kernel, (L.cdiv(channels, MERGE_CHANNELS),), partial, mean, var, y.numel() // channels, step,
-        partial.shape[1], channels, like=x, num_warps=MERGE_WARPS, **MERGE,
+        partial.shape[1], channels, like=y, num_warps=MERGE_WARPS, **MERGE,
     )  # fmt: skip
     return y, mean, var
 

@@ -13,7 +13,8 @@ A is an image `[B, K, H, W]` in channels_last, read as `[M, K]` with M = B H W, 
 A program owns BLOCK_N columns and walks a run of row tiles. It keeps its statistics in registers, so partials are
 few, and where K fits in one block (`SINGLE`) it loads W once and streams A. With "gate_sums" tiles are aligned to
 images, so that a sum belongs to one; everything else walks all rows. Programs of the same rows and other columns run
-side by side and find A in L2. Nothing is added atomically.
+side by side and find A in L2. With "join" those of the first columns store f(A), which others still need. Nothing is
+added atomically.
 
 bf16 and fp16 feed the tensor cores (HGMMA on sm_90), fp32 multiplies in IEEE arithmetic: three tf32 products drop
 terms of 2**-22, which the tolerance rule does not allow for short sums. Under the interpreter, which has no bf16
@@ -74,10 +75,19 @@ def column(ptr, c0, channels, BLOCK_C: tl.constexpr):
     return tl.trans(channel_vector(ptr, c0, channels, BLOCK_C))
 
 
+@L.helper
+def store_once(y_ptr, tile, row, end, c0, channels, n0, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Store a tile of [rows, channels] where n0 is zero."""
+    offsets, mask = tile_at(row, end, c0, channels, BLOCK_M, BLOCK_C)
+    first = tl.zeros([BLOCK_M, BLOCK_C], tl.int32) + n0 == 0
+    tl.store(y_ptr + offsets, tile, mask=mask & first)
+
+
 @L.jit
 def _pointwise_kernel(
     a_ptr,  # [M, K]
-    x_ptr,  # [M, K]: the batch norm's input, for the gradients; else None
+    x_ptr,  # [M, K]: the batch norm's input, for the gradients; "join"'s residual, or None
+    joined_ptr,  # [M, K]: where "join" goes
     w_ptr,
     y_ptr,  # [M, N]
     coefficients_ptr,  # [4 or 6, K]
@@ -133,6 +143,8 @@ def _pointwise_kernel(
                 a_ptr, x_ptr, gate_ptr, scale_ptr, vectors, row, end, row_count, area, 0, k_count,
                 PROLOGUE, SPAN, BLOCK_M, BLOCK_K,
             )  # fmt: skip
+            if PROLOGUE == "join":
+                store_once(joined_ptr, a, row, end, 0, k_count, n0, BLOCK_M, BLOCK_K)
             acc = product(w, tl.trans(a), acc, WIDEN)
         else:
             for k0 in tl.range(0, bound(k_count), BLOCK_K, num_stages=STAGES):
@@ -141,6 +153,8 @@ def _pointwise_kernel(
                     a_ptr, x_ptr, gate_ptr, scale_ptr, vectors, row, end, row_count, area, k0, k_count,
                     PROLOGUE, SPAN, BLOCK_M, BLOCK_K,
                 )  # fmt: skip
+                if PROLOGUE == "join":
+                    store_once(joined_ptr, a, row, end, k0, k_count, n0, BLOCK_M, BLOCK_K)
                 w = weight_tile(w_ptr, k0, k_count, n0, n_count, DGRAD, BLOCK_K, BLOCK_N)
                 acc = product(w, tl.trans(a), acc, WIDEN)
         offsets, mask = tile_at(row, end, n0, n_count, BLOCK_M, BLOCK_N)
@@ -205,10 +219,11 @@ def blocks_for(k: int, n: int, prologue: Prologue, epilogue: Epilogue, dtype: to
     columns: W stays in registers or shared memory and 128 rows amortise a barrier, or 128 columns a read. The sums
     of a gate need the registers: 64 × 64. Stages are those at which nothing spills on sm_80, sm_90 and sm_100.
     """
+    ragged = vector_width(k, n) == 1
     if dtype == torch.float32:
-        return Blocks(64, 64, 16, 8, 3 if prologue == "none" else 2)
-    if vector_width(k, n) == 1:
-        return Blocks(64, 64, 32, 4, 1)
+        return Blocks(32 if ragged and prologue == "join" else 64, 64, 16, 8, 3 if prologue == "none" else 2)
+    if ragged:
+        return Blocks(32 if prologue == "join" else 64, 64, 32, 4, 1)
     wide = n > 64
     if prologue in SILU:
         if wide or prologue == "bn_silu":
@@ -217,6 +232,8 @@ def blocks_for(k: int, n: int, prologue: Prologue, epilogue: Epilogue, dtype: to
     block_k = max(L.power_of_two(k), 16)
     if epilogue == "gate_sums":
         return Blocks(64, 64, block_k, 4, 2, single=True) if k <= 128 else Blocks(64, 64, 32, 8, 2)
+    if prologue == "join" and k > 64 and not wide:  # no expansion is as narrow; larger tiles spill on sm_80
+        return Blocks(64, 64, 32, 8, 2)
     if k > 128:
         return Blocks(64, 128, 64, 8, 3) if wide else Blocks(64, 64, 64, 4, 3)
     if k > 64 and wide:
@@ -263,6 +280,7 @@ def gemm(
     epilogue: Epilogue = "none",
     dgrad: bool = False,
     x: Tensor | None = None,
+    joined: Tensor | None = None,
     vectors: Tensor | None = None,
     gate: Tensor | None = None,
     scale: Tensor | None = None,
@@ -271,8 +289,8 @@ def gemm(
 ) -> tuple[Tensor, Tensor | None, int]:
     """y = f(a) weightᵀ, or f(a) weight with `dgrad`; the partials of the epilogue; the rows of each of them.
 
-    a, x and other are images [B, C, H, W] in channels_last, `weight` is [C_out, C_in] in any floating type (cast here
-    unless it has a's).
+    a, x and other are images [B, C, H, W] in channels_last, and so is `joined`, which f(a) of "join" is written to;
+    `weight` is [C_out, C_in] in any floating type (cast here unless it has a's).
     """
     images, k = a.shape[:2]
     n = weight.shape[1 if dgrad else 0]
@@ -285,7 +303,7 @@ def gemm(
         partial = L.empty((3, images, p.parts, n), like=a)
     programs = p.column_blocks * p.parts * (images if epilogue == "gate_sums" else 1)
     L.launch(
-        _pointwise_kernel, (programs,), L.nhwc(a), None if x is None else L.nhwc(x),
+        _pointwise_kernel, (programs,), L.nhwc(a), None if x is None else L.nhwc(x), joined,
         weight.to(a.dtype).contiguous(), y, vectors, gate, scale, None if other is None else L.nhwc(other),
         other_vectors, partial, area_of(a), a.numel() // k, p.step, p.parts, k // p.vec, n // p.vec,
         like=a, num_warps=p.blocks.num_warps, PROLOGUE=prologue, EPILOGUE=epilogue, DGRAD=dgrad, WIDEN=widened(a.dtype),
@@ -302,6 +320,7 @@ FORMS: tuple[tuple[Prologue, Epilogue, bool], ...] = (
     ("bn_silu_gate", "bias", False),
     ("bn_silu", "statistics", False),
     ("none", "statistics", False),
+    ("join", "statistics", False),
     ("none", "none", False),
     ("none", "none", True),
     ("bn_silu_grad", "none", True),
@@ -313,10 +332,11 @@ SIZES = (8, 24, 40, 72, 136)  # channel counts that between them select every bl
 def absent_pointers(prologue: Prologue, epilogue: Epilogue) -> dict[str, Any]:
     """The pointers that a form has no use for."""
     used = {
-        "x_ptr": prologue in GRADIENTS,
+        "x_ptr": prologue in (*GRADIENTS, "join"),
+        "joined_ptr": prologue == "join",
         "coefficients_ptr": prologue != "none",
         "gate_ptr": prologue == "bn_silu_gate",
-        "scale_ptr": prologue == "bn_grad",
+        "scale_ptr": prologue in ("bn_grad", "join"),
         "image_ptr": epilogue in ("residual", "bias", "gate_sums"),
         "image_coefficients_ptr": epilogue in ("bias", "gate_sums"),
         "partial_ptr": epilogue in ("statistics", "gate_sums"),
@@ -326,7 +346,7 @@ def absent_pointers(prologue: Prologue, epilogue: Epilogue) -> dict[str, Any]:
 
 def aot_specs() -> Iterator[L.KernelSpec]:
     """Every configuration that a launch in this file can select."""
-    images = ("a_ptr", "x_ptr", "w_ptr", "y_ptr", "image_ptr")
+    images = ("a_ptr", "x_ptr", "joined_ptr", "w_ptr", "y_ptr", "image_ptr")
     for dtype, name in L.STORAGE_DTYPES.items():
         for prologue, epilogue, dgrad in FORMS:
             sizes = [(k, n) for k in SIZES for n in (40, 72)]
@@ -355,16 +375,18 @@ def gemm_traffic(
     epilogue: Epilogue = "none",
     *,
     scaled: bool = False,
+    joined: bool = False,
     from_memory: bool = False,
 ) -> int:
-    """Bytes that `_pointwise_kernel` reads and writes for a of `shape` and n output channels; `from_memory` counts what
-    several programs or tiles read once, as where the caches serve the others."""
+    """Bytes that `_pointwise_kernel` reads and writes for a of `shape` and n output channels; `joined`: "join" has a
+    residual; `from_memory` counts what several programs or tiles read once, as where the caches serve the others."""
     images, k, height, width = shape
     rows, area, size = images * height * width, height * width, dtype.itemsize
     p = plan(shape, k, n, prologue, epilogue, dtype)
     programs = p.parts * (images if epilogue == "gate_sums" else 1)
     written = rows * n * size + 4 * n * programs * {"statistics": 2, "gate_sums": 3}.get(epilogue, 0)
-    once = rows * k * size * (2 if prologue in GRADIENTS else 1)
+    written += rows * k * size * (prologue == "join")
+    once = rows * k * size * (2 if prologue in GRADIENTS or joined else 1)
     image = rows * n * size if epilogue in ("residual", "gate_sums") else 0
     if from_memory:
         vectors = 4 * k * VECTORS[prologue] + 4 * images * (k if prologue == "bn_silu_gate" else scaled)

@@ -5,6 +5,7 @@ f works on a tile in fp32 and is rounded to the storage dtype once:
     "none"          a
     "bn_silu"       silu(z), z = scale (a - mean) + bias, scale = weight / sqrt(var + eps)
     "bn_silu_gate"  silu(z) gate[b]
+    "join"          s[b] z + x                                             drop-connect's residual add; x may be None
     "bn_grad"       scale s[b] a - constant - linear (x - mean)            the gradient through a batch norm of x
     "bn_silu_grad"  scale a silu'(z(x)) - constant - linear (x - mean)     and through SiLU before it
 
@@ -28,7 +29,7 @@ from kernels import launch as L
 from kernels.batch_norm import channel_vector, inverse_std, sigmoid, silu_and_slope, store_channels, tile_at
 from kernels.launch import tl
 
-Prologue = Literal["none", "bn_silu", "bn_silu_gate", "bn_grad", "bn_silu_grad"]
+Prologue = Literal["none", "bn_silu", "bn_silu_gate", "join", "bn_grad", "bn_silu_grad"]
 SILU = ("bn_silu", "bn_silu_gate", "bn_silu_grad")
 GRADIENTS = ("bn_grad", "bn_silu_grad")
 COEFFICIENT_BLOCK = 128
@@ -136,6 +137,13 @@ def operand(
                 _, slope = silu_and_slope(centred * scale + bias)
                 a = a * slope
             a = a * scale - constant - centred * linear
+        elif PROLOGUE == "join":
+            a = (a - mean) * scale + bias
+            if scale_ptr is not None:
+                rows = row + tl.arange(0, BLOCK_M)
+                a = a * tl.load(scale_ptr + rows // area, mask=rows < end, other=0.0)[:, None]
+            if x_ptr is not None:
+                a += tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         else:
             z = (a - mean) * scale + bias
             a = z * sigmoid(z)
@@ -186,7 +194,7 @@ def coefficients(
     return vectors
 
 
-VECTORS = {"none": 0, "bn_silu": 3, "bn_silu_gate": 3, "bn_grad": 4, "bn_silu_grad": 5}
+VECTORS = {"none": 0, "bn_silu": 3, "bn_silu_gate": 3, "join": 3, "bn_grad": 4, "bn_silu_grad": 5}
 
 
 def coefficient_traffic(channels: int, sums: bool) -> int:

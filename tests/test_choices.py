@@ -60,12 +60,12 @@ def test_the_kept_choices_are_those_of_the_kept_results() -> None:
 def test_a_choice_holds_for_its_gpu_block_mode_and_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices, "EXCEPTIONS", {"cpu": {KEY: {"eager": "torch"}}})
     x = torch.empty(IMAGES, dtype=torch.bfloat16)
-    assert choices.chosen(SHAPE, x) == "torch"
-    assert choices.chosen(SHAPE, x.float()) == "triton"
-    assert choices.chosen(SHAPE, x[:, :, :8, :8]) == "triton"
-    assert choices.chosen(SHAPE._replace(expand_ratio=4), x) == "triton"
+    assert choices.chosen(SHAPE, x, 10) == "torch"
+    assert choices.chosen(SHAPE, x.float(), 10) == "triton"
+    assert choices.chosen(SHAPE, x, 8) == "triton"
+    assert choices.chosen(SHAPE._replace(expand_ratio=4), x, 10) == "triton"
     monkeypatch.setattr(choices, "EXCEPTIONS", {"another": {KEY: {"eager": "torch"}}})
-    assert choices.chosen(SHAPE, x) == "triton"
+    assert choices.chosen(SHAPE, x, 10) == "triton"
 
 
 def trained(kernels: Any, x: Tensor, compiled: bool = False) -> list[Tensor]:

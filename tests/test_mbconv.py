@@ -13,6 +13,7 @@ from torch import Tensor
 
 import kernels
 from kernels import ConvNorm, Excite, launch, mbconv_ops
+from kernels.mbconv import Unjoined, mbconv_training
 from tests.parity import DEVICE, DRAWS, NAMES, errors, kernel_device, nan_allocations
 
 __all__ = ["kernel_device"]
@@ -247,6 +248,43 @@ def test_no_scale_is_a_scale_of_one() -> None:
         assert torch.equal(value, none[name]), name
 
 
+def chained(blocks: tuple[Block, ...], *, join: bool) -> dict[str, Tensor]:
+    """As `run`, through blocks one after another that leave their joins to the next or do them themselves."""
+    values = [inputs(block, seed) for seed, block in enumerate(blocks)]
+    x = values[0].x.requires_grad_()
+    leaves = {f"{i}.{name}": leaf for i, v in enumerate(values) for name, leaf in v.leaves().items() if name != "x"}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    with nan_allocations():
+        h: Tensor | Unjoined = x
+        for left, block, v in zip(reversed(range(len(blocks))), blocks, values, strict=True):
+            joins = join or left == 0
+            layers: Any = v.layers
+            padding: Any = block.padding
+            h = mbconv_training(
+                h, **layers, scale=v.scale, stride=block.stride, padding=padding, residual=block.residual, momentum=0.1,
+                eps=1e-3, group="", join=joins,
+            )  # fmt: skip
+            assert isinstance(h, Tensor) == joins
+        assert isinstance(h, Tensor)
+        gradients = torch.autograd.grad(h, [x, *leaves.values()], values[-1].dy)
+    results = {"y": h.detach()} | {f"{i}.{name}": t for i, v in enumerate(values) for name, t in v.running().items()}
+    return results | {f"d{name}": gradient for name, gradient in zip(["x", *leaves], gradients, strict=True)}
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, *(pytest.param(t, marks=pytest.mark.slow) for t in NAMES if t != torch.float32)]
+)
+def test_a_join_that_the_next_block_does_changes_no_bit(dtype: torch.dtype) -> None:
+    """Left without a residual, with one that its own block made, and with one that the block before left."""
+    blocks = (
+        Block(6, 8, 1, 3, 1, (7, 5), dtype, scaled=False), Block(8, 8, 6, 3, 1, (7, 5), dtype),
+        Block(8, 8, 6, 5, 1, (7, 5), dtype), Block(8, 10, 2, 3, 2, (7, 5), dtype, scaled=False),
+    )  # fmt: skip
+    left, done = chained(blocks, join=False), chained(blocks, join=True)
+    assert [name for name, value in done.items() if not torch.equal(value, left[name])] == []
+
+
 @pytest.mark.slow
 def test_operations_pass_opcheck() -> None:
     calls: dict[str, tuple[Any, ...]] = {}
@@ -262,6 +300,7 @@ def test_operations_pass_opcheck() -> None:
     block = QUICK[0]
     with mock.patch.multiple(mbconv_ops, **{name: record(name, op) for name, op in operations.items()}):
         run(block, inputs(block), "triton")
+        chained((block, block), join=False)
         with torch.no_grad():
             call(block, inputs(block), "triton", training=False)
     assert set(calls) == set(operations)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,7 +12,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastnet import model as model_file
+from fastnet.layers import MBConv
 from fastnet.model import EfficientNet, ModelConfig, Stage
+from kernels.mbconv import Unjoined
 
 # Three blocks: without expansion; with, k 5 and stride 2; and one with a residual that can be dropped.
 STAGES = (Stage(1, 3, 1, 16, 1), Stage(6, 5, 2, 24, 2))
@@ -96,3 +98,29 @@ def test_the_model_compiles_whole_and_once(kernels: str, monkeypatch: pytest.Mon
             torch.testing.assert_close(found, p.grad)
         model.zero_grad()
     assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_joins_are_left_to_expansions_but_not_where_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_file, "STAGES", STAGES)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    joins: list[bool] = []
+    inner = MBConv.forward
+
+    def record(block: MBConv, x: Tensor | Unjoined, scale: Tensor | None = None, *, join: bool = True) -> Any:
+        joins.append(join)
+        return inner(block, x, scale, join=join)
+
+    monkeypatch.setattr(MBConv, "forward", record)
+    model = EfficientNet(replace(SMALL, kernels="triton")).to(device)
+    images = torch.randn(2, 3, 8, 8, device=device)
+    model(images)
+    assert joins == [False, False, True]
+    with torch.no_grad():
+        model.eval()(images)
+    assert joins[3:] == [True, True, True]
+    seen: list[torch.Size] = []
+    model.blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    model.train()(images)
+    assert joins[6:] == [True, False, True]
+    assert seen == [(2, 8, 4, 4)]

@@ -134,9 +134,13 @@ def composed(values: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
         sigma = slope(z)
         activated = F.silu(z)
     gated = activated * v["gate"].to(dtype)[:, :, None, None]
+    alone = norm("p", v["p"])
+    joined = alone * v["scale"].to(dtype)[:, None, None, None] + v["dy"]
     found = {"e_out": F.conv2d(v["x"], w1), "p_plain": F.conv2d(activated, w3), "p_out": F.conv2d(gated, w3)}
+    found["j_out"] = F.conv2d(joined, w3.transpose(0, 1))
     for name in tuple(found):
         found[f"{name}_var"], found[f"{name}_mean"] = torch.var_mean(found[name].to(wide), (0, 2, 3), correction=0)
+    found |= {"joined": joined, "alone": alone}
     da = F.conv_transpose2d(dp, w3)
     centred = v["d"].to(wide) - v["d"].to(wide).mean((0, 2, 3), keepdim=True)
     xhat = centred / (centred.square().mean((0, 2, 3), keepdim=True) + EPS).sqrt()
@@ -196,6 +200,11 @@ def launched(case: Case, values: dict[str, Tensor]) -> dict[str, Tensor]:
             ("p_out", (v["d"], v["w3"], norm_d, v["gate"])),
         ):
             found[name], found[f"{name}_mean"], found[f"{name}_var"] = pointwise.forward(*arguments)
+        entry = pointwise.joined_forward(v["p"], v["dy"], scale, norm_p[:4].contiguous(), v["w3"].t().contiguous())
+        found |= dict(zip(("joined", "j_out", "j_out_mean", "j_out_var"), entry, strict=True))
+        found["alone"] = pointwise.joined_forward(
+            v["p"], None, None, norm_p[:4].contiguous(), v["w3"].t().contiguous()
+        )[0]
         found["da"], partial = pointwise.projection_dgrad(v["dy"], v["p"], v["w3"], norm_p, scale, v["d"], norm_d)
         found["gate_sums"] = partial.sum(2)
         found["dw3"] = pointwise.projection_wgrad(v["dy"], v["p"], norm_p, scale, v["d"], norm_d, v["gate"])
@@ -215,6 +224,7 @@ RESULTS = {
     "expansion_forward": ("e_out", "e_out_mean", "e_out_var"),
     "activated_forward": ("p_plain", "p_plain_mean", "p_plain_var"),
     "projection_forward": ("p_out", "p_out_mean", "p_out_var"),
+    "joined_forward": ("joined", "alone", "j_out", "j_out_mean", "j_out_var"),
     "projection_dgrad": ("da", "gate_sums"),
     "projection_wgrad": ("dw3",),
     "expansion_dgrad": ("dx", "dx_residual"),
@@ -250,7 +260,7 @@ def test_pointwise(case: Case, launcher: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_pointwise_statistics_are_those_of_the_stored_values(case: Case) -> None:
     kernel = outcome(case, 0)[0]
-    for name in ("e_out", "p_plain", "p_out"):
+    for name in ("e_out", "p_plain", "p_out", "j_out"):
         y = kernel[name].double()
         var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
         unit = torch.finfo(torch.float32).eps

@@ -16,6 +16,7 @@ from bench.shapes import OpShape, activations, largest, model_blocks, model_shap
 from bench.traffic import Work, eager, fused, in_blocks, operations
 from fastnet.summary import summarise
 from kernels import ConvNorm, Excite, mbconv, mbconv_traffic
+from kernels.mbconv import mbconv_training
 from kernels.mbconv_traffic import Block
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted under the interpreter, on a CPU")
@@ -93,23 +94,26 @@ BLOCKS = (
 )
 
 
-@pytest.mark.wide
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: "-".join(map(str, block)))
-def test_a_fused_block_moves_the_bytes_that_its_schedule_states(block: Block) -> None:
-    dtype = torch.bfloat16
-
+def random_layers(block: Block) -> tuple[ConvNorm | None, ConvNorm, Excite, ConvNorm]:
     def norm(*shape: int) -> ConvNorm:
         out = shape[0]
         return ConvNorm(torch.randn(shape), torch.ones(out), torch.zeros(out), torch.zeros(out), torch.ones(out))
 
     c, s, k = block.channels, block.squeezed, block.kernel_size
+    expand = norm(c, block.in_channels, 1, 1) if block.expands else None
+    excite = Excite(torch.randn(s, c), torch.zeros(s), torch.randn(c, s), torch.zeros(c))
+    return expand, norm(c, 1, k, k), excite, norm(block.out_channels, c, 1, 1)
+
+
+@pytest.mark.wide
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: "-".join(map(str, block)))
+def test_a_fused_block_moves_the_bytes_that_its_schedule_states(block: Block) -> None:
+    dtype = torch.bfloat16
     x = torch.randn(block.images, block.in_channels, block.height, block.width).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
     with count_traffic() as counted_forward:
         y = mbconv(
-            x, norm(c, block.in_channels, 1, 1) if block.expands else None, norm(c, 1, k, k),
-            Excite(torch.randn(s, c), torch.zeros(s), torch.randn(c, s), torch.zeros(c)),
-            norm(block.out_channels, c, 1, 1), torch.ones(block.images) if block.scaled else None,
+            x, *random_layers(block), torch.ones(block.images) if block.scaled else None,
             stride=block.stride, padding=block.padding, residual=block.residual, training=True, momentum=0.1, eps=1e-3,
             impl="triton",
         )  # fmt: skip
@@ -125,6 +129,26 @@ def test_a_fused_block_moves_the_bytes_that_its_schedule_states(block: Block) ->
                 expected.update(launches)
             counts = {n: moved.distinct if from_memory else moved.total for n, moved in found.kernels.items()}
             assert counts == pytest.approx(dict(expected), rel=0.02)
+
+
+@pytest.mark.wide
+def test_a_join_that_is_left_to_the_next_block_moves_the_bytes_that_are_stated() -> None:
+    """Two blocks with a residual: the second makes the first one's output, its own residual, and joins it."""
+    block = Block(3, 8, 144, 8, 2, 7, 9, 3, 1, residual=True, scaled=True)
+    options = {"stride": 1, "padding": "symmetric", "residual": True, "momentum": 0.1, "eps": 1e-3, "group": ""}
+    x = torch.randn(3, 8, 7, 9).to(torch.bfloat16, memory_format=torch.channels_last)
+    layers = random_layers(block)
+    with count_traffic() as counted:
+        left = mbconv_training(x, *layers, torch.ones(3), **options, join=False)  # type: ignore[arg-type]
+        mbconv_training(left, *layers, torch.ones(3), **options, join=True)  # type: ignore[arg-type]
+    for from_memory in (False, True):
+        expected: Counter[str] = Counter()
+        for steps in mbconv_traffic.model([block, block], torch.bfloat16, from_memory=from_memory):
+            for step, launches in steps.items():
+                if step.startswith("F"):
+                    expected.update(launches)
+        counts = {n: moved.distinct if from_memory else moved.total for n, moved in counted.kernels.items()}
+        assert counts == pytest.approx(dict(expected), rel=0.02)
 
 
 def test_blocks_are_those_of_the_model() -> None:
