@@ -30,9 +30,11 @@ class Suite(NamedTuple):
 
 # Of each file what a GPU decides; blocks of every kind are among test_mbconv's slow ones, slow for the interpreter.
 BLOCKS, PRODUCTS = "parity or inference or repeats or scale_of_one", "not (refuses or states or selects or contract)"
+CONVOLUTIONS = "not (traffic or opcheck or one_sentence)"
 GPU_TESTS = (
     Suite("test_mbconv.py", names=BLOCKS), Suite("test_mbconv.py", "slow and not full", BLOCKS),
-    Suite("test_pointwise.py", names=PRODUCTS), Suite("test_kernels_on_gpu.py"),
+    Suite("test_pointwise.py", names=PRODUCTS), Suite("test_depthwise.py", names=CONVOLUTIONS),
+    Suite("test_kernels_on_gpu.py"),
 )  # fmt: skip
 CPU_TESTS = (Suite("test_drop_connect.py", names="fp16"),)
 

@@ -18,6 +18,9 @@ from kernels.depthwise_backward import NO_NORM, NO_OUT_NORM, OutNorm
 from kernels.squeeze_excite import Norm
 from kernels.strips import CONFIGURATIONS, Geometry, Padding, geometry
 from tests import parity
+from tests.parity import DEVICE, kernel_device
+
+__all__ = ["kernel_device"]
 
 EPS = 1e-3
 
@@ -87,12 +90,15 @@ CASES += [pytest.param(case, id=f"full-{case}", marks=pytest.mark.full) for case
 
 def inputs(case: Case, seed: int = 0) -> dict[str, Tensor]:
     """x and y of the case's dtype, channels_last; y a plausible output and dy the gradient that arrives."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     b, c, _, _ = case.shape
     out = (b, c, case.geometry.out_height, case.geometry.out_width)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator, device="cpu").to(DEVICE)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, device="cpu").to(DEVICE)
 
     def image(value: Tensor) -> Tensor:
         return value.to(case.dtype).contiguous(memory_format=torch.channels_last)
@@ -104,10 +110,10 @@ def inputs(case: Case, seed: int = 0) -> dict[str, Tensor]:
         "dy": image(normal(*out) + 0.3),
         "taps": normal(c, 1, case.k, case.k) / case.k,
         "mean": mean,
-        "var": 0.5 + torch.rand(c, generator=generator),
+        "var": 0.5 + uniform(c),
         **{n: 1 + 0.3 * normal(c) for n in ("weight", "out_weight")},
         **{n: 0.3 * normal(c) for n in ("bias", "out_bias")},
-        "gate": torch.rand(b, c, generator=generator),
+        "gate": uniform(b, c),
         "q": 0.1 * normal(b, c),
     }
 
