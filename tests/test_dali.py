@@ -18,7 +18,7 @@ from data_pipeline.dali import DaliLoader
 from data_pipeline.dali_options import DaliOptions
 from data_pipeline.loader import Loader, Plan
 from data_pipeline.probe import BASELINE, CMYK, PROGRESSIVE
-from tests.test_cache import write_photos
+from tests.cached import write_photos
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from data_pipeline.cache import PixelCache, disk_store
 from data_pipeline.loader import Loader
 from data_pipeline.pixel_store import PixelStore
 from kernels.augment import augment
-from tests.test_cache import write_photos
+from tests.cached import write_photos
 
 PLAIN = Augmentation(brightness=0, contrast=0, saturation=0, hue=0)
 
