@@ -85,7 +85,8 @@ class OptimizerOptions:
     layer_decay: float = 1.0
     """Each layer (stem, blocks, head) learns at this times the rate of the layer above it."""
     freeze_stages: int = 0
-    """Leave the stem and the first so many of the seven stages as they are, batch norm's statistics too."""
+    """Leave the stem and the first so many of the seven stages of blocks (2 to 8 in fastnet.summary) as they are, batch
+    norm's statistics too."""
     sched: Literal["step", "cosine"] = "step"
     """Learning rate after the warm-up: a staircase, or half a cosine down to --min-lr at the last epoch."""
     warmup_epochs: float = 5.0
