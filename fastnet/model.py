@@ -228,6 +228,7 @@ def _compiled_copy(function: Callable[..., Any], name: str, options: dict[str, A
     assert isinstance(function, types.FunctionType)
     code = function.__code__.replace(co_name=name)
     copy = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
     return torch.compile(copy, **options)
 
 

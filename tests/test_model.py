@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastnet.backbone import FeatureExtractor
 from fastnet.layers import BatchNorm, Conv2d, MBConv, same_padding
 from fastnet.model import BlockShape, EfficientNet, ModelConfig, block_shapes, count_parameters, efficientnet
 from fastnet.scaling import PUBLISHED, CompoundScaler, architecture
@@ -328,6 +329,7 @@ def test_a_copy_of_a_compiled_model_is_its_own() -> None:
             tensor.zero_()
         assert not twin(x).any()
         assert torch.equal(model(x), expected)
+        assert len(FeatureExtractor(model)(x)) == 5  # calls stem and blocks by themselves
     assert backend.graphs == graphs
 
 

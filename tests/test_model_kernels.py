@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -124,3 +125,24 @@ def test_joins_are_left_to_expansions_but_not_where_somebody_looks(monkeypatch: 
     model.train()(images)
     assert joins[6:] == [True, False, True]
     assert seen == [(2, 8, 4, 4)]
+
+
+@pytest.mark.slow
+def test_blocks_compiled_one_by_one_leave_their_joins_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_file, "STAGES", STAGES)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    eager = EfficientNet(replace(SMALL, kernels="triton")).to(device)
+    compiled = copy.deepcopy(eager)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled.compile_regions(fullgraph=True, dynamic=False, backend=counter)
+    images = torch.randn(2, 3, 8, 8, device=device).contiguous(memory_format=torch.channels_last)
+    scales = torch.full((len(eager.blocks), 2), 2.0, device=device)
+    for _ in range(2):
+        for model in (eager, compiled):
+            model(images, scales).square().sum().backward()
+    assert counter.frame_count == len(eager.blocks) + 2
+    for (name, ours), theirs in zip(compiled.named_parameters(), eager.parameters(), strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert torch.equal(ours.grad, theirs.grad), name
