@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class DaliOptions:
-    """None of these changes an image on a CPU; `python -m bench.proof --part 4` measures them on a GPU."""
+    """None of these changes an image on a CPU; `python -m data_pipeline tune` measures which are fastest here."""
 
     dali_prefetch: int = 2
     """Batches that DALI prepares ahead of the one that is asked for."""

@@ -272,12 +272,13 @@ def test_errors_are_shares_of_what_the_rule_allows() -> None:
 
 def test_speed_and_memory_are_ours_against_the_best_peers() -> None:
     contenders = [*eager_entries(), Entry(OURS, kernels="torch"), Entry(OURS, graph=True)]
+    contenders.append(Entry(OURS, own_joins=True))
     names = {entry.label for entry in contenders}
     if not {f"{TIMM}, eager", f"{TORCHVISION}, eager"} <= names:
         pytest.skip("no peer is installed")
     times = {
         f"{OURS}, eager": 2.0, f"{OURS}, eager, graph": 1.0, f"{OURS} torch, eager": 0.5, f"{TIMM}, eager": 3.0,
-        f"{TORCHVISION}, eager": 4.0,
+        f"{TORCHVISION}, eager": 4.0, f"{OURS} with own joins, eager": 0.5,
     }  # fmt: skip
     assert times.keys() == names
     peaks = {f"{TIMM}, eager": 10, f"{TORCHVISION}, eager": 20}

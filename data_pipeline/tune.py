@@ -1,0 +1,145 @@
+"""Which loader, threads, prefetch, decoder and engine share feed a model fastest on this machine: measured.
+
+One setting is changed at a time, from the defaults on; the fastest value stays. Of several numbers of workers within
+`MARGIN` of the best the smallest is taken: what it leaves idle the training step can use. The caches are not among the
+candidates: after their first epoch they decode nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from data_pipeline.dali_options import DaliOptions
+from data_pipeline.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from data_pipeline.food101 import Index
+
+MARGIN = 0.03
+PREFETCH = (1, 2, 4, 8)
+ENGINE_SHARES = (0.0, 0.5, 0.65, 0.8, 0.9, 1.0)
+
+
+@dataclass(frozen=True)
+class Setting:
+    loader: Literal["dali", "torch"]
+    workers: int
+    dali: DaliOptions = field(default_factory=DaliOptions)
+
+    @property
+    def flags(self) -> str:
+        """Of fastnet.train; what is the default is left out."""
+        found = [f"--loader {self.loader}", f"--workers {self.workers}"]
+        for option in dataclasses.fields(self.dali):
+            value = getattr(self.dali, option.name)
+            if self.loader == "dali" and value != option.default:
+                found.append(f"--{option.name.replace('_', '-')} {value}")
+        return " ".join(found)
+
+    def changed(self, **options: Any) -> Setting:
+        return dataclasses.replace(self, dali=dataclasses.replace(self.dali, **options))
+
+
+def search(
+    measure: Callable[[Setting], float], cores: int, *, dali: bool, engine: bool
+) -> Iterator[tuple[Setting, float]]:
+    """Every setting that is tried, and its images/s; the chosen one comes last, as the second time that it comes.
+
+    dali: whether it is installed. engine: whether it has a GPU to decode on.
+    """
+    rates: dict[Setting, float] = {}
+
+    def tried(settings: list[Setting]) -> Iterator[tuple[Setting, float]]:
+        for setting in settings:
+            if setting not in rates:
+                rates[setting] = measure(setting)
+                yield setting, rates[setting]
+
+    counts = sorted({n for n in (1, 2, 4, 8, 16, 32, 64) if n < cores} | {min(cores, 64)})
+    chosen: list[Setting] = []
+    for loader in ("dali", "torch") if dali else ("torch",):
+        candidates = [Setting(loader, n) for n in counts]
+        yield from tried(candidates)
+        enough = (1 - MARGIN) * max(rates[s] for s in candidates)
+        best = next(s for s in candidates if rates[s] >= enough)
+        options: list[tuple[str, tuple[Any, ...]]] = []
+        if loader == "dali":
+            options = [("dali_decode", ("window", "whole")), ("dali_prefetch", PREFETCH)]
+            options += [("dali_engine_share", ENGINE_SHARES)] if engine else []
+        for name, values in options:
+            candidates = [best.changed(**{name: value}) for value in values]
+            yield from tried(candidates)
+            best = max(candidates, key=lambda s: rates[s])
+        chosen.append(best)
+    last = max(chosen, key=lambda s: rates[s])
+    yield last, rates[last]
+
+
+def rate(
+    index: Index, setting: Setting, *, resolution: int, batch_size: int, device: torch.device, seconds: float
+) -> float:
+    """Images a second of training batches that nothing is done with, after the first batch."""
+    import torch
+
+    from data_pipeline.loader import make_loader
+
+    made = make_loader(
+        index, "train", backend=setting.loader, resolution=resolution, batch_size=batch_size, seed=0, train=True,
+        augmentation=None, device=device, workers=setting.workers, dali=setting.dali,
+    )  # fmt: skip
+
+    def wait() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    try:
+        began, count, epoch = 0.0, 0, 0
+        while True:
+            for _ in made.batches(epoch):
+                if not began:
+                    began = wait()
+                    continue
+                count += 1
+                taken = time.perf_counter() - began
+                if taken >= seconds:
+                    return count * batch_size / (wait() - began)
+            epoch += 1
+    finally:
+        made.close()
+
+
+def tune(
+    index: Index, *, resolution: int, batch_size: int, device: torch.device, seconds: float, console: Console
+) -> Setting:
+    """Measure, say what comes out setting by setting, and return the fastest.
+
+    Raises:
+        DataError: there are fewer images than a batch.
+    """
+    import os
+
+    from data_pipeline.loader import dali_installed
+
+    images = len(index.splits["train"])
+    if batch_size > images:
+        raise DataError(f"--batch-size {batch_size} is more than the {images} training images: choose a smaller one.")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not dali_installed():
+        console.print("DALI is not installed (pip install nvidia-dali-cuda130): only --loader torch is measured")
+
+    def measure(setting: Setting) -> float:
+        return rate(
+            index, setting, resolution=resolution, batch_size=batch_size, device=device, seconds=seconds
+        )  # fmt: skip
+
+    for setting, found in search(measure, cores, dali=dali_installed(), engine=device.type == "cuda"):
+        console.print(f"{found:8.0f} images/s  {setting.flags}", highlight=False)
+    return setting
