@@ -140,6 +140,9 @@ def tune(
             index, setting, resolution=resolution, batch_size=batch_size, device=device, seconds=seconds
         )  # fmt: skip
 
+    said: set[Setting] = set()
     for setting, found in search(measure, cores, dali=dali_installed(), engine=device.type == "cuda"):
-        console.print(f"{found:8.0f} images/s  {setting.flags}", highlight=False)
+        if setting not in said:
+            console.print(f"{found:8.0f} images/s  {setting.flags}", highlight=False)
+        said.add(setting)
     return setting
