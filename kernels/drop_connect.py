@@ -109,7 +109,6 @@ def _bn_drop_connect_reduce_kernel(
     row = part * rows_per_program
     end = tl.minimum(row + rows_per_program, row_count)
     mean = channel_vector(mean_ptr, c0, channels, BLOCK_C)
-    rstd = inverse_std(channel_vector(var_ptr, c0, channels, BLOCK_C), eps)
     sum_dz = tl.zeros([ROWS, BLOCK_C], tl.float32)
     sum_dz_centred = tl.zeros([ROWS, BLOCK_C], tl.float32)
     while row < end:
@@ -123,6 +122,8 @@ def _bn_drop_connect_reduce_kernel(
         sum_dz_centred += fold(dz * (x - mean), UNROLL, ROWS, BLOCK_C)
         row += UNROLL * ROWS
     store_channels(partial_ptr + part * channels, tl.sum(sum_dz, axis=0), c0, channels, BLOCK_C)
+    # After the loop, which has few registers to spare.
+    rstd = inverse_std(channel_vector(var_ptr, c0, channels, BLOCK_C), eps)
     sum_dz_xhat = tl.sum(sum_dz_centred * rstd, axis=0)
     store_channels(partial_ptr + (partials + part) * channels, sum_dz_xhat, c0, channels, BLOCK_C)
 
