@@ -17,7 +17,7 @@ from data_pipeline.augment import IMAGENET_STD
 from data_pipeline.cache import choose_cache, disk_store
 from data_pipeline.cached_loader import CachedLoader, resized
 from data_pipeline.pixel_store import PixelStore, short_side, stored_sizes
-from tests.cached import everything, make, one_sentence, same, write_photos
+from tests.batches import everything, make, one_sentence, same, write_photos
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from torch import Tensor
 from data_pipeline import DataError, Index, build_index, cache
 from data_pipeline.cache import disk_store
 from data_pipeline.pixel_store import PixelStore
-from tests.cached import everything, make, one_sentence, picture, same, write_photos
+from tests.batches import everything, make, one_sentence, picture, same, write_photos
 
 
 @pytest.fixture(scope="module")

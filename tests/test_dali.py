@@ -18,7 +18,7 @@ from data_pipeline.dali import DaliLoader
 from data_pipeline.dali_options import DaliOptions
 from data_pipeline.loader import Loader, Plan
 from data_pipeline.probe import BASELINE, CMYK, PROGRESSIVE
-from tests.cached import write_photos
+from tests.batches import same, write_photos
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +35,6 @@ def everything(made: Loader) -> list[Batch]:
     batches = [Batch(batch.images.clone(), batch.labels) for epoch in range(2) for batch in made.batches(epoch)]
     made.close()
     return batches
-
-
-def same(a: list[Batch], b: list[Batch]) -> bool:
-    return len(a) == len(b) and all(
-        torch.equal(x.images, y.images) and torch.equal(x.labels, y.labels) for x, y in zip(a, b, strict=True)
-    )
 
 
 OPTIONS = (

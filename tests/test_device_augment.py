@@ -13,7 +13,6 @@ import torch
 
 from data_pipeline import (
     Augmentation,
-    Batch,
     DataError,
     Index,
     build_index,
@@ -27,7 +26,7 @@ from data_pipeline.cache import PixelCache, disk_store
 from data_pipeline.loader import Loader
 from data_pipeline.pixel_store import PixelStore
 from kernels.augment import augment
-from tests.cached import write_photos
+from tests.batches import everything, same, write_photos
 
 PLAIN = Augmentation(brightness=0, contrast=0, saturation=0, hue=0)
 
@@ -41,18 +40,6 @@ def make(index: Index, folder: Path, split: Any = "train", *, kind: Any = "gpu",
     settings: dict[str, Any] = dict(resolution=24, batch_size=5, seed=3, workers=2, augmentation=None) | changes
     pixels = PixelCache(kind, "", index, settings["resolution"], folder)
     return make_loader(index, split, train=split == "train", cache=pixels, **settings)
-
-
-def everything(made: Loader, epoch: int = 0, start: int = 0) -> list[Batch]:
-    batches = list(made.batches(epoch, start))
-    made.close()
-    return batches
-
-
-def same(a: list[Batch], b: list[Batch]) -> bool:
-    return len(a) == len(b) and all(
-        torch.equal(x.images, y.images) and torch.equal(x.labels, y.labels) for x, y in zip(a, b, strict=True)
-    )
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

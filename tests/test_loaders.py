@@ -22,6 +22,7 @@ from data_pipeline.augment import IMAGENET_MEAN, IMAGENET_STD, epoch_order, trai
 from data_pipeline.food101 import Split
 from data_pipeline.loader import Plan
 from data_pipeline.torch_loader import upright
+from tests.batches import same
 
 BACKENDS = [
     "torch",
@@ -58,12 +59,6 @@ def make(index: Index, split: Any = "train", **changes: Any) -> Loader:
 
 def everything(made: Loader, epoch: int = 0, start: int = 0) -> list[Batch]:
     return list(made.batches(epoch, start))
-
-
-def same(a: list[Batch], b: list[Batch]) -> bool:
-    return len(a) == len(b) and all(
-        torch.equal(x.images, y.images) and torch.equal(x.labels, y.labels) for x, y in zip(a, b, strict=True)
-    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

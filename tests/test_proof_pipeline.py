@@ -12,7 +12,7 @@ import torch
 from bench import proof_pipeline
 from bench.stages import Context
 from data_pipeline import build_index, loader
-from tests.cached import write_photos
+from tests.batches import write_photos
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from data_pipeline.augment import (
 )
 from data_pipeline.finish import Finish, finish
 from data_pipeline.randaugment import apply, rand_augment
-from tests.cached import write_photos
+from tests.batches import write_photos
 
 SIDE = 33
 

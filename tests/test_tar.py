@@ -18,7 +18,7 @@ from data_pipeline.loader import Loader, dali_installed
 from data_pipeline.probe import decode_fully, scan, scan_files
 from data_pipeline.tar import TarMember
 from data_pipeline.verify import verify
-from tests.cached import everything, picture, same, write_photos
+from tests.batches import everything, picture, same, write_photos
 
 Members = dict[str, bytes]
 

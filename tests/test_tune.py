@@ -12,7 +12,7 @@ from data_pipeline import DataError, build_index, loader
 from data_pipeline.__main__ import main
 from data_pipeline.tune import ENGINE_SHARES, MARGIN, PREFETCH, Setting, search, tune
 from fastnet.train import parse_arguments
-from tests.cached import write_photos
+from tests.batches import write_photos
 
 
 def model(setting: Setting) -> float:

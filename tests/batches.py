@@ -1,4 +1,4 @@
-"""Photos, and loaders on caches of them, for the tests of caches."""
+"""Photos, loaders on caches of them, and what tests of any loader ask of batches."""
 
 from __future__ import annotations
 
