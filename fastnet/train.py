@@ -6,8 +6,10 @@ Torch is imported only after the command line has been read, so that `--help` an
 from __future__ import annotations
 
 import argparse
+import atexit
 import dataclasses
 import json
+import os
 import sys
 import time
 from dataclasses import replace
@@ -207,7 +209,17 @@ def _train_together() -> int:
 
 
 def main() -> None:
-    sys.exit(run_command(train))
+    try:
+        status: Any = run_command(train)
+    except SystemExit as left:
+        status = left.code or 0
+    if processes() > 1 and isinstance(status, int):
+        # Threads of torch that listened to the other processes may still run; the interpreter's end aborts on them.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ def join_statistics(mean: Tensor, var: Tensor, rows: int, group: str) -> tuple[T
     from torch.distributed import _functional_collectives as collectives
 
     mine = torch.cat([mean, var * rows, mean.new_full((1,), rows)])[None]
-    parts = collectives.all_gather_tensor(mine, 0, _process_group(group))
+    # torch 2.15 warns of the name that torch 2.11 has for it.
+    gather = getattr(collectives, "all_gather_single", collectives.all_gather_tensor)
+    parts = gather(mine, 0, _process_group(group))
     means, m2, counts = parts.split([len(mean), len(mean), 1], 1)
     total = counts.sum()
     joint = (means * counts).sum(0) / total
