@@ -8,8 +8,9 @@ candidates: after their first epoch they decode nothing.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -47,39 +48,26 @@ class Setting:
         return dataclasses.replace(self, dali=dataclasses.replace(self.dali, **options))
 
 
-def search(
-    measure: Callable[[Setting], float], cores: int, *, dali: bool, engine: bool
-) -> Iterator[tuple[Setting, float]]:
-    """Every setting that is tried, and its images/s; the chosen one comes last, as the second time that it comes.
+def search(measure: Callable[[Setting], float], cores: int, *, dali: bool, engine: bool) -> Setting:
+    """The fastest setting; `measure` gives the images/s of one, and is asked once for each.
 
     dali: whether it is installed. engine: whether it has a GPU to decode on.
     """
-    rates: dict[Setting, float] = {}
-
-    def tried(settings: list[Setting]) -> Iterator[tuple[Setting, float]]:
-        for setting in settings:
-            if setting not in rates:
-                rates[setting] = measure(setting)
-                yield setting, rates[setting]
-
+    rate_of = functools.cache(measure)
     counts = sorted({n for n in (1, 2, 4, 8, 16, 32, 64) if n < cores} | {min(cores, 64)})
     chosen: list[Setting] = []
     for loader in ("dali", "torch") if dali else ("torch",):
         candidates = [Setting(loader, n) for n in counts]
-        yield from tried(candidates)
-        enough = (1 - MARGIN) * max(rates[s] for s in candidates)
-        best = next(s for s in candidates if rates[s] >= enough)
+        enough = (1 - MARGIN) * max(map(rate_of, candidates))
+        best = next(s for s in candidates if rate_of(s) >= enough)
         options: list[tuple[str, tuple[Any, ...]]] = []
         if loader == "dali":
             options = [("dali_decode", ("window", "whole")), ("dali_prefetch", PREFETCH)]
             options += [("dali_engine_share", ENGINE_SHARES)] if engine else []
         for name, values in options:
-            candidates = [best.changed(**{name: value}) for value in values]
-            yield from tried(candidates)
-            best = max(candidates, key=lambda s: rates[s])
+            best = max((best.changed(**{name: value}) for value in values), key=rate_of)
         chosen.append(best)
-    last = max(chosen, key=lambda s: rates[s])
-    yield last, rates[last]
+    return max(chosen, key=rate_of)
 
 
 def rate(
@@ -136,13 +124,8 @@ def tune(
         console.print("DALI is not installed (pip install nvidia-dali-cuda130): only --loader torch is measured")
 
     def measure(setting: Setting) -> float:
-        return rate(
-            index, setting, resolution=resolution, batch_size=batch_size, device=device, seconds=seconds
-        )  # fmt: skip
+        found = rate(index, setting, resolution=resolution, batch_size=batch_size, device=device, seconds=seconds)
+        console.print(f"{found:8.0f} images/s  {setting.flags}", highlight=False)
+        return found
 
-    said: set[Setting] = set()
-    for setting, found in search(measure, cores, dali=dali_installed(), engine=device.type == "cuda"):
-        if setting not in said:
-            console.print(f"{found:8.0f} images/s  {setting.flags}", highlight=False)
-        said.add(setting)
-    return setting
+    return search(measure, cores, dali=dali_installed(), engine=device.type == "cuda")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,27 +24,36 @@ def model(setting: Setting) -> float:
     return rate - 10 * abs(setting.dali.dali_engine_share - 0.8)
 
 
+def found(measure: Callable[[Setting], float], cores: int, **there: bool) -> tuple[Setting, dict[Setting, float]]:
+    """The chosen setting, and the rates of all that were tried, each once."""
+    tried: dict[Setting, float] = {}
+
+    def record(setting: Setting) -> float:
+        assert setting not in tried
+        tried[setting] = measure(setting)
+        return tried[setting]
+
+    return search(record, cores, **there), tried
+
+
 def test_the_fastest_of_every_setting_is_kept() -> None:
-    found = list(search(model, 32, dali=True, engine=True))
-    *tried, (best, rate) = found
+    best, tried = found(model, 32, dali=True, engine=True)
     assert best.flags == "--loader dali --workers 8 --dali-prefetch 4 --dali-decode whole --dali-engine-share 0.8"
-    assert rate == model(best) == max(rate for _, rate in tried)
-    settings = [setting for setting, _ in tried]
-    assert len(set(settings)) == len(settings) == 6 + 1 + (len(PREFETCH) - 1) + (len(ENGINE_SHARES) - 1) + 6
+    assert tried[best] == model(best) == max(tried.values())
+    assert len(tried) == 6 + 1 + (len(PREFETCH) - 1) + (len(ENGINE_SHARES) - 1) + 6
 
 
 def test_workers_that_bring_next_to_nothing_are_left_to_the_step() -> None:
     def measure(setting: Setting) -> float:
         return {1: 500, 2: 1000 * (1 - MARGIN) + 1, 3: 1000}[setting.workers]
 
-    *_, (best, _) = search(measure, 3, dali=False, engine=False)
-    assert best == Setting("torch", 2)
+    assert found(measure, 3, dali=False, engine=False)[0] == Setting("torch", 2)
 
 
 def test_torch_is_taken_where_dali_is_slower_and_no_engine_is_tried_without_a_gpu() -> None:
-    found = list(search(lambda s: 2.0 if s.loader == "torch" else 1.0, 2, dali=True, engine=False))
-    assert found[-1] == (Setting("torch", 1), 2.0)
-    assert {setting.dali.dali_engine_share for setting, _ in found} == {Setting("dali", 1).dali.dali_engine_share}
+    best, tried = found(lambda s: 2.0 if s.loader == "torch" else 1.0, 2, dali=True, engine=False)
+    assert (best, tried[best]) == (Setting("torch", 1), 2.0)
+    assert {setting.dali.dali_engine_share for setting in tried} == {Setting("dali", 1).dali.dali_engine_share}
 
 
 @pytest.fixture(scope="module")
