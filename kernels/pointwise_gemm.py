@@ -344,6 +344,15 @@ def absent_pointers(prologue: Prologue, epilogue: Epilogue) -> dict[str, Any]:
     return {name: None for name, present in used.items() if not present}
 
 
+def optional_pointers(prologue: Prologue, epilogue: Epilogue) -> tuple[tuple[str, ...], ...]:
+    """What may be absent together in a form that has a use for it."""
+    if prologue == "join":  # only a residual has a scale, and the first block's has none
+        return (), ("scale_ptr",), ("x_ptr", "scale_ptr")
+    if prologue == "bn_grad":
+        return (), ("scale_ptr",)
+    return ((), ("image_ptr",)) if epilogue == "bias" else ((),)
+
+
 def aot_specs() -> Iterator[L.KernelSpec]:
     """Every configuration that a launch in this file can select."""
     images = ("a_ptr", "x_ptr", "joined_ptr", "w_ptr", "y_ptr", "image_ptr")
@@ -355,10 +364,9 @@ def aot_specs() -> Iterator[L.KernelSpec]:
             for blocks, vec in sorted(chosen, key=lambda c: (-c[1], str(c))):
                 spans = {span_for(blocks.m, area, vec, dtype) for area in (blocks.m, blocks.m - 1, 1)}
                 for span in sorted(spans) if prologue == "bn_silu_gate" else (0,):
-                    optional = "scale_ptr" if prologue == "bn_grad" else "image_ptr" if epilogue == "bias" else ""
-                    for without in ({}, {optional: None}) if optional else ({},):
+                    for without in optional_pointers(prologue, epilogue):
                         constexprs = {
-                            **absent_pointers(prologue, epilogue), **without, "PROLOGUE": prologue,
+                            **absent_pointers(prologue, epilogue), **dict.fromkeys(without), "PROLOGUE": prologue,
                             "EPILOGUE": epilogue, "DGRAD": dgrad, "WIDEN": False, "SPAN": span, "VEC": vec,
                             **blocks.constexprs(),
                         }  # fmt: skip
