@@ -20,6 +20,7 @@ from kernels import pointwise
 from kernels.batch_norm import sum_partials
 from kernels.depthwise import depthwise, merge_stats
 from kernels.depthwise_backward import OutNorm, depthwise_backward
+from kernels.device import gpu
 from kernels.drop_connect import join, reduce_sums
 from kernels.excite import excite, excite_backward
 from kernels.mbconv_traffic import Block
@@ -268,7 +269,7 @@ def schedule(block: Block, dtype: torch.dtype, device: torch.device, seed: int =
     d, *found = depthwise_job(*forward)
     v2 = vectors(*found)
     yield "F3 squeeze", Launch(lambda: (squeeze(d, None, v2.norm),), squeeze_job, (d, v2))
-    pooling = (parts(squeeze_job(d, v2)[0], image_plan(d.shape)[3]), area, wr, br, we, be)
+    pooling = (parts(squeeze_job(d, v2)[0], image_plan(d.shape, gpu(device))[3]), area, wr, br, we, be)
     yield "F4 excite", Launch(lambda: excite(*pooling), excite_job, pooling)
     pooled, hidden, gate, slopes = excite_job(*pooling)
     yield "F5 project", Launch(
@@ -296,7 +297,7 @@ def schedule(block: Block, dtype: torch.dtype, device: torch.device, seed: int =
         lambda: (pointwise.projection_wgrad(dy, p, saved3(), scale, d, saved2(), gate),),
         project_wgrad_job, (dy, p, v3, scale, d, v2, gate), lambda: matrix(dy).t() @ matrix(d),
     )  # fmt: skip
-    chunks = plan(p.shape, out, c, "bn_grad", "gate_sums", dtype).parts
+    chunks = plan(p.shape, out, c, "bn_grad", "gate_sums", dtype, gpu(device)).parts
     exciting = (parts(gate_sums, chunks), area, wr, we, pooled, hidden, gate, slopes.contiguous())
     yield "B3 excite backward", Launch(lambda: excite_backward(*exciting), excite_backward_job, exciting)
     q, shares = excite_backward_job(*exciting)[:2]

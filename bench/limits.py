@@ -18,6 +18,7 @@ import torch
 from bench.launches import describe
 from bench.shapes import model_blocks
 from kernels import depthwise, depthwise_backward, mbconv_traffic
+from kernels.device import REFERENCE, Gpu
 from kernels.launch import cdiv
 from kernels.mbconv_traffic import Block
 from kernels.pointwise_gemm import plan
@@ -63,10 +64,10 @@ H200 = rates(4.3e12, 132, 1755, (9, 0))
 
 
 def _product(
-    shape: tuple[int, int, int, int], n: int, prologue: Prologue, sums: bool, dtype: torch.dtype
+    shape: tuple[int, int, int, int], n: int, prologue: Prologue, sums: bool, dtype: torch.dtype, gpu: Gpu
 ) -> Counter[str]:
     images, k, height, width = shape
-    p = plan(shape, k, n, prologue, "gate_sums" if sums else "none", dtype)
+    p = plan(shape, k, n, prologue, "gate_sums" if sums else "none", dtype, gpu)
     rows = p.tiles * p.blocks.m
     found = Counter(tensor=2 * images * height * width * k * n)
     if prologue in SILU:
@@ -76,50 +77,53 @@ def _product(
     return found
 
 
-def _wgrad(shape: tuple[int, int, int, int], narrow: int, dtype: torch.dtype) -> Counter[str]:
+def _wgrad(
+    shape: tuple[int, int, int, int], narrow: int, prologues: tuple[Prologue, Prologue], dtype: torch.dtype, gpu: Gpu
+) -> Counter[str]:
     images, wide, height, width = shape
     rows = images * height * width
-    blocks, outputs, _, _ = split_plan(rows, wide, narrow, dtype)
-    return Counter(tensor=2 * rows * wide * narrow, special=SIGMOID * rows * outputs * blocks.wide)
+    split = split_plan(shape, narrow, *prologues, dtype, gpu)
+    return Counter(tensor=2 * rows * wide * narrow, special=SIGMOID * rows * split.outputs * split.blocks.wide)
 
 
-def _arithmetic(block: Block, dtype: torch.dtype) -> dict[str, Counter[str]]:
+def _arithmetic(block: Block, dtype: torch.dtype, gpu: Gpu) -> dict[str, Counter[str]]:
     b, c, c_in, out, k = block.images, block.channels, block.in_channels, block.out_channels, block.kernel_size
     g = geometry(block.height, block.width, k, block.stride, block.padding)
     narrow, wide = (b, c_in, block.height, block.width), (b, c, block.height, block.width)
     d, p = (b, c, g.out_height, g.out_width), (b, out, g.out_height, g.out_width)
     pixels, out_pixels = b * block.height * block.width, b * g.out_height * g.out_width
 
-    forward, steps = depthwise.forward_plan(b, c, g)
+    forward, steps = depthwise.forward_plan(wide, dtype, g, norm=block.expands, stats=True, gpu=gpu)
     tile = forward.tile_units * forward.blocks * BLOCK_C
-    span = (forward.columns - 1) * g.stride + k
+    span = (forward.config.columns - 1) * g.stride + k
     loaded = forward.groups * steps * g.stride * span * tile
-    backward, lead = depthwise_backward.backward_plan(b, c, g)
+    backward, lead = depthwise_backward.backward_plan(wide, dtype, g, norm=block.expands, out_norm=True, gpu=gpu)
     tile = backward.tile_units * backward.blocks * BLOCK_C
-    gradients = backward.groups * (lead + backward.band_rows) * (backward.columns + g.lines - 1) * tile
-    inputs = backward.groups * backward.band_rows * backward.columns * g.stride**2 * tile
+    columns = backward.config.columns
+    gradients = backward.groups * (lead + backward.band_rows) * (columns + g.lines - 1) * tile
+    inputs = backward.groups * backward.band_rows * columns * g.stride**2 * tile
     return {
-        "F1 expand": _product(narrow, c, "none", False, dtype),
+        "F1 expand": _product(narrow, c, "none", False, dtype, gpu),
         "F2 depthwise": Counter(
             special=SIGMOID * loaded * block.expands, instructions=FORWARD_INSTRUCTIONS.get(k, 0) * out_pixels * c
         ),
         "F3 squeeze": Counter(special=SIGMOID * out_pixels * c),
-        "F5 project": _product(d, out, "bn_silu_gate", False, dtype),
-        "B2 project dgrad": _product(p, c, "bn_grad", True, dtype),
-        "B2 project wgrad": _wgrad(d, out, dtype),
+        "F5 project": _product(d, out, "bn_silu_gate", False, dtype, gpu),
+        "B2 project dgrad": _product(p, c, "bn_grad", True, dtype, gpu),
+        "B2 project wgrad": _wgrad(d, out, ("bn_silu_gate", "bn_grad"), dtype, gpu),
         "B5 depthwise backward": Counter(
             special=SIGMOID * (gradients + inputs * block.expands), instructions=BACKWARD_INSTRUCTIONS[k] * pixels * c
         ),
-        "B7 expand dgrad": _product(wide, c_in, "bn_silu_grad", False, dtype),
-        "B7 expand wgrad": _wgrad(wide, c_in, dtype),
+        "B7 expand dgrad": _product(wide, c_in, "bn_silu_grad", False, dtype, gpu),
+        "B7 expand wgrad": _wgrad(wide, c_in, ("bn_silu_grad", "none"), dtype, gpu),
     }
 
 
-def block_work(block: Block, dtype: torch.dtype = torch.bfloat16) -> dict[str, Work]:
-    """What each step of the schedule asks for; vector-only steps and joins are bytes alone."""
-    moved = mbconv_traffic.forward(block, dtype, from_memory=True)
-    moved |= mbconv_traffic.backward(block, dtype, from_memory=True)
-    arithmetic = _arithmetic(block, dtype)
+def block_work(block: Block, dtype: torch.dtype = torch.bfloat16, gpu: Gpu = REFERENCE) -> dict[str, Work]:
+    """What each step of the schedule asks for on that card; vector-only steps and joins are bytes alone."""
+    moved = mbconv_traffic.forward(block, dtype, from_memory=True, gpu=gpu)
+    moved |= mbconv_traffic.backward(block, dtype, from_memory=True, gpu=gpu)
+    arithmetic = _arithmetic(block, dtype, gpu)
     return {step: Work(sum(by.values()), **arithmetic.get(step, Counter())) for step, by in moved.items()}
 
 

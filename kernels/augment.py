@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -229,7 +230,7 @@ def augment(
     return images.permute(0, 3, 1, 2)
 
 
-def _constexprs(dtype: torch.dtype) -> dict[str, int | bool]:
+def _constexprs(dtype: torch.dtype) -> dict[str, Any]:
     return {"ROUND": dtype == torch.uint8, "TAPS": TAPS, "ROWS": ROWS, "COLUMNS": COLUMNS}
 
 

@@ -20,16 +20,19 @@ x once more to normalise, and cannot do anything else in that pass. Nothing is s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import launch as L
+from kernels.configs import Site
+from kernels.device import REFERENCE, Gpu
 from kernels.launch import IN_INTERPRETER, tl
 from kernels.sync import join_statistics
 
 MERGE_CHANNELS = 8
-MERGE = {"BLOCK_P": L.MAX_PARTIALS, "BLOCK_C": MERGE_CHANNELS}
+MERGE: dict[str, Any] = {"BLOCK_P": L.MAX_PARTIALS, "BLOCK_C": MERGE_CHANNELS}
 MERGE_WARPS = 8
 
 
@@ -200,23 +203,25 @@ def _sum_partials_kernel(
     store_channels(sums_ptr + k * channels, tl.sum(total, axis=0), c0, channels, BLOCK_C)
 
 
-def sum_partials(partial: Tensor) -> Tensor:
-    """[K, P, C] summed over P in a fixed order."""
+def sum_partials(partial: Tensor, site: Site | None = None) -> Tensor:
+    """[K, P, C] summed over P in a fixed order; `site` as `launch.launch` takes it."""
     k, partials, channels = partial.shape
     sums = L.empty((k, channels), like=partial)
     L.launch(
         _sum_partials_kernel, (L.cdiv(channels, MERGE_CHANNELS), k), partial, sums, partials, channels,
-        like=partial, num_warps=MERGE_WARPS, **MERGE,
+        like=partial, num_warps=MERGE_WARPS, site=site, **MERGE,
     )  # fmt: skip
     return sums
 
 
-def partial_plan(rows: int, channels: int, *, halved: bool = False) -> tuple[L.Tile, int, int, int]:
+def partial_plan(
+    rows: int, channels: int, gpu: Gpu = REFERENCE, *, halved: bool = False
+) -> tuple[L.Tile, int, int, int]:
     """Tile (halved or not), channel blocks, rows a program and number of partials of a reduction over all rows."""
     tile = L.tile_for(channels)
     tile = tile.halved() if halved else tile
     blocks = L.cdiv(channels, tile.block_c)
-    step = L.rows_per_program(rows, tile, blocks)
+    step = L.rows_per_program(rows, tile, blocks, gpu)
     return tile, blocks, step, L.cdiv(rows, step)
 
 
@@ -228,7 +233,7 @@ def batch_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     x = L.nhwc(x)
     channels = x.shape[1]
     rows = x.numel() // channels
-    tile, blocks, step, partials = partial_plan(rows, channels)
+    tile, blocks, step, partials = partial_plan(rows, channels, L.gpu(x.device))
     vec = L.vector_width(channels)
     partial = L.empty((2, partials, channels), like=x)
     mean, var = L.empty((channels,), like=x), L.empty((channels,), like=x)
@@ -298,11 +303,11 @@ def sum_traffic(k: int, partials: int, channels: int) -> int:
     return 4 * k * channels * (partials + 1)
 
 
-def traffic(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, int]:
+def traffic(shape: tuple[int, int, int, int], dtype: torch.dtype, gpu: Gpu = REFERENCE) -> dict[str, int]:
     """Bytes read and written by each kernel of `batch_stats`."""
     b, c, h, w = shape
     rows = b * h * w
-    partials = partial_plan(rows, c)[3]
+    partials = partial_plan(rows, c, gpu)[3]
     return {
         "_stats_kernel": rows * c * dtype.itemsize + 8 * partials * c,
         "_merge_stats_kernel": 8 * partials * c + 8 * c,

@@ -45,6 +45,7 @@ from kernels.batch_norm import (
     tile_at,
 )
 from kernels.batch_norm import traffic as statistics_traffic
+from kernels.device import REFERENCE, Gpu
 from kernels.launch import tl
 from kernels.sync import join_sums
 
@@ -199,7 +200,7 @@ def bn_silu_backward_op(
     channels = x.shape[1]
     rows = x.numel() // channels
     vec = L.vector_width(channels)
-    tile, blocks, step, partials = partial_plan(rows, channels)
+    tile, blocks, step, partials = partial_plan(rows, channels, L.gpu(x.device))
     partial = L.empty((2, partials, channels), like=x)
     L.launch(
         _bn_silu_reduce_kernel, (blocks * partials,), dy, x, partial, mean, var, weight, bias, eps,
@@ -283,15 +284,17 @@ def aot_specs() -> Iterator[L.KernelSpec]:
     )
 
 
-def traffic(shape: tuple[int, int, int, int], dtype: torch.dtype, training: bool = True) -> dict[str, int]:
+def traffic(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, training: bool = True, gpu: Gpu = REFERENCE
+) -> dict[str, int]:
     """Bytes read and written by each kernel, forward and backward, of one call."""
     b, c, h, w = shape
     rows = b * h * w
     image = rows * c * dtype.itemsize
-    tile, _, _, partials = partial_plan(rows, c)
+    tile, _, _, partials = partial_plan(rows, c, gpu)
     tiles, halves = L.cdiv(rows, tile.height), L.cdiv(rows, tile.halved().height)
     return {
-        **(statistics_traffic(shape, dtype) if training else {}),
+        **(statistics_traffic(shape, dtype, gpu) if training else {}),
         "_bn_silu_fwd_kernel": 2 * image + 16 * c * tiles,
         "_bn_silu_reduce_kernel": 2 * image + (16 + 8) * c * partials,
         "_sum_partials_kernel": sum_traffic(2, partials, c),

@@ -32,6 +32,7 @@ from kernels import reference
 from kernels import squeeze_excite as SE
 from kernels.batch_norm import check_batch_norm, statistics, sum_partials, sum_traffic
 from kernels.batch_norm import traffic as statistics_traffic
+from kernels.device import REFERENCE, Gpu
 from kernels.sync import join_sums
 
 
@@ -167,11 +168,11 @@ def bn_silu_squeeze_excite(
 
 
 def traffic(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, squeeze: int, training: bool = True
+    shape: tuple[int, int, int, int], dtype: torch.dtype, squeeze: int, training: bool = True, gpu: Gpu = REFERENCE
 ) -> dict[str, int]:
     """Bytes read and written by each kernel of one call; the kernels are those of `squeeze_excite` and `excite`."""
     return {
-        **(statistics_traffic(shape, dtype) if training else {}),
-        **SE.traffic(shape, dtype, squeeze, norm=True, training=training),
+        **(statistics_traffic(shape, dtype, gpu) if training else {}),
+        **SE.traffic(shape, dtype, squeeze, norm=True, training=training, gpu=gpu),
         "_sum_partials_kernel": sum_traffic(2, shape[0], shape[1]),
     }

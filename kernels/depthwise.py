@@ -31,26 +31,31 @@ for activations, and is bound by that. Wider strips would activate less often, b
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels import configs
 from kernels import launch as L
 from kernels.batch_norm import bn_vectors, locate, sigmoid, store_channels
+from kernels.configs import Site
 from kernels.depthwise_backward import NO_INPUT_VECTORS, NO_NORM
+from kernels.device import REFERENCE, Gpu
 from kernels.launch import tl
 from kernels.squeeze_excite import Norm
 from kernels.strips import (
-    MAX_REGISTERS,
     NUM_WARPS,
     Geometry,
     Plan,
+    Strips,
     empty_nhwc,
     inside,
     load_taps,
     make_plan,
     pack_taps,
     strip_specs,
+    strips_site,
     tap_bytes,
 )
 
@@ -273,16 +278,30 @@ def _merge_counted_stats_kernel(
     store_channels(var_ptr, tl.sum(m2, axis=0) / total, c0, channels, BLOCK_C)
 
 
-# Predicted, not measured: the widest strip that does not spill loads and activates an element least often.
-COLUMNS = {(3, 1): 8, (3, 2): 4, (5, 1): 4, (5, 2): 3}
-PROGRAMS = 1056  # four rounds of what 132 multiprocessors hold at two programs each
+# Predicted, not measured: the widest strip that does not spill loads and activates an element least often. Eight
+# programs are four rounds of what a multiprocessor holds.
+CANDIDATES = {
+    (3, 1): (Strips(8, 8),),
+    (3, 2): (Strips(4, 8),),
+    (5, 1): (Strips(4, 8),),
+    (5, 2): (Strips(3, 8),),
+}  # fmt: skip
 
 
-def forward_plan(images: int, channels: int, g: Geometry) -> tuple[Plan, int]:
-    """The plan, and the input rows (times the stride) that a program walks down a band."""
-    plan = make_plan(
-        images, channels, g.out_height, g.out_width, COLUMNS[g.kernel_size, g.stride], g.lines, PROGRAMS
-    )  # fmt: skip
+@configs.candidates_of("depthwise")
+def _candidates(site: Site, gpu: Gpu) -> tuple[Strips, ...]:
+    *_, k, stride, _norm, _stats, _dtype = site.sizes
+    return CANDIDATES[k, stride]  # type: ignore[index]
+
+
+def forward_plan(
+    shape: tuple[int, ...], dtype: torch.dtype, g: Geometry, *, norm: bool, stats: bool, gpu: Gpu = REFERENCE
+) -> tuple[Plan, int]:
+    """The plan for x of `shape`, and the input rows (times the stride) that a program walks down a band."""
+    site = strips_site("depthwise", shape, g, dtype, norm, stats)
+    config: Strips = configs.choose(site, gpu)
+    programs = config.programs * gpu.multiprocessors
+    plan = make_plan(site, config, shape, g.out_height, g.out_width, g.lines, programs)
     if plan.bands > 1:
         return plan, plan.band_rows + g.lines - 1
     return plan, (g.height - 1 + g.pad_top) // g.stride - g.pad_top // g.stride + 1
@@ -293,8 +312,8 @@ def depthwise(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The convolution of `x` [B, C, H, W] channels_last, activated by `norm` if it has one: y, and with `stats` the
     partial means and M2s [2, P, C] and counts [P] of y that `merge_stats` takes."""
-    images, channels = x.shape[:2]
-    plan, steps = forward_plan(images, channels, g)
+    channels = x.shape[1]
+    plan, steps = forward_plan(x.shape, x.dtype, g, norm=norm.mean is not None, stats=stats, gpu=L.gpu(x.device))
     y = empty_nhwc(x, channels, g.out_height, g.out_width)
     partial = L.empty((2, plan.partials, channels), like=x) if stats else None
     counts = L.empty((plan.partials,), like=x) if stats else None
@@ -303,13 +322,13 @@ def depthwise(
         _depthwise_kernel, (plan.blocks * plan.partials,), x, pack_taps(weight), y, partial, counts,
         *norm, g.height, g.width, g.out_height, g.out_width, g.pad_top, g.pad_left, plan.strips, plan.bands,
         plan.band_rows, steps, plan.units, plan.groups, plan.partials, channels // vec,
-        like=x, num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS, NORM=norm.mean is not None, STATS=stats,
-        K=g.kernel_size, STRIDE=g.stride, **plan.constexprs(vec),
+        like=x, num_warps=NUM_WARPS, maxnreg=plan.config.maxnreg, site=plan.site, NORM=norm.mean is not None,
+        STATS=stats, K=g.kernel_size, STRIDE=g.stride, **plan.constexprs(vec),
     )  # fmt: skip
     return y, partial, counts
 
 
-MERGE = {"BLOCK_P": 256, "BLOCK_C": 8}
+MERGE: dict[str, Any] = {"BLOCK_P": 256, "BLOCK_C": 8}
 
 
 def merge_stats(partial: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -327,24 +346,31 @@ def aot_specs() -> Iterator[L.KernelSpec]:
     """A block with expansion, a block without, and the convolution alone: every configuration that they select."""
     alone = {"STATS": False, "partial_ptr": None, "counts_ptr": None}
     modes = ({"NORM": True, "STATS": True}, {**NO_INPUT_VECTORS, "STATS": True}, NO_INPUT_VECTORS | alone)
-    yield from strip_specs(_depthwise_kernel, ["x_ptr", "y_ptr"], modes, COLUMNS)
+    yield from strip_specs(_depthwise_kernel, ["x_ptr", "y_ptr"], modes, CANDIDATES)
     yield L.spec(_merge_counted_stats_kernel, "small", "fp32", dict(MERGE), num_warps=NUM_WARPS)
 
 
 def traffic(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, g: Geometry, *, norm: bool, stats: bool, again: bool = True
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    g: Geometry,
+    *,
+    norm: bool,
+    stats: bool,
+    again: bool = True,
+    gpu: Gpu = REFERENCE,
 ) -> dict[str, int]:
     """Bytes read and written by each kernel of one `depthwise` and `merge_stats`; without `again` no element of an
     image or tap a second time by one program or its neighbours, which is what must come from beyond the caches."""
     images, channels = shape[:2]
-    plan, steps = forward_plan(images, channels, g)
+    plan, steps = forward_plan(shape, dtype, g, norm=norm, stats=stats, gpu=gpu)
     rows = columns = 0
     for band in range(plan.bands):
         row = max(band * plan.band_rows, g.pad_top // g.stride) * g.stride - g.pad_top
         rows += inside(row, row + steps * g.stride, g.height)
     for strip in range(plan.strips):
-        left = strip * plan.columns * g.stride - g.pad_left
-        columns += inside(left, left + (plan.columns - 1) * g.stride + g.kernel_size, g.width)
+        left = strip * plan.config.columns * g.stride - g.pad_left
+        columns += inside(left, left + (plan.config.columns - 1) * g.stride + g.kernel_size, g.width)
     pixels = (rows * columns if again else g.height * g.width) + g.out_height * g.out_width
     moved = images * channels * dtype.itemsize * pixels
     moved += plan.partials * (

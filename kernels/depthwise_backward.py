@@ -37,6 +37,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import configs
 from kernels import launch as L
 from kernels.batch_norm import (
     bn_vectors,
@@ -48,19 +49,22 @@ from kernels.batch_norm import (
     sum_partials,
     sum_traffic,
 )
+from kernels.configs import Site
+from kernels.device import REFERENCE, Gpu
 from kernels.launch import tl
 from kernels.squeeze_excite import NORM_VECTORS, Norm
 from kernels.strips import (
-    MAX_REGISTERS,
     NUM_WARPS,
     Geometry,
     Plan,
+    Strips,
     empty_nhwc,
     inside,
     load_taps,
     make_plan,
     pack_taps,
     strip_specs,
+    strips_site,
     tap_bytes,
 )
 
@@ -300,18 +304,33 @@ class OutNorm(NamedTuple):
 
 
 NO_OUT_NORM = OutNorm()
-# Predicted, not measured: the widest strips that spill nowhere load and activate an element least often.
-COLUMNS = {(3, 1): 4, (3, 2): 3, (5, 1): 2, (5, 2): 2}
-PROGRAMS = 528  # two rounds of what 132 multiprocessors hold at two programs each; each writes k² + 2 sums a channel
+# Predicted, not measured: the widest strips that spill nowhere load and activate an element least often. Four
+# programs are two rounds of what a multiprocessor holds; each writes k² + 2 sums a channel.
+CANDIDATES = {
+    (3, 1): (Strips(4, 4),),
+    (3, 2): (Strips(3, 4),),
+    (5, 1): (Strips(2, 4),),
+    (5, 2): (Strips(2, 4),),
+}  # fmt: skip
 
 
-def backward_plan(images: int, channels: int, g: Geometry) -> tuple[Plan, int]:
-    """The plan, and the rows of dy that a program loads before its band's first row of x."""
+@configs.candidates_of("depthwise_backward")
+def _candidates(site: Site, gpu: Gpu) -> tuple[Strips, ...]:
+    *_, k, stride, _norm, _out_norm, _dtype = site.sizes
+    return CANDIDATES[k, stride]  # type: ignore[index]
+
+
+def backward_plan(
+    shape: tuple[int, ...], dtype: torch.dtype, g: Geometry, *, norm: bool, out_norm: bool, gpu: Gpu = REFERENCE
+) -> tuple[Plan, int]:
+    """The plan for x of `shape`, and the rows of dy that a program loads before its band's first row of x."""
+    site = strips_site("depthwise_backward", shape, g, dtype, norm, out_norm)
+    config: Strips = configs.choose(site, gpu)
     rows, columns = (
         (size - 1 + pad) // g.stride - pad // g.stride + 1
         for size, pad in ((g.height, g.pad_top), (g.width, g.pad_left))
     )
-    plan = make_plan(images, channels, rows, columns, COLUMNS[g.kernel_size, g.stride], g.lines, PROGRAMS)
+    plan = make_plan(site, config, shape, rows, columns, g.lines, config.programs * gpu.multiprocessors)
     return plan, g.lines - 1 if plan.bands > 1 else g.pad_top // g.stride
 
 
@@ -324,7 +343,8 @@ def depthwise_backward(
     gradient of its activation. Without `out`, dy is the gradient of the convolution's output itself.
     """
     images, channels = x.shape[:2]
-    plan, lead = backward_plan(images, channels, g)
+    norms = {"norm": norm.mean is not None, "out_norm": out.y is not None}
+    plan, lead = backward_plan(x.shape, x.dtype, g, **norms, gpu=L.gpu(x.device))
     taps = g.kernel_size**2
     dx = empty_nhwc(x, channels, g.height, g.width)
     partial = L.empty((taps + (0 if norm.mean is None else 2), plan.partials, channels), like=x)
@@ -339,10 +359,10 @@ def depthwise_backward(
         pack_taps(weight), dx, partial, eps, 1.0 / (images * g.out_height * g.out_width),
         g.height, g.width, g.out_height, g.out_width, g.pad_top, g.pad_left, plan.strips, plan.bands, plan.band_rows,
         lead, plan.units, plan.groups, plan.partials, channels // vec,
-        like=x, num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS, NORM=norm.mean is not None,
+        like=x, num_warps=NUM_WARPS, maxnreg=plan.config.maxnreg, site=plan.site, NORM=norm.mean is not None,
         OUT_NORM=out.y is not None, K=g.kernel_size, STRIDE=g.stride, **plan.constexprs(vec),
     )  # fmt: skip
-    sums = sum_partials(partial)
+    sums = sum_partials(partial, plan.site)
     dweight = sums[:taps].t().reshape(channels, 1, g.kernel_size, g.kernel_size).contiguous()
     return dx, dweight, None if norm.mean is None else sums[taps:]
 
@@ -362,24 +382,31 @@ def aot_specs() -> Iterator[L.KernelSpec]:
         {**NO_INPUT_VECTORS, "OUT_NORM": True},
         NO_INPUT_VECTORS | NO_OUT_VECTORS,
     )
-    yield from strip_specs(_depthwise_backward_kernel, IMAGES, modes, COLUMNS)
+    yield from strip_specs(_depthwise_backward_kernel, IMAGES, modes, CANDIDATES)
 
 
 def traffic(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, g: Geometry, *, norm: bool, out_norm: bool, again: bool = True
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    g: Geometry,
+    *,
+    norm: bool,
+    out_norm: bool,
+    again: bool = True,
+    gpu: Gpu = REFERENCE,
 ) -> dict[str, int]:
     """Bytes read and written by each kernel of one `depthwise_backward`; without `again` no element of an image, tap or
     vector a second time by one program or its neighbours, which is what must come from beyond the caches."""
     images, channels = shape[:2]
-    plan, lead = backward_plan(images, channels, g)
+    plan, lead = backward_plan(shape, dtype, g, norm=norm, out_norm=out_norm, gpu=gpu)
     first_row, first_column = g.pad_top // g.stride, g.pad_left // g.stride
     rows = columns = 0
     for band in range(plan.bands):
         row = first_row + band * plan.band_rows
         rows += inside(row - lead, row + plan.band_rows, g.out_height)
     for strip in range(plan.strips):
-        column = first_column + strip * plan.columns
-        columns += inside(column - (g.lines - 1), column + plan.columns, g.out_width)
+        column = first_column + strip * plan.config.columns
+        columns += inside(column - (g.lines - 1), column + plan.config.columns, g.out_width)
     pixels = rows * columns if again else g.out_height * g.out_width
     image = images * channels * dtype.itemsize
     taps = g.kernel_size**2

@@ -45,6 +45,7 @@ from kernels.batch_norm import (
     tile_at,
 )
 from kernels.batch_norm import traffic as statistics_traffic
+from kernels.device import REFERENCE, Gpu
 from kernels.launch import tl
 from kernels.sync import join_sums
 
@@ -190,7 +191,7 @@ def reduce_sums(dy: Tensor, x: Tensor, scale: Tensor | None, mean: Tensor, var: 
     """Σ dz and Σ dz x̂ of the norm of x, [2, C]; dy and x are channels_last."""
     channels = x.shape[1]
     rows, vec = x.numel() // channels, L.vector_width(channels)
-    half, blocks, step, partials = partial_plan(rows, channels, halved=True)
+    half, blocks, step, partials = partial_plan(rows, channels, L.gpu(x.device), halved=True)
     partial = L.empty((2, partials, channels), like=x)
     L.launch(
         _bn_drop_connect_reduce_kernel, (blocks * partials,), dy, x, scale, partial, mean, var, eps,
@@ -398,16 +399,21 @@ def traffic(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, i
 
 
 def bn_traffic(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, training: bool = True, *, joined: bool = True
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    training: bool = True,
+    *,
+    joined: bool = True,
+    gpu: Gpu = REFERENCE,
 ) -> dict[str, int]:
     """Bytes read and written by each kernel of one `bn_drop_connect_add`; `joined`: with a residual and a scale."""
     b, c, h, w = shape
     rows = b * h * w
     image = rows * c * dtype.itemsize
-    half, blocks, _, partials = partial_plan(rows, c, halved=True)
+    half, blocks, _, partials = partial_plan(rows, c, gpu, halved=True)
     tiles, halves = (b * L.cdiv(h * w, t.height) for t in (L.tile_for(c), half))
     return {
-        **(statistics_traffic(shape, dtype) if training else {}),
+        **(statistics_traffic(shape, dtype, gpu) if training else {}),
         "_drop_connect_kernel": (3 if joined else 2) * image + (16 * c + 4 * blocks * joined) * tiles,
         "_bn_drop_connect_reduce_kernel": 2 * image + 4 * rows * blocks * joined + (8 + 8) * c * partials,
         "_sum_partials_kernel": sum_traffic(2, partials, c),

@@ -17,6 +17,7 @@ every image reads again from L2. S may be anything up to 256: rows past it are m
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
 
@@ -29,13 +30,13 @@ MAX_SQUEEZE = 256
 BLOCK_B = 16
 
 
-def excite_blocks(squeeze: int) -> dict[str, int]:
+def excite_blocks(squeeze: int) -> dict[str, Any]:
     """Up to 8192 matrix elements a step, 32 a thread: few steps, each about as long as L2's latency (predicted)."""
     block_s = max(L.power_of_two(squeeze), 16)
     return {"MAX_CHUNKS": MAX_CHUNKS, "BLOCK_S": block_s, "BLOCK_C": min(8192 // block_s, 128)}
 
 
-def parameter_blocks(squeeze: int) -> dict[str, int]:
+def parameter_blocks(squeeze: int) -> dict[str, Any]:
     """A block of each matrix's gradient stays in registers while the batch goes by."""
     block_s = max(L.power_of_two(squeeze), 16)
     return {"BLOCK_B": BLOCK_B, "BLOCK_S": block_s, "BLOCK_C": 16 if block_s > 64 else 32}

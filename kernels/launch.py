@@ -11,12 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+import subprocess
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from kernels.configs import Site
+from kernels.device import Gpu, gpu, unsupported
 
 try:
     import triton
@@ -47,14 +53,14 @@ def helper(fn: Callable[..., Any]) -> Any:
 
 
 def resolve(impl: Impl, x: Tensor) -> Literal["triton", "torch"]:
-    """The one rule: "auto" is Triton for fp32, fp16 and bf16 on CUDA and PyTorch elsewhere; "triton" never falls
-    back."""
+    """ "auto" is Triton for fp32, fp16 and bf16 where `kernels.device` says that the kernels run, and PyTorch
+    elsewhere; "triton" never falls back."""
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl must be 'auto', 'triton' or 'torch', got {impl!r}")
     if impl == "torch":
         return "torch"
     if impl == "auto":
-        return "triton" if x.is_cuda and triton is not None and x.dtype in STORAGE_DTYPES else "torch"
+        return "triton" if x.dtype in STORAGE_DTYPES and why_not(x.device) is None else "torch"
     if triton is None:
         raise RuntimeError("impl='triton' needs the triton package: install it or pass impl='auto'")
     if not (x.is_cuda or INTERPRETED):
@@ -62,9 +68,17 @@ def resolve(impl: Impl, x: Tensor) -> Literal["triton", "torch"]:
             f"impl='triton' cannot run on {x.device.type} tensors: move them to CUDA, pass impl='auto', "
             "or set TRITON_INTERPRET=1 before importing triton to interpret the kernels"
         )
+    if x.is_cuda and (reason := why_not(x.device)) is not None:
+        raise RuntimeError(f"impl='triton' cannot run because {reason}: pass impl='auto'")
     if x.dtype not in STORAGE_DTYPES:
         raise TypeError(f"impl='triton' stores float32, float16 or bfloat16, got {x.dtype}: pass impl='torch'")
     return "triton"
+
+
+@torch.compiler.assume_constant_result
+def why_not(device: torch.device) -> str | None:
+    """`device.unsupported`, which a compiler need not look into."""
+    return unsupported(device)
 
 
 def check(x: Tensor, **vectors: tuple[Tensor | None, tuple[int, ...]]) -> None:
@@ -122,6 +136,11 @@ def empty_image(like: Tensor) -> Tensor:
     return torch.empty_like(like, memory_format=torch.channels_last)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" for torch.bfloat16, as sites hold it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -148,7 +167,7 @@ class Tile:
         """Half the rows, for a kernel that holds two images."""
         return dataclasses.replace(self, unroll=self.unroll // 2)
 
-    def constexprs(self, vec: int) -> dict[str, int]:
+    def constexprs(self, vec: int) -> dict[str, Any]:
         return {"VEC": vec, "UNROLL": self.unroll, "ROWS": self.rows, "BLOCK_C": self.block_c}
 
 
@@ -180,32 +199,197 @@ def vector_width(channels: int) -> int:
 
 MAX_ROWS = 2**30  # row numbers are 32-bit in the kernels, element offsets 64-bit
 MAX_PARTIALS = 1024
-PROGRAMS = 1024  # wanted of a reduction: some eight for each multiprocessor of a large GPU
+PROGRAMS = 8  # wanted of a reduction for each multiprocessor
 MAX_STEPS = 8  # tiles a program; a partial is then a hundredth of what was read
 
 
-def rows_per_program(rows: int, tile: Tile, lanes: int, most: int = MAX_PARTIALS) -> int:
+def rows_per_program(rows: int, tile: Tile, lanes: int, card: Gpu, most: int = MAX_PARTIALS) -> int:
     """How many of `rows` one program of a reduction walks, `lanes` such walks going on side by side.
 
     Predicted, not measured: PROGRAMS before MAX_STEPS, and never more than `most` partials.
     """
     tiles = cdiv(rows, tile.height)
-    steps = min(max(tiles * lanes // PROGRAMS, 1), MAX_STEPS)
+    steps = min(max(tiles * lanes // (PROGRAMS * card.multiprocessors), 1), MAX_STEPS)
     return tile.height * max(steps, cdiv(tiles, most))
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, like: Tensor, num_warps: int, **constexprs: Any) -> None:
-    """Run `kernel` on the device of `like`; `maxnreg` may be among the keywords."""
-    if like.is_cuda:
-        with torch.cuda.device(like.device):
-            kernel[grid](*args, num_warps=num_warps, num_stages=1, **constexprs)
-    elif INTERPRETED:
-        kernel[grid](*args, num_warps=num_warps, num_stages=1, **constexprs)
-    else:
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a CUDA device the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class KernelError(RuntimeError):
+    """A kernel could not be compiled or does not fit the card, in one sentence; the cause is chained."""
+
+
+def explained(error: Exception, kernel: str, card: Gpu) -> Exception | None:
+    """What to raise instead of an error that Triton raised while it compiled, loaded or launched `kernel`; None for one
+    that is not of that kind, such as a fault of the running kernel, after which the device is lost."""
+    remedy = "pass impl='torch'"
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError | triton.runtime.InterpreterError):
+        return None
+    if isinstance(error, triton.OutOfResources):
+        return KernelError(
+            f"{kernel} needs {error.required:,} of {error.name} and {card.name} has {error.limit:,}: {remedy}"
+        )
+    if "C compiler" in text or isinstance(error, subprocess.CalledProcessError | FileNotFoundError):
+        return KernelError(
+            f"Triton needs a C compiler and Python's headers to launch {kernel} and could not use them: install gcc "
+            f"and python3-dev, name a compiler in CC, or {remedy}"
+        )
+    if isinstance(error, OSError):
+        return KernelError(
+            f"Triton could not keep what it compiled ({error}): set TRITON_CACHE_DIR to a folder with room, or {remedy}"
+        )
+    if "Triton Error [CUDA]" in text:
+        if "out of memory" in text:
+            return torch.OutOfMemoryError(f"CUDA out of memory while {kernel} was loaded.")
+        if not any(words in text for words in ("image", "PTX", "resources", "invalid device function", "toolchain")):
+            return None
+    elif not isinstance(error, triton.TritonError) and not any(
+        words in text for words in ("PassManager", "ptxas", "active drivers")
+    ):
+        return None
+    first = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), type(error).__name__)
+    return KernelError(f"{kernel} could not be compiled for {card.name} ({type(error).__name__}: {first}): {remedy}")
+
+
+class Launch(NamedTuple):
+    """One launch of `kernel`: `device` and keywords as `launch` takes them, `options` all that goes beside `args`."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    device: torch.device
+    options: dict[str, Any]
+    site: Site | None
+
+    def run(self) -> None:
+        """KernelError where it cannot be compiled for this card or does not fit it."""
+        try:
+            with on(self.device):
+                self.kernel[self.grid](*self.args, **self.options)
+        except Exception as error:
+            understood = explained(error, self.kernel.fn.__name__.strip("_"), gpu(self.device))
+            if understood is None:
+                raise
+            raise understood from error
+
+
+class StandIn:
+    """What a compilation depends on of a tensor, without its memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.dtype = tensor.dtype
+        self.remainder = 0 if tensor.is_meta else tensor.data_ptr() % 16
+
+    def data_ptr(self) -> int:
+        return self.remainder
+
+
+Observer = Callable[[Site | None, Callable[[], None]], None]
+# Of the process, not of a thread: autograd runs backward in threads of its own.
+_observer: Observer | None = None
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Call `observer(site, run)` in place of each launch, as long as the block runs; it must call `run()`."""
+    global _observer
+    before, _observer = _observer, observer
+    try:
+        yield
+    finally:
+        _observer = before
+
+
+@contextmanager
+def dry() -> Iterator[list[Launch]]:
+    """Launch nothing, as long as the block runs, and list what would have been, for `compile_all`. What the launches
+    would have written stays as it was allocated; they keep no tensor alive."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    like: Tensor,
+    num_warps: int,
+    site: Site | None = None,
+    **constexprs: Any,
+) -> None:
+    """Run `kernel` on the device of `like`; `maxnreg` may be among the keywords.
+
+    site: where the launch's time depends on that site's configuration, also for the sums of its partial results.
+    Raises KernelError where the kernel cannot be compiled or does not fit the card.
+    """
+    options = {"num_warps": num_warps, "num_stages": 1, **constexprs}
+    if _recorded is not None:
+        stand_ins = tuple(StandIn(arg) if isinstance(arg, Tensor) else arg for arg in args)
+        _recorded.append(Launch(kernel, grid, stand_ins, like.device, options, site))
+        return
+    if not (like.is_cuda or INTERPRETED):
         raise RuntimeError(
             f"a fastnet Triton operation was called on {like.device.type} tensors: set TRITON_INTERPRET=1 before "
             "importing triton, or call the public function with impl='auto'"
         )
+    job = Launch(kernel, grid, args, like.device, options, site)
+    if _observer is None:
+        job.run()
+    else:
+        _observer(site, job.run)
+
+
+class _Loading:
+    """An executor for Triton's compilations that also loads each onto its device, which the first launch would do."""
+
+    def __init__(self, pool: ThreadPoolExecutor, device: torch.device) -> None:
+        self.pool, self.device = pool, device
+
+    def submit(self, compilation: Callable[[], Any]) -> Future[Any]:
+        return self.pool.submit(self._compile_and_load, compilation)
+
+    def _compile_and_load(self, compilation: Callable[[], Any]) -> Any:
+        kernel = compilation()
+        with on(self.device):
+            kernel.run  # noqa: B018 (a property that loads)
+        return kernel
+
+
+def compile_all(
+    launches: Sequence[Launch], threads: int = 8, progress: Callable[[int, int], None] | None = None
+) -> int:
+    """Compile what these launches need and load it, `threads` side by side, so that they find it; returns how many
+    were not compiled before. `progress(done, all)` is called after each.
+
+    One that fails is left out: its launch will say why.
+    """
+    if INTERPRETED or not launches:
+        return 0
+    from triton.runtime._async_compile import AsyncCompileMode
+
+    done = 0
+    for device in dict.fromkeys(launch.device for launch in launches):
+        with (
+            ThreadPoolExecutor(threads) as pool, on(device),
+            AsyncCompileMode(_Loading(pool, device), ignore_errors=True) as mode,
+        ):  # fmt: skip
+            for job in launches:
+                if job.device == device:
+                    job.kernel.warmup(*job.args, grid=job.grid, **job.options)
+            for _ in as_completed(mode.raw_futures):
+                done += 1
+                if progress is not None:
+                    progress(done, len(mode.raw_futures))
+    return done
 
 
 Kind = Literal["elementwise", "reduction", "strips", "gemm", "small"]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from kernels import depthwise, depthwise_backward, drop_connect, excite
 from kernels.batch_norm import partial_plan, sum_traffic
+from kernels.device import REFERENCE, Gpu
 from kernels.launch import cdiv, tile_for
 from kernels.pointwise_gemm import Epilogue, gemm_traffic, plan
 from kernels.pointwise_operand import Prologue, coefficient_traffic
@@ -55,42 +56,45 @@ def _image(shape: Shape, dtype: torch.dtype) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _squeeze(d: Shape, dtype: torch.dtype, squeezed: int, from_memory: bool) -> Bytes:
+def _squeeze(d: Shape, dtype: torch.dtype, squeezed: int, from_memory: bool, gpu: Gpu) -> Bytes:
     if not from_memory:
-        return {"_squeeze_kernel": squeeze_traffic(d, dtype, squeezed, norm=True)["_squeeze_kernel"]}
+        return {"_squeeze_kernel": squeeze_traffic(d, dtype, squeezed, norm=True, gpu=gpu)["_squeeze_kernel"]}
     b, c, _, _ = d
-    return {"_squeeze_kernel": _image(d, dtype) + 4 * 4 * c + 3 * 4 * b * c * image_plan(d)[3]}
+    return {"_squeeze_kernel": _image(d, dtype) + 4 * 4 * c + 3 * 4 * b * c * image_plan(d, gpu)[3]}
 
 
-def _join(p: Shape, dtype: torch.dtype, *, residual: bool, scaled: bool, from_memory: bool) -> Bytes:
+def _join(p: Shape, dtype: torch.dtype, *, residual: bool, scaled: bool, from_memory: bool, gpu: Gpu) -> Bytes:
     """Forward and backward; a block has a scale only where it has a residual, and the first may have that alone."""
     b, c, height, width = p
-    moved = drop_connect.bn_traffic(p, dtype, joined=residual)
+    moved = drop_connect.bn_traffic(p, dtype, joined=residual, gpu=gpu)
     tiles, blocks = cdiv(height * width, tile_for(c).height), cdiv(c, tile_for(c).block_c)
     if residual and not scaled:
         moved["_drop_connect_kernel"] -= 4 * b * tiles * blocks
         moved["_bn_drop_connect_reduce_kernel"] -= 4 * b * height * width * blocks
     if from_memory:
-        partials = partial_plan(b * height * width, c, halved=True)[3]
+        partials = partial_plan(b * height * width, c, gpu, halved=True)[3]
         moved["_drop_connect_kernel"] = (3 if residual else 2) * _image(p, dtype) + 4 * 4 * c + 4 * b * scaled
         moved["_bn_drop_connect_reduce_kernel"] = 2 * _image(p, dtype) + 4 * b * scaled + 8 * c * (1 + partials)
     return moved
 
 
-def _depthwise(shape: Shape, dtype: torch.dtype, g: Geometry, norm: bool, from_memory: bool) -> Bytes:
-    moved = depthwise.traffic(shape, dtype, g, norm=norm, stats=True, again=not from_memory)
+def _depthwise(shape: Shape, dtype: torch.dtype, g: Geometry, norm: bool, from_memory: bool, gpu: Gpu) -> Bytes:
+    moved = depthwise.traffic(shape, dtype, g, norm=norm, stats=True, again=not from_memory, gpu=gpu)
     if from_memory:  # means and counts, which the merge reads twice, once
         c = shape[1]
-        partials = depthwise.forward_plan(shape[0], c, g)[0].partials
+        partials = depthwise.forward_plan(shape, dtype, g, norm=norm, stats=True, gpu=gpu)[0].partials
         moved["_merge_counted_stats_kernel"] = 4 * partials * (2 * c + 1) + 4 * 2 * c
     return moved
 
 
-def _depthwise_backward(shape: Shape, dtype: torch.dtype, g: Geometry, norm: bool, from_memory: bool) -> Bytes:
-    moved = depthwise_backward.traffic(shape, dtype, g, norm=norm, out_norm=True, again=not from_memory)
+def _depthwise_backward(
+    shape: Shape, dtype: torch.dtype, g: Geometry, norm: bool, from_memory: bool, gpu: Gpu
+) -> Bytes:
+    moved = depthwise_backward.traffic(shape, dtype, g, norm=norm, out_norm=True, again=not from_memory, gpu=gpu)
     if from_memory:  # vectors and taps once a launch
         b, c, _, _ = shape
-        plan, taps = depthwise_backward.backward_plan(b, c, g)[0], g.kernel_size**2
+        plan = depthwise_backward.backward_plan(shape, dtype, g, norm=norm, out_norm=True, gpu=gpu)[0]
+        taps = g.kernel_size**2
         images = 2 * (_image(shape, dtype) + _image((b, c, g.out_height, g.out_width), dtype))
         vectors = c * (6 + 4 * norm + 2 * b) + plan.blocks * taps * BLOCK_C
         moved["_depthwise_backward_kernel"] = images + 4 * (vectors + c * (taps + 2 * norm) * plan.partials)
@@ -98,10 +102,17 @@ def _depthwise_backward(shape: Shape, dtype: torch.dtype, g: Geometry, norm: boo
 
 
 def forward(
-    block: Block, dtype: torch.dtype, *, former: Block | None = None, joins: bool = True, from_memory: bool = False
+    block: Block,
+    dtype: torch.dtype,
+    *,
+    former: Block | None = None,
+    joins: bool = True,
+    from_memory: bool = False,
+    gpu: Gpu = REFERENCE,
 ) -> dict[str, Bytes]:
     """F1 to F6 by launch. Every access counts, as under the interpreter; with `from_memory` an element that another
-    program of the same launch reads too counts once, as where the caches serve the others.
+    program of the same launch reads too counts once, as where the caches serve the others. `gpu`: the card that the
+    launches are cut up for.
 
     former: a block that leaves its join to this one's F1; without `joins` this one leaves its own to the next.
     """
@@ -111,14 +122,14 @@ def forward(
     d, p = (b, c, g.out_height, g.out_width), (b, out, g.out_height, g.out_width)
 
     def product(shape: Shape, n: int, prologue: Prologue, scaled: bool = False, joined: bool = False) -> Bytes:
-        parts = plan(shape, shape[1], n, prologue, "statistics", dtype).parts
+        parts = plan(shape, shape[1], n, prologue, "statistics", dtype, gpu).parts
         moved = gemm_traffic(
-            shape, n, dtype, prologue, "statistics", scaled=scaled, joined=joined, from_memory=from_memory
+            shape, n, dtype, prologue, "statistics", scaled=scaled, joined=joined, from_memory=from_memory, gpu=gpu
         )
         return {"_pointwise_kernel": moved, "_merge_stats_kernel": 8 * parts * n + 8 * n}
 
-    gate = _excite(b, image_plan(d)[3], c, block.squeezed, from_memory)
-    join = _join(p, dtype, residual=block.residual, scaled=block.scaled, from_memory=from_memory)
+    gate = _excite(b, image_plan(d, gpu)[3], c, block.squeezed, from_memory)
+    join = _join(p, dtype, residual=block.residual, scaled=block.scaled, from_memory=from_memory, gpu=gpu)
     steps: dict[str, Bytes] = {}
     if former is not None:
         steps["F1 expand"] = {"_coefficients_kernel": coefficient_traffic(block.in_channels, False)}
@@ -126,15 +137,15 @@ def forward(
     elif block.expands:
         steps["F1 expand"] = product(narrow, c, "none")
     steps |= {
-        "F2 depthwise": _depthwise(wide, dtype, g, block.expands, from_memory),
-        "F3 squeeze": _squeeze(d, dtype, block.squeezed, from_memory),
+        "F2 depthwise": _depthwise(wide, dtype, g, block.expands, from_memory, gpu),
+        "F3 squeeze": _squeeze(d, dtype, block.squeezed, from_memory, gpu),
         "F4 excite": {"_excite_kernel": gate["_excite_kernel"]},
         "F5 project": {"_coefficients_kernel": coefficient_traffic(c, False)} | product(d, out, "bn_silu_gate"),
     }
     return steps | {"F6 join": {"_drop_connect_kernel": join["_drop_connect_kernel"]}} if joins else steps
 
 
-def backward(block: Block, dtype: torch.dtype, *, from_memory: bool = False) -> dict[str, Bytes]:
+def backward(block: Block, dtype: torch.dtype, *, from_memory: bool = False, gpu: Gpu = REFERENCE) -> dict[str, Bytes]:
     """B1 to B7 by launch; arguments as in `forward`."""
     b, c, out = block.images, block.channels, block.out_channels
     g = geometry(block.height, block.width, block.kernel_size, block.stride, block.padding)
@@ -143,45 +154,40 @@ def backward(block: Block, dtype: torch.dtype, *, from_memory: bool = False) -> 
         (b, c, g.out_height, g.out_width),
         (b, out, g.out_height, g.out_width),
     )
-    join = _join(p, dtype, residual=block.residual, scaled=block.scaled, from_memory=from_memory)
-    chunks = plan(p, out, c, "bn_grad", "gate_sums", dtype).parts
+    join = _join(p, dtype, residual=block.residual, scaled=block.scaled, from_memory=from_memory, gpu=gpu)
+    chunks = plan(p, out, c, "bn_grad", "gate_sums", dtype, gpu).parts
+    common: Any = {"from_memory": from_memory, "gpu": gpu}
     gates = _excite(b, chunks, c, block.squeezed, from_memory)
     steps: dict[str, Bytes] = {
         "B1 join backward": {n: join[n] for n in ("_bn_drop_connect_reduce_kernel", "_sum_partials_kernel")},
         "B2 project dgrad": {
             "_coefficients_kernel": coefficient_traffic(out, True),
-            "_pointwise_kernel": gemm_traffic(
-                p, c, dtype, "bn_grad", "gate_sums", scaled=block.scaled, from_memory=from_memory
-            ),
+            "_pointwise_kernel": gemm_traffic(p, c, dtype, "bn_grad", "gate_sums", scaled=block.scaled, **common),
         },
-        "B2 project wgrad": wgrad_traffic(
-            d, out, dtype, "bn_silu_gate", "bn_grad", scaled=block.scaled, from_memory=from_memory
-        ),
+        "B2 project wgrad": wgrad_traffic(d, out, dtype, "bn_silu_gate", "bn_grad", scaled=block.scaled, **common),
         "B3 excite backward": {n: gates[n] for n in ("_excite_backward_kernel", "_excite_parameters_kernel")},
         "B4 combine": {"_sum_partials_kernel": sum_traffic(2, b, c)},
-        "B5 depthwise backward": _depthwise_backward(wide, dtype, g, block.expands, from_memory),
+        "B5 depthwise backward": _depthwise_backward(wide, dtype, g, block.expands, from_memory, gpu),
     }
     if block.expands:
         epilogue: Epilogue = "residual" if block.residual else "none"
         steps["B7 expand dgrad"] = {
             "_coefficients_kernel": coefficient_traffic(c, True),
-            "_pointwise_kernel": gemm_traffic(
-                wide, block.in_channels, dtype, "bn_silu_grad", epilogue, from_memory=from_memory
-            ),
+            "_pointwise_kernel": gemm_traffic(wide, block.in_channels, dtype, "bn_silu_grad", epilogue, **common),
         }
-        steps["B7 expand wgrad"] = wgrad_traffic(
-            wide, block.in_channels, dtype, "bn_silu_grad", from_memory=from_memory
-        )
+        steps["B7 expand wgrad"] = wgrad_traffic(wide, block.in_channels, dtype, "bn_silu_grad", **common)
     return steps
 
 
-def model(blocks: Sequence[Block], dtype: torch.dtype, *, from_memory: bool = False) -> list[dict[str, Bytes]]:
+def model(
+    blocks: Sequence[Block], dtype: torch.dtype, *, from_memory: bool = False, gpu: Gpu = REFERENCE
+) -> list[dict[str, Bytes]]:
     """F1 to B7 of each of the blocks of a model, which leave their joins to the expansion behind them."""
     found = []
     for former, block, following in zip([None, *blocks], blocks, [*blocks[1:], None], strict=False):
         steps = forward(
             block, dtype, former=former if block.expands else None, joins=following is None or not following.expands,
-            from_memory=from_memory,
+            from_memory=from_memory, gpu=gpu,
         )  # fmt: skip
-        found.append(steps | backward(block, dtype, from_memory=from_memory))
+        found.append(steps | backward(block, dtype, from_memory=from_memory, gpu=gpu))
     return found

@@ -46,6 +46,7 @@ from torch import Tensor
 from kernels import launch as L
 from kernels import pointwise_gemm, pointwise_operand, pointwise_wgrad
 from kernels.batch_norm import MERGE, MERGE_CHANNELS, MERGE_WARPS, _merge_stats_kernel
+from kernels.device import REFERENCE, Gpu
 from kernels.pointwise_gemm import gemm, gemm_traffic, plan
 from kernels.pointwise_operand import coefficient_traffic, coefficients
 from kernels.pointwise_wgrad import wgrad, wgrad_traffic
@@ -86,14 +87,14 @@ def joined_forward(
     return x, *_merged(*found)
 
 
-def _merged(y: Tensor, partial: Tensor | None, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and the mean and biased variance that its partials, of `step` rows each, make."""
+def _merged(y: Tensor, partial: Tensor | None, plan: pointwise_gemm.Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and the mean and biased variance that its partials make."""
     assert partial is not None
     channels = y.shape[1]
     mean, var = L.empty((channels,), like=y), L.empty((channels,), like=y)
     L.launch(
-        _merge_stats_kernel, (L.cdiv(channels, MERGE_CHANNELS),), partial, mean, var, y.numel() // channels, step,
-        partial.shape[1], channels, like=y, num_warps=MERGE_WARPS, **MERGE,
+        _merge_stats_kernel, (L.cdiv(channels, MERGE_CHANNELS),), partial, mean, var, y.numel() // channels, plan.step,
+        plan.parts, channels, like=y, num_warps=MERGE_WARPS, site=plan.site, **MERGE,
     )  # fmt: skip
     return y, mean, var
 
@@ -156,6 +157,7 @@ def traffic(
     residual: bool,
     scaled: bool,
     from_memory: bool = False,
+    gpu: Gpu = REFERENCE,
 ) -> dict[str, dict[str, int]]:
     """Bytes that each kernel moves, launcher by launcher, in a block whose projection sees [B, C_exp, H, W] = `shape`
     and whose expansion has the same map (stride 1); `channels` are (C_in, C_out).
@@ -165,23 +167,23 @@ def traffic(
     """
     b, expanded, h, w = shape
     entry, out = channels
+    common: dict[str, Any] = {"from_memory": from_memory, "gpu": gpu}
     narrow_in, narrow_out = (b, entry, h, w), (b, out, h, w)
 
     def merge(k: int, n: int, prologue: pointwise_operand.Prologue) -> dict[str, int]:
-        partials = plan((b, k, h, w), k, n, prologue, "statistics", dtype).parts
+        partials = plan((b, k, h, w), k, n, prologue, "statistics", dtype, gpu).parts
         return {"_merge_stats_kernel": 8 * partials * n + 8 * n}
 
     def product(size: tuple[int, int, int, int], n: int, *form: Any, **options: Any) -> dict[str, int]:
-        return {"_pointwise_kernel": gemm_traffic(size, n, dtype, *form, from_memory=from_memory, **options)}
+        options |= common
+        return {"_pointwise_kernel": gemm_traffic(size, n, dtype, *form, **options)}
 
     return {
         "coefficients": {"_coefficients_kernel": coefficient_traffic(expanded, False)},
         "expansion_forward": product(narrow_in, expanded, "none", "statistics") | merge(entry, expanded, "none"),
         "projection_forward": product(shape, out, "bn_silu_gate", "statistics") | merge(expanded, out, "bn_silu_gate"),
         "projection_dgrad": product(narrow_out, expanded, "bn_grad", "gate_sums", scaled=scaled),
-        "projection_wgrad": wgrad_traffic(
-            shape, out, dtype, "bn_silu_gate", "bn_grad", scaled=scaled, from_memory=from_memory
-        ),
+        "projection_wgrad": wgrad_traffic(shape, out, dtype, "bn_silu_gate", "bn_grad", scaled=scaled, **common),
         "expansion_dgrad": product(shape, entry, "bn_silu_grad", "residual" if residual else "none"),
-        "expansion_wgrad": wgrad_traffic(shape, entry, dtype, "bn_silu_grad", from_memory=from_memory),
+        "expansion_wgrad": wgrad_traffic(shape, entry, dtype, "bn_silu_grad", **common),
     }

@@ -33,8 +33,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kernels import configs
 from kernels import launch as L
 from kernels.batch_norm import channel_vector, locate, silu_and_slope, store_channels, tile_at
+from kernels.configs import Site
+from kernels.device import REFERENCE, Gpu
 from kernels.excite import MAX_CHUNKS
 from kernels.launch import tl
 from kernels.pointwise_operand import (
@@ -195,7 +198,10 @@ def _pointwise_kernel(
 
 @dataclass(frozen=True)
 class Blocks:
-    """A row tile of `m` by `n` output channels, summed over K in steps of `k`; `single`: one step is all of K."""
+    """A row tile of `m` by `n` output channels, summed over K in steps of `k`; `single`: one step is all of K.
+
+    A launch has `programs` for each multiprocessor; with six, one, two or three resident ones end together.
+    """
 
     m: int
     n: int
@@ -203,6 +209,7 @@ class Blocks:
     num_warps: int
     stages: int
     single: bool = False
+    programs: int = 6
 
     def constexprs(self) -> dict[str, int | bool]:
         sizes = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
@@ -241,18 +248,17 @@ def blocks_for(k: int, n: int, prologue: Prologue, epilogue: Epilogue, dtype: to
     return Blocks(128, 64, block_k, 8, 3 if k <= 32 else 2, single=True)
 
 
-PROGRAMS = 792  # of a launch: six for each multiprocessor of an H200, so one, two or three resident ones end together
-
-
-def walk(tiles: int, lanes: int, most: int = L.MAX_PARTIALS) -> int:
-    """How many of `tiles` row tiles a program walks, `lanes` such walks side by side, in at most `most` parts."""
-    return L.cdiv(tiles, max(min(PROGRAMS // lanes, most, tiles), 1))
+@configs.candidates_of("pointwise")
+def _candidates(site: Site, gpu: Gpu) -> tuple[Blocks, ...]:
+    *_, k, n, prologue, epilogue, dtype = site.sizes
+    return (blocks_for(k, n, prologue, epilogue, getattr(torch, dtype)),)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Plan:
     """How a product is cut up: what the launch, the partials and the byte count have in common."""
 
+    site: Site
     blocks: Blocks
     vec: int
     step: int  # rows a program walks
@@ -261,15 +267,25 @@ class Plan:
     column_blocks: int
 
 
-def plan(shape: tuple[int, ...], k: int, n: int, prologue: Prologue, epilogue: Epilogue, dtype: torch.dtype) -> Plan:
+def plan(
+    shape: tuple[int, ...],
+    k: int,
+    n: int,
+    prologue: Prologue,
+    epilogue: Epilogue,
+    dtype: torch.dtype,
+    gpu: Gpu = REFERENCE,
+) -> Plan:
     images, _, height, width = shape
-    blocks = blocks_for(k, n, prologue, epilogue, dtype)
+    site = Site("pointwise", (images, height, width, k, n, prologue, epilogue, L.dtype_name(dtype)))
+    blocks: Blocks = configs.choose(site, gpu)
     columns = L.cdiv(n, blocks.n)
     aligned = epilogue == "gate_sums"
     rows, lanes = (height * width, images * columns) if aligned else (images * height * width, columns)
     tiles = L.cdiv(rows, blocks.m)
-    step = blocks.m * walk(tiles, lanes, MAX_CHUNKS if aligned else L.MAX_PARTIALS)
-    return Plan(blocks, vector_width(k, n), step, L.cdiv(rows, step), tiles * (images if aligned else 1), columns)
+    most = min(blocks.programs * gpu.multiprocessors // lanes, MAX_CHUNKS if aligned else L.MAX_PARTIALS, tiles)
+    step = blocks.m * L.cdiv(tiles, max(most, 1))
+    return Plan(site, blocks, vector_width(k, n), step, L.cdiv(rows, step), tiles * (images if aligned else 1), columns)
 
 
 def gemm(
@@ -286,15 +302,15 @@ def gemm(
     scale: Tensor | None = None,
     other: Tensor | None = None,
     other_vectors: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, int]:
-    """y = f(a) weightᵀ, or f(a) weight with `dgrad`; the partials of the epilogue; the rows of each of them.
+) -> tuple[Tensor, Tensor | None, Plan]:
+    """y = f(a) weightᵀ, or f(a) weight with `dgrad`; the partials of the epilogue; how it was cut up.
 
     a, x and other are images [B, C, H, W] in channels_last, and so is `joined`, which f(a) of "join" is written to;
     `weight` is [C_out, C_in] in any floating type (cast here unless it has a's).
     """
     images, k = a.shape[:2]
     n = weight.shape[1 if dgrad else 0]
-    p = plan(a.shape, k, n, prologue, epilogue, a.dtype)
+    p = plan(a.shape, k, n, prologue, epilogue, a.dtype, L.gpu(a.device))
     y = empty_nhwc(a, n, *a.shape[2:])
     partial = None
     if epilogue == "statistics":
@@ -308,9 +324,9 @@ def gemm(
         other_vectors, partial, area_of(a), a.numel() // k, p.step, p.parts, k // p.vec, n // p.vec,
         like=a, num_warps=p.blocks.num_warps, PROLOGUE=prologue, EPILOGUE=epilogue, DGRAD=dgrad, WIDEN=widened(a.dtype),
         SPAN=span_for(p.blocks.m, area_of(a), p.vec, a.dtype) if prologue == "bn_silu_gate" else 0, VEC=p.vec,
-        **p.blocks.constexprs(),
+        site=p.site, **p.blocks.constexprs(),
     )  # fmt: skip
-    return y, partial, p.step
+    return y, partial, p
 
 
 # What a launch can ask for: prologue, epilogue, dgrad; that with most registers first.
@@ -385,12 +401,13 @@ def gemm_traffic(
     scaled: bool = False,
     joined: bool = False,
     from_memory: bool = False,
+    gpu: Gpu = REFERENCE,
 ) -> int:
     """Bytes that `_pointwise_kernel` reads and writes for a of `shape` and n output channels; `joined`: "join" has a
     residual; `from_memory` counts what several programs or tiles read once, as where the caches serve the others."""
     images, k, height, width = shape
     rows, area, size = images * height * width, height * width, dtype.itemsize
-    p = plan(shape, k, n, prologue, epilogue, dtype)
+    p = plan(shape, k, n, prologue, epilogue, dtype, gpu)
     programs = p.parts * (images if epilogue == "gate_sums" else 1)
     written = rows * n * size + 4 * n * programs * {"statistics": 2, "gate_sums": 3}.get(epilogue, 0)
     written += rows * k * size * (prologue == "join")

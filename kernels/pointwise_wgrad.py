@@ -20,7 +20,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels import configs
 from kernels import launch as L
+from kernels.configs import Site
+from kernels.device import REFERENCE, Gpu
 from kernels.launch import tl
 from kernels.pointwise_operand import (
     GRADIENTS,
@@ -112,13 +115,15 @@ def _sum_splits_kernel(partial_ptr, sum_ptr, splits, size, BLOCK: tl.constexpr):
 
 @dataclass(frozen=True)
 class Blocks:
-    """Steps of `m` rows for a block of `wide` by `narrow` channels."""
+    """Steps of `m` rows for a block of `wide` by `narrow` channels; a launch has up to `programs` for each
+    multiprocessor."""
 
     m: int
     wide: int
     narrow: int
     num_warps: int
     stages: int
+    programs: int = 2
 
     def constexprs(self) -> dict[str, int]:
         return {"STAGES": self.stages, "BLOCK_M": self.m, "BLOCK_W": self.wide, "BLOCK_N": self.narrow}
@@ -135,21 +140,48 @@ def blocks_for(wide: int, narrow: int, dtype: torch.dtype) -> Blocks:
     return Blocks(32, 64, 64 if narrow > 32 else 32, 4, 3)
 
 
-FEWEST_PROGRAMS = 132  # one for each multiprocessor of an H200
-MOST_PROGRAMS = 2 * FEWEST_PROGRAMS
+@configs.candidates_of("pointwise_wgrad")
+def _candidates(site: Site, gpu: Gpu) -> tuple[Blocks, ...]:
+    *_, wide, narrow, _wide_prologue, _narrow_prologue, dtype = site.sizes
+    return (blocks_for(wide, narrow, getattr(torch, dtype)),)  # type: ignore[arg-type]
+
+
 SUM_BLOCK = 1024
 
 
-def split_plan(rows: int, wide: int, narrow: int, dtype: torch.dtype) -> tuple[Blocks, int, int, int]:
-    """Blocks, output blocks, rows of a split and number of splits. Two programs a multiprocessor, but at least one
-    before partials (written and read, 8 bytes) cost more than a quarter of the operands."""
-    blocks = blocks_for(wide, narrow, dtype)
+@dataclass(frozen=True)
+class Split:
+    """How a weight gradient is cut up: `outputs` blocks of it, each by `splits` programs of `step` rows."""
+
+    site: Site
+    blocks: Blocks
+    outputs: int
+    step: int
+    splits: int
+
+
+def split_plan(
+    shape: tuple[int, ...],
+    narrow: int,
+    wide_prologue: Prologue,
+    narrow_prologue: Prologue,
+    dtype: torch.dtype,
+    gpu: Gpu = REFERENCE,
+) -> Split:
+    """For a wide operand of `shape`. As many programs a multiprocessor as the blocks say, but only one where partials
+    (written and read, 8 bytes) would cost more than a quarter of the operands."""
+    images, wide, height, width = shape
+    sizes = images, height, width, wide, narrow, wide_prologue, narrow_prologue, L.dtype_name(dtype)
+    site = Site("pointwise_wgrad", sizes)
+    blocks: Blocks = configs.choose(site, gpu)
+    rows = images * height * width
     outputs = L.cdiv(wide, blocks.wide) * L.cdiv(narrow, blocks.narrow)
     affordable = rows * (wide + narrow) * dtype.itemsize // (4 * 8 * wide * narrow)
-    splits = min(MOST_PROGRAMS // outputs, max(FEWEST_PROGRAMS // outputs, affordable))
+    fewest, most = (programs * gpu.multiprocessors // outputs for programs in (1, blocks.programs))
+    splits = min(most, max(fewest, affordable))
     steps = L.cdiv(rows, blocks.m)
     step = blocks.m * L.cdiv(steps, max(min(splits, steps), 1))
-    return blocks, outputs, step, L.cdiv(rows, step)
+    return Split(site, blocks, outputs, step, L.cdiv(rows, step))
 
 
 def wgrad(
@@ -170,23 +202,25 @@ def wgrad(
     of X's."""
     a, b = wide.shape[1], narrow.shape[1]
     rows, area = wide.numel() // a, area_of(wide)
-    blocks, outputs, step, splits = split_plan(rows, a, b, wide.dtype)
+    split = split_plan(wide.shape, b, wide_prologue, narrow_prologue, wide.dtype, L.gpu(wide.device))
+    blocks, splits = split.blocks, split.splits
     vec = vector_width(a, b)
     size = (b, a) if wide_is_input else (a, b)
     partial = L.empty((splits, *size), like=wide)
     L.launch(
-        _pointwise_wgrad_kernel, (outputs * splits,), L.nhwc(wide), None if wide_x is None else L.nhwc(wide_x),
+        _pointwise_wgrad_kernel, (split.outputs * splits,), L.nhwc(wide), None if wide_x is None else L.nhwc(wide_x),
         wide_vectors, L.nhwc(narrow), None if narrow_x is None else L.nhwc(narrow_x), narrow_vectors, gate, scale,
-        partial, area, rows, step, a // vec, b // vec, like=wide, num_warps=blocks.num_warps,
+        partial, area, rows, split.step, a // vec, b // vec, like=wide, num_warps=blocks.num_warps,
         WIDE=wide_prologue, NARROW=narrow_prologue, WIDE_IS_INPUT=wide_is_input, WIDEN=widened(wide.dtype),
-        SPAN=span_for(blocks.m, area, vec, wide.dtype) if gate is not None else 0, VEC=vec, **blocks.constexprs(),
+        SPAN=span_for(blocks.m, area, vec, wide.dtype) if gate is not None else 0, VEC=vec, site=split.site,
+        **blocks.constexprs(),
     )  # fmt: skip
     if splits == 1:
         return partial[0]
     total = L.empty(size, like=wide)
     L.launch(
         _sum_splits_kernel, (L.cdiv(a * b, SUM_BLOCK),), partial, total, splits, a * b,
-        like=wide, num_warps=4, BLOCK=SUM_BLOCK,
+        like=wide, num_warps=4, site=split.site, BLOCK=SUM_BLOCK,
     )  # fmt: skip
     return total
 
@@ -235,12 +269,14 @@ def wgrad_traffic(
     *,
     scaled: bool = False,
     from_memory: bool = False,
+    gpu: Gpu = REFERENCE,
 ) -> dict[str, int]:
     """Bytes that each kernel moves for a wide operand of `shape`; `from_memory` counts what several programs or steps
     read once, as where the caches serve the others."""
     images, wide, height, width = shape
     rows, area = images * height * width, height * width
-    blocks, outputs, _, splits = split_plan(rows, wide, narrow, dtype)
+    split = split_plan(shape, narrow, wide_prologue, narrow_prologue, dtype, gpu)
+    blocks, outputs, splits = split.blocks, split.outputs, split.splits
     wide_blocks = L.cdiv(wide, blocks.wide)
     narrow_blocks = outputs // wide_blocks
     wide_once = rows * wide * dtype.itemsize * (2 if wide_prologue in GRADIENTS else 1)

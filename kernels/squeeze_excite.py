@@ -29,6 +29,7 @@ from kernels import excite as E
 from kernels import launch as L
 from kernels import reference
 from kernels.batch_norm import bn_vectors, channel_vector, fold, locate, silu_and_slope, store_channels, tile_at
+from kernels.device import REFERENCE, Gpu
 from kernels.launch import tl
 
 
@@ -179,19 +180,19 @@ class Norm(NamedTuple):
     eps: float = 0.0
 
 
-def image_plan(shape: torch.Size | tuple[int, ...]) -> tuple[L.Tile, int, int, int]:
+def image_plan(shape: torch.Size | tuple[int, ...], gpu: Gpu = REFERENCE) -> tuple[L.Tile, int, int, int]:
     """Tile, channel blocks, rows a program and chunks an image of a reduction within images."""
     images, channels, height, width = shape
     tile = L.tile_for(channels)
     blocks = L.cdiv(channels, tile.block_c)
-    step = L.rows_per_program(height * width, tile, images * blocks, E.MAX_CHUNKS)
+    step = L.rows_per_program(height * width, tile, images * blocks, gpu, E.MAX_CHUNKS)
     return tile, blocks, step, L.cdiv(height * width, step)
 
 
 def squeeze(x: Tensor, dy: Tensor | None, norm: Norm) -> Tensor:
     """Partial sums [3 (1 without norm), B, P, C] over the pixels of each image, in backward weighted by dy."""
     images, channels, height, width = x.shape
-    tile, blocks, step, chunks = image_plan(x.shape)
+    tile, blocks, step, chunks = image_plan(x.shape, L.gpu(x.device))
     vec = L.vector_width(channels)
     partial = L.empty((1 if norm.mean is None else 3, images, chunks, channels), like=x)
     L.launch(
@@ -361,12 +362,17 @@ def aot_specs() -> Iterator[L.KernelSpec]:
 
 
 def traffic(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, squeeze: int, norm: bool = False, training: bool = True
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    squeeze: int,
+    norm: bool = False,
+    training: bool = True,
+    gpu: Gpu = REFERENCE,
 ) -> dict[str, int]:
     """Bytes read and written by each kernel of one call; "_squeeze_kernel:backward" is its second launch."""
     b, c, h, w = shape
     image = b * c * h * w * dtype.itemsize
-    tile, _, _, chunks = image_plan(shape)
+    tile, _, _, chunks = image_plan(shape, gpu)
     tiles, halves = (L.cdiv(h * w, t.height) for t in (tile, tile.halved()))
     k, vector = (3, 4 * b * c) if norm else (1, 4 * b * c)
     vectors = 4 if norm else 0

@@ -16,16 +16,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import launch as L
+from kernels.configs import Site
 from kernels.launch import tl
 
 Padding = Literal["symmetric", "same"]
 NUM_WARPS = 4
-# Stated, because ptxas otherwise trades a few spilled bytes for one more resident program.
-MAX_REGISTERS = 255
 CONFIGURATIONS = ((3, 1), (3, 2), (5, 1), (5, 2))  # kernel size, stride
 # Predicted, not measured: 32 channels keep a row's segment at 64 bytes of a 16-bit type, the unit that HBM transfers.
 BLOCK_C = 32
@@ -75,11 +75,30 @@ def geometry(height: int, width: int, kernel_size: int, stride: int, padding: Pa
 
 
 @dataclass(frozen=True)
+class Strips:
+    """Strips of `columns` outputs (of inputs' strides in backward), in about `programs` programs for each
+    multiprocessor. `maxnreg` is stated, because ptxas otherwise trades a few spilled bytes for one more resident
+    program."""
+
+    columns: int
+    programs: int
+    maxnreg: int = 255
+
+
+def strips_site(
+    kernel: str, shape: tuple[int, ...], g: Geometry, dtype: torch.dtype, norm: bool, surrounded: bool
+) -> Site:
+    """The site of a depthwise launch for x of `shape`; `surrounded`: with statistics, or with the norm behind it."""
+    return Site(kernel, (*shape, g.kernel_size, g.stride, norm, surrounded, L.dtype_name(dtype)))
+
+
+@dataclass(frozen=True)
 class Plan:
     """How strips are dealt to programs: `groups` tiles, each `tile_units` of all `units` strips in one of `bands`,
     walked by `partials` programs for each of `blocks` blocks of channels."""
 
-    columns: int
+    site: Site
+    config: Strips
     strips: int
     bands: int
     band_rows: int
@@ -90,17 +109,20 @@ class Plan:
     partials: int
 
     def constexprs(self, vec: int) -> dict[str, int]:
-        return {"COLUMNS": self.columns, "UNITS": self.tile_units, "BLOCK_C": BLOCK_C, "VEC": vec}
+        return {"COLUMNS": self.config.columns, "UNITS": self.tile_units, "BLOCK_C": BLOCK_C, "VEC": vec}
 
 
-def make_plan(images: int, channels: int, rows: int, columns: int, strip: int, lines: int, programs: int) -> Plan:
-    """Deal `columns` columns of each image out in strips of `strip`, to about `programs` programs of equal work.
+def make_plan(
+    site: Site, config: Strips, shape: tuple[int, ...], rows: int, columns: int, lines: int, programs: int
+) -> Plan:
+    """Deal `columns` columns of each image of x's `shape` out in strips, to about `programs` programs of equal work.
 
     Rows are cut into bands, which read `lines` - 1 rows of their neighbour's, only where there would be fewer programs
     otherwise, and then have at least eight times as many rows as they read twice.
     """
+    images, channels = shape[:2]
     blocks = L.cdiv(channels, BLOCK_C)
-    strips = L.cdiv(columns, strip)
+    strips = L.cdiv(columns, config.columns)
     units = units_for(L.vector_width(channels))
     sides = L.cdiv(images * strips, units)
     bands = max(min(programs // (sides * blocks), rows // (8 * max(lines - 1, 1))), 1)
@@ -108,7 +130,8 @@ def make_plan(images: int, channels: int, rows: int, columns: int, strip: int, l
     bands = L.cdiv(rows, band_rows)
     groups = sides * bands
     walk = L.cdiv(groups, max(programs // blocks, 1))
-    return Plan(strip, strips, bands, band_rows, images * strips, units, groups, blocks, L.cdiv(groups, walk))
+    partials = L.cdiv(groups, walk)
+    return Plan(site, config, strips, bands, band_rows, images * strips, units, groups, blocks, partials)
 
 
 def pack_taps(weight: Tensor) -> Tensor:
@@ -127,7 +150,10 @@ def empty_nhwc(like: Tensor, channels: int, height: int, width: int) -> Tensor:
 
 
 def strip_specs(
-    fn: Any, images: Iterable[str], modes: Iterable[dict[str, Any]], columns: Mapping[tuple[int, int], int]
+    fn: Any,
+    images: Iterable[str],
+    modes: Iterable[dict[str, Any]],
+    candidates: Mapping[tuple[int, int], tuple[Strips, ...]],
 ) -> Iterator[L.KernelSpec]:
     """Every storage dtype × mode × kernel size and stride × vector width of a kernel that walks strips, the one that
     holds most registers first, as it stands for all where only one is built."""
@@ -135,11 +161,11 @@ def strip_specs(
     for dtype in L.STORAGE_DTYPES.values():
         for mode in modes:
             for k, stride in ((5, 1), *(c for c in CONFIGURATIONS if c != (5, 1))):
-                for vec in (8, 1):
-                    shape = {"K": k, "STRIDE": stride, "COLUMNS": columns[k, stride], "UNITS": units_for(vec)}
+                for config, vec in ((c, v) for c in candidates[k, stride] for v in (8, 1)):
+                    shape = {"K": k, "STRIDE": stride, "COLUMNS": config.columns, "UNITS": units_for(vec)}
                     constexprs = {**mode, **shape, "BLOCK_C": BLOCK_C, "VEC": vec}
                     yield L.spec(
-                        fn, "strips", dtype, constexprs, images=images, num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS
+                        fn, "strips", dtype, constexprs, images=images, num_warps=NUM_WARPS, maxnreg=config.maxnreg
                     )
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import launch
+from kernels import configs, device, launch
 
 NORM = ("weight", "bias", "running_mean", "running_var")
 EXCITE = ("w_reduce", "b_reduce", "w_expand", "b_expand")
@@ -176,6 +176,24 @@ def call(
     return function(*(values[name] for name in ARGUMENTS[op]), impl=impl, **options)
 
 
+@contextlib.contextmanager
+def few_programs(count: int | None) -> Iterator[None]:
+    """Every launch whose work can be shared out has `count` programs; None: as many as it chooses."""
+    if count is None:
+        yield
+        return
+    choose = configs.choose
+
+    def few(site: configs.Site, card: device.Gpu) -> Any:
+        return replace(choose(site, card), programs=1)
+
+    card = replace(device.gpu(torch.device(DEVICE)), multiprocessors=count)
+    with (
+        device.pretend(card), mock.patch.object(configs, "choose", few), mock.patch.object(launch, "PROGRAMS", 1)
+    ):  # fmt: skip
+        yield
+
+
 def run(
     case: Case, impl: launch.Impl, values: dict[str, Tensor | None] | None = None, wrap: Any = None
 ) -> dict[str, Tensor]:
@@ -185,8 +203,7 @@ def run(
     leaves = {n: v for n, v in fresh.items() if v is not None and n in ARGUMENTS[case.op] and n not in CONSTANT}
     for leaf in leaves.values():
         leaf.requires_grad_()
-    programs = 2 if case.walk else launch.PROGRAMS
-    with nan_allocations(), mock.patch.object(launch, "PROGRAMS", programs):
+    with nan_allocations(), few_programs(2 if case.walk else None):
         y = call(case.op, fresh, impl, case.options, wrap)
         gradients = torch.autograd.grad(y, list(leaves.values()), fresh["dy"])
     result = {"y": y.detach()}

@@ -24,10 +24,10 @@ def statistics_of(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("programs", [1, 2, 1024])
 @pytest.mark.parametrize("channels", [10, 24])
-def test_bn_statistics_survive_a_large_mean(channels: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "PROGRAMS", programs)
+def test_bn_statistics_survive_a_large_mean(channels: int, programs: int) -> None:
     x = torch.randn(3, channels, 15, 15) * 0.1 + 1e3
-    mean, var = statistics_of(x)
+    with parity.few_programs(programs):
+        mean, var = statistics_of(x)
     var64, mean64 = torch.var_mean(x.double(), (0, 2, 3), correction=0)
     # E[x²] - E[x]² would be off by 1e6 * 2**-24 = 0.06 where the variance is 0.01. Merged means are right to a unit
     # in the last place of 1000, and their error enters the variance squared or times a deviation.
@@ -36,12 +36,12 @@ def test_bn_statistics_survive_a_large_mean(channels: int, programs: int, monkey
     assert (var - var64).abs().max() < 0.1 * unit
 
 
-def test_bn_statistics_weigh_parts_of_unequal_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bn_statistics_weigh_parts_of_unequal_size() -> None:
     # The last tile holds few rows, and they are the only ones that differ.
-    monkeypatch.setattr(launch, "PROGRAMS", 10**9)
     x = torch.zeros(1, 24, 1, 130)
     x[..., 128:] = 65.0
-    mean, var = statistics_of(x)
+    with parity.few_programs(10**9):
+        mean, var = statistics_of(x)
     torch.testing.assert_close(mean, torch.ones(24))
     torch.testing.assert_close(var, torch.full((24,), 64.0))
 

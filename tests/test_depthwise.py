@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.count_kernels import count_traffic
-from kernels import depthwise, depthwise_backward, reference
+from kernels import configs, depthwise, depthwise_backward, device, reference
 from kernels.conv2d import depthwise_conv2d
 from kernels.depthwise import merge_stats
 from kernels.depthwise_backward import NO_NORM, NO_OUT_NORM, OutNorm
 from kernels.squeeze_excite import Norm
-from kernels.strips import CONFIGURATIONS, Geometry, Padding, geometry
+from kernels.strips import CONFIGURATIONS, Geometry, Padding, Strips, geometry
 from tests import parity
 from tests.parity import DEVICE, kernel_device
 
@@ -169,12 +169,7 @@ def run(case: Case, v: dict[str, Tensor], out_sums: Tensor | None) -> dict[str, 
         var, mean = torch.var_mean(v["y"].double(), (0, 2, 3), correction=0)
         moments = Norm(mean.float(), var.float(), v["out_weight"], v["out_bias"], EPS)
         out = OutNorm(v["y"], v["gate"], v["q"], out_sums.float(), moments)
-    forward, backward = ((case.programs,) * 2) if case.programs else (depthwise.PROGRAMS, depthwise_backward.PROGRAMS)
-    with (
-        parity.nan_allocations(),
-        mock.patch.object(depthwise, "PROGRAMS", forward),
-        mock.patch.object(depthwise_backward, "PROGRAMS", backward),
-    ):
+    with parity.nan_allocations(), parity.few_programs(case.programs):
         y, partial, counts = depthwise.depthwise(v["x"], v["taps"], case.geometry, norm, stats=case.mode != "alone")
         result = {"y": y}
         if partial is not None and counts is not None:
@@ -225,14 +220,12 @@ def test_forward_statistics_gradients_and_sums(case: Case) -> None:
 
 def test_cases_walk_several_tiles_and_cut_bands() -> None:
     def plans(case: Case) -> list[Any]:
-        with (
-            mock.patch.object(depthwise, "PROGRAMS", case.programs),
-            mock.patch.object(depthwise_backward, "PROGRAMS", case.programs),
-        ):
-            b, c, _, _ = case.shape
+        with parity.few_programs(case.programs):
+            card = device.gpu(torch.device("cpu"))
+            shape, g = (case.shape, case.dtype), case.geometry
             return [
-                depthwise.forward_plan(b, c, case.geometry)[0],
-                depthwise_backward.backward_plan(b, c, case.geometry)[0],
+                depthwise.forward_plan(*shape, g, norm=True, stats=True, gpu=card)[0],
+                depthwise_backward.backward_plan(*shape, g, norm=True, out_norm=True, gpu=card)[0],
             ]
 
     assert all(p.partials < p.groups and p.partials > 1 for p in plans(SLOW[0]))
@@ -244,7 +237,7 @@ def test_statistics_survive_a_large_mean_and_tiles_that_differ() -> None:
     x = (torch.randn(3, 4, 7, 7) * 0.1 + 1e3).contiguous(memory_format=torch.channels_last)
     taps = torch.zeros(4, 1, 3, 3)
     taps[:, :, 1, 1] = 1.0  # the identity
-    with mock.patch.object(depthwise, "COLUMNS", {(3, 1): 2}), mock.patch.object(depthwise, "PROGRAMS", 1):
+    with mock.patch.object(configs, "choose", return_value=Strips(2, 1)), parity.few_programs(1):
         y, partial, counts = depthwise.depthwise(x, taps, geometry(7, 7, 3, 1), stats=True)
     assert torch.equal(y, x)
     assert partial is not None
@@ -294,14 +287,11 @@ def test_traffic_is_what_the_interpreter_counts(case: Case) -> None:
     v = inputs(case)
     with count_traffic() as counted:
         run(case, v, torch.zeros(2, case.shape[1]))
-    programs = case.programs
-    with (
-        mock.patch.object(depthwise, "PROGRAMS", programs or depthwise.PROGRAMS),
-        mock.patch.object(depthwise_backward, "PROGRAMS", programs or depthwise_backward.PROGRAMS),
-    ):
-        stated = depthwise.traffic(case.shape, case.dtype, case.geometry, norm=True, stats=True)
-        stated |= depthwise_backward.traffic(case.shape, case.dtype, case.geometry, norm=True, out_norm=True)
-        once = depthwise.traffic(case.shape, case.dtype, case.geometry, norm=True, stats=True, again=False)
+    with parity.few_programs(case.programs):
+        of: Any = {"shape": case.shape, "dtype": case.dtype, "g": case.geometry, "norm": True}
+        of["gpu"] = device.gpu(torch.device("cpu"))
+        stated = depthwise.traffic(**of, stats=True) | depthwise_backward.traffic(**of, out_norm=True)
+        once = depthwise.traffic(**of, stats=True, again=False)
     assert {name: moved.total for name, moved in counted.kernels.items()} == stated
     assert once["_depthwise_kernel"] < stated["_depthwise_kernel"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import launch
+from kernels import device, launch
 from tests import parity
 from tests.parity import ARGUMENTS, Case, kernel_device  # noqa: F401
 
@@ -330,7 +330,7 @@ def test_tiles_waste_few_lanes_and_rows_of_a_program_cover_every_row() -> None:
         assert channels <= 16 or lanes <= 1.125 * best
     for rows in (1, 7, 128, 129, 49 * 128, 112 * 112 * 128, launch.MAX_ROWS):
         for tile in launch.TILES:
-            step = launch.rows_per_program(rows, tile, 3)
+            step = launch.rows_per_program(rows, tile, 3, device.REFERENCE)
             assert step % tile.height == 0
             assert 1 <= launch.cdiv(rows, step) <= launch.MAX_PARTIALS
 

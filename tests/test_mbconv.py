@@ -14,7 +14,7 @@ from torch import Tensor
 import kernels
 from kernels import ConvNorm, Excite, launch, mbconv_ops
 from kernels.mbconv import Unjoined, mbconv_training
-from tests.parity import DEVICE, DRAWS, NAMES, errors, kernel_device, nan_allocations
+from tests.parity import DEVICE, DRAWS, NAMES, errors, few_programs, kernel_device, nan_allocations
 
 __all__ = ["kernel_device"]
 
@@ -161,7 +161,7 @@ def run(block: Block, values: Values, impl: launch.Impl) -> dict[str, Tensor]:
     leaves = values.leaves()
     for leaf in leaves.values():
         leaf.requires_grad_()
-    with nan_allocations(), mock.patch.object(launch, "PROGRAMS", 4):  # programs walk several tiles
+    with nan_allocations(), few_programs(4):  # programs walk several tiles
         y = call(block, values, impl)
         gradients = torch.autograd.grad(y, list(leaves.values()), values.dy)
     results = {"y": y.detach()} | values.running()

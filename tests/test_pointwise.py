@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.count_kernels import count_traffic
-from kernels import pointwise, pointwise_gemm, pointwise_operand, pointwise_wgrad
+from kernels import device, pointwise, pointwise_gemm, pointwise_operand, pointwise_wgrad
 from kernels.conv2d import pointwise_conv2d
 from tests import parity
 from tests.parity import DEVICE, DRAWS, NAMES, kernel_device  # noqa: F401
@@ -157,17 +155,6 @@ def composed(values: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
     return found
 
 
-@contextlib.contextmanager
-def few_programs(walk: bool) -> Iterator[None]:
-    """With `walk` two programs walk all row tiles of a block of columns, and four all blocks of a weight gradient."""
-    if not walk:
-        yield
-        return
-    splits = mock.patch.multiple(pointwise_wgrad, FEWEST_PROGRAMS=4, MOST_PROGRAMS=4)
-    with mock.patch.object(pointwise_gemm, "PROGRAMS", 2), splits:
-        yield
-
-
 def batch_norm_of(name: str, values: dict[str, Tensor], dz: Tensor | None = None) -> Tensor:
     """The coefficients of a batch norm of `values[name]`, with finished sums of dz and dz x̂."""
     x = values[name].double()
@@ -188,7 +175,7 @@ def launched(case: Case, values: dict[str, Tensor]) -> dict[str, Tensor]:
     weight_e, bias_e = v["weight_e"].double(), v["bias_e"].double()
     z = F.batch_norm(e, None, None, weight_e, bias_e, training=True, eps=EPS)
     s = torch.sigmoid(z)
-    with parity.nan_allocations(), few_programs(case.walk):
+    with parity.nan_allocations(), parity.few_programs(4 if case.walk else None):
         norm_d = batch_norm_of("d", v)
         norm_p = batch_norm_of("p", v, v["dy"].double() * v["scale"].double()[:, None, None, None])
         norm_e = batch_norm_of("e", v, v["da1"].double() * (s + z * s * (1 - s)))
@@ -281,7 +268,7 @@ def test_pointwise_repeats_bit_for_bit_and_leaves_its_inputs_alone() -> None:
 def test_pointwise_statistics_survive_a_large_mean_and_tiles_that_differ() -> None:
     # E[y²] - E[y]² would be off by 1e6 * 2**-24 = 0.06 where the variance is of the size of 0.01.
     x = torch.cat([torch.full((1, 8, 15, 15), 1e3), 1e3 + 0.1 * torch.randn(1, 8, 15, 15)])
-    with parity.nan_allocations(), few_programs(True):
+    with parity.nan_allocations(), parity.few_programs(2):
         y, mean, var = pointwise.forward(x.contiguous(memory_format=torch.channels_last), torch.eye(8))
     assert torch.equal(y, x)
     var64, mean64 = torch.var_mean(x.double(), (0, 2, 3), correction=0)
@@ -296,7 +283,7 @@ def test_pointwise_gate_sums_come_in_at_most_sixteen_pieces_of_an_image() -> Non
     dy, p, d = (torch.randn(maps).contiguous(memory_format=torch.channels_last) for _ in range(3))
     vectors = torch.zeros(8), torch.ones(8), torch.ones(8), torch.zeros(8), EPS
     norm_p = pointwise.coefficients(*vectors, torch.zeros(2, 8), 1600)
-    with parity.nan_allocations(), mock.patch.object(pointwise_gemm, "PROGRAMS", 10**6):
+    with parity.nan_allocations(), parity.few_programs(10**6):
         da, partial = pointwise.projection_dgrad(
             dy, p, torch.eye(8), norm_p, None, d, pointwise.coefficients(*vectors)
         )  # fmt: skip
@@ -412,8 +399,8 @@ def test_pointwise_kernels_move_the_bytes_that_their_file_states(case: Case) -> 
         "expansion_wgrad": lambda: pointwise.expansion_wgrad(v["da1"], v["e"], norm_e, v["x"]),
     }  # fmt: skip
     shape = (case.batch, case.expanded, *case.maps)
-    with few_programs(case.walk):
-        options: dict[str, Any] = {"residual": True, "scaled": case.scaled}
+    with parity.few_programs(4 if case.walk else None):
+        options: dict[str, Any] = {"residual": True, "scaled": case.scaled, "gpu": device.gpu(torch.device("cpu"))}
         stated = pointwise.traffic(shape, (case.entry, case.out), case.dtype, **options)
         once = pointwise.traffic(shape, (case.entry, case.out), case.dtype, from_memory=True, **options)
         assert stated.keys() == calls.keys()
