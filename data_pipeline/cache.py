@@ -28,6 +28,7 @@ from torch import Tensor
 
 from data_pipeline.errors import DataError
 from data_pipeline.food101 import Index
+from data_pipeline.memory import available_memory
 from data_pipeline.pixel_store import PixelStore, for_each, short_side, stored_bytes
 from data_pipeline.sample import user_cache_folder
 
@@ -75,7 +76,7 @@ class PixelCache:
         self._stores: dict[str, tuple[PixelStore, dict[int, str]]] = {}
         self._device_stores: dict[str, DeviceStore] = {}
 
-    def store(self, split: str, threads: int, *, pinned: bool = False) -> tuple[PixelStore, dict[int, str]]:
+    def store(self, split: str, threads: int) -> tuple[PixelStore, dict[int, str]]:
         """The store of a split, and the images that could not be decoded: position in the split -> why.
 
         Raises:
@@ -87,7 +88,7 @@ class PixelCache:
             else:
                 photos, side, shared = self.index.splits[split], short_side(self.resolution), self._memory.get(split)
                 if shared is None:
-                    store = PixelStore(photos, side, pinned=pinned)
+                    store = PixelStore(photos, side)
                 else:
                     pixels, ready = shared.split([len(shared) - len(photos), len(photos)])
                     store = PixelStore(photos, side, pixels, ready=ready.numpy().view(np.bool_))
@@ -196,24 +197,6 @@ def gpu_memory(device: torch.device) -> int:
     """Bytes that are free on a GPU, with those that torch keeps in reserve."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
-def available_memory() -> int:
-    """Bytes that can be taken without swapping, within the control group's limit where there is one."""
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        free = min(free, limit - used + int(stat["inactive_file"]))
-    except (OSError, KeyError, ValueError):
-        pass  # no control group, or no limit ("max")
-    return max(0, free)
 
 
 # --- on disk --------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ class CachedLoader(Loader):
     ) -> None:
         super().__init__(plan, device, workers)
         self.backend = f"cached ({cache.kind})"
-        self.store, bad = cache.store(split, max(1, workers), pinned=self.device.type == "cuda")
+        self.store, bad = cache.store(split, max(1, workers))
         self._pool: ThreadPoolExecutor | None = None
         self.quarantine(bad)
 

@@ -44,7 +44,8 @@ def stored_bytes(split: Split, resolution: int) -> int:
 class PixelStore:
     """Images of one split as ragged 8-bit pixels in one buffer.
 
-    buffer: uint8 [total], pinned where that was asked for; image i is `buffer[offsets[i]:]`, rows of RGB pixels.
+    buffer: uint8 [total]; image i is `buffer[offsets[i]:]`, rows of RGB pixels. Not pinned, on a GPU either: torch
+        rounds pinned memory up to a power of two, and no image goes to the device from here.
     offsets: int64 [N], in bytes. sizes: int32 [N, 2], stored width and height.
     """
 
@@ -54,7 +55,6 @@ class PixelStore:
         side: int,
         buffer: Tensor | None = None,
         *,
-        pinned: bool = False,
         ready: NDArray[np.bool_] | None = None,
     ) -> None:
         self.split = split
@@ -62,7 +62,7 @@ class PixelStore:
         lengths = 3 * self.sizes.astype(np.int64).prod(axis=1)
         self.offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
         self.total = int(lengths.sum())
-        self.buffer = torch.empty(self.total, dtype=torch.uint8, pin_memory=pinned) if buffer is None else buffer
+        self.buffer = torch.empty(self.total, dtype=torch.uint8) if buffer is None else buffer
         self.ready = np.zeros(len(split), np.bool_) if ready is None else ready
         """[N]: the image is in the buffer, and was seen to be whole. Processes that share a buffer share this too: two
         may decode one image at once, into the same bytes."""

@@ -202,6 +202,13 @@ def test_one_process_chooses_for_all(index: Index) -> None:
         choose_cache("gpu", index, 24, agree=lambda choose: choose())
 
 
+def test_for_a_gpu_the_store_is_no_pinned_memory_either(index: Index, tmp_path: Path) -> None:
+    """torch rounds pinned memory up to a power of two: up to twice of what was found to fit."""
+    made: Any = make(index, "ram", tmp_path, device="cuda")
+    assert made.store.buffer.numel() == cache.stored_bytes(index.splits["train"], 24)
+    assert not made.store.buffer.is_pinned()
+
+
 def test_available_memory_is_that_of_this_machine() -> None:
     assert 1e6 < cache.available_memory() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
