@@ -6,15 +6,18 @@ another pipeline goes on from the batch that was asked for.
 
 On a GPU, baseline JPEGs are shared between its JPEG engine and nvJPEG's kernels (`dali_engine_share`), and progressive
 ones go to the latter, whose threads do part of the work. JPEGs of four channels, PNG and WebP are decoded by
-libjpeg-turbo and its like on the threads, as on a CPU.
+libjpeg-turbo and its like on the threads, as on a CPU. Chroma is upsampled as libjpeg-turbo does it, so that a photo
+looks the same to a model whoever decoded it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -33,11 +36,20 @@ from data_pipeline.tar import TarMember, opened
 _KINDS = [types.UINT8, types.INT32, types.INT32, types.INT32, types.BOOL]
 _RANKS = [1, 1, 1, 0, 0]
 _READERS = 8  # images of shards read at once
+_READ_AHEAD = 2  # batches that are read before DALI asks for them
+# What DALI, CUDA, nvJPEG and the C library say where memory ends.
+_NO_MEMORY = re.compile(
+    r"out ?of ?memory|bad_alloc|memory ?allocation|allocat(ion|or) (failed|failure|error)|(cannot|failed to) allocate",
+    re.IGNORECASE,
+)
+
+# A column of a batch: an array, which DALI takes at once, or rows of different lengths.
+_Column = NDArray[Any] | list[NDArray[Any]]
 
 
 class _Source:
-    """Feeds DALI one batch of (files, anchors, shapes, flips, on threads) after another, and remembers which are under
-    way. on_gpu: the last column is fed where it says anything."""
+    """Feeds DALI one batch of (files, anchors, shapes, flips, on threads) after another, made ahead by a thread, and
+    remembers which are under way. on_gpu: the last column is fed where it says anything."""
 
     def __init__(self, plan: Plan, on_gpu: bool) -> None:
         self.plan = plan
@@ -48,24 +60,65 @@ class _Source:
         self.routed = on_gpu and bool(self.on_threads.any())
         self.sharded = any(isinstance(path, TarMember) for path in plan.split.paths)
         """Bytes are fed, not names: DALI reads whole files only."""
-        self.readers = ThreadPoolExecutor(_READERS, "shards") if self.sharded else None
+        self._ahead: deque[Future[tuple[Step, tuple[_Column, ...]]]] = deque()
+        self._thread: ThreadPoolExecutor | None = None
+        self._readers: ThreadPoolExecutor | None = None
 
-    def __call__(self) -> tuple[list[NDArray[Any]], ...]:
-        if not self.positions:
+    def __call__(self) -> tuple[_Column, ...]:
+        self._read_ahead()
+        if not self._ahead:
             raise StopIteration
-        step = self.plan.step(*self.positions.popleft())
+        step, columns = self._ahead.popleft().result()
+        self._read_ahead()
         self.under_way.append(step)
-        return self.fed(step)
+        return columns
 
-    def fed(self, step: Step) -> tuple[list[NDArray[Any]], ...]:
+    def _read_ahead(self) -> None:
+        while self.positions and len(self._ahead) < _READ_AHEAD:
+            self._thread = self._thread or ThreadPoolExecutor(1, "dali-feed")
+            self._ahead.append(self._thread.submit(self._made, *self.positions.popleft()))
+
+    def _made(self, epoch: int, number: int) -> tuple[Step, tuple[_Column, ...]]:
+        step = self.plan.step(epoch, number)
+        return step, self.fed(step)
+
+    def fed(self, step: Step) -> tuple[_Column, ...]:
         paths = [self.plan.split.paths[index] for index in step.indices]
-        contents = self.readers.map(_bytes_of, paths) if self.readers else map(os.fsencode, paths)
-        files = [np.frombuffer(content, np.uint8) for content in contents]
         # DALI counts rows first.
-        anchors = list(np.ascontiguousarray(step.params.windows[:, 1::-1]))
-        shapes = list(np.ascontiguousarray(step.params.windows[:, :1:-1]))
-        columns = files, anchors, shapes, list(step.params.flips.astype(np.int32))
-        return (*columns, list(self.on_threads[step.indices])) if self.routed else columns
+        anchors, shapes = step.params.windows[:, 1::-1], step.params.windows[:, :1:-1]
+        columns: tuple[_Column, ...] = (
+            self._contents(paths) if self.sharded else _names(paths),
+            np.ascontiguousarray(anchors),
+            np.ascontiguousarray(shapes),
+            step.params.flips.astype(np.int32),
+        )
+        return (*columns, self.on_threads[step.indices]) if self.routed else columns
+
+    def _contents(self, paths: list[str]) -> list[NDArray[Any]]:
+        self._readers = self._readers or ThreadPoolExecutor(_READERS, "shards")
+        return [np.frombuffer(content, np.uint8) for content in self._readers.map(_bytes_of, paths)]
+
+    def forget(self) -> None:
+        """Drop what was to come."""
+        self.positions.clear()
+        for made in self._ahead:
+            made.cancel()
+        self._ahead.clear()
+
+    def close(self) -> None:
+        """Drop everything, and give back the threads; the next batch starts them again."""
+        self.forget()
+        self.under_way.clear()
+        # In this order: the one waits for the others.
+        for pool in (self._thread, self._readers):
+            if pool is not None:
+                pool.shutdown()
+        self._thread = self._readers = None
+
+
+def _names(paths: list[str]) -> NDArray[np.uint8]:
+    """[B, longest]: file names, ended by zeros, which no name contains."""
+    return np.array([os.fsencode(path) for path in paths], np.bytes_).view(np.uint8).reshape(len(paths), -1)
 
 
 def _bytes_of(path: str) -> bytes:
@@ -81,7 +134,7 @@ def _decoded(files: Any, anchors: Any, shapes: Any, device: str, options: DaliOp
     """Graph: the windows of 8-bit pixels, upright, [H, W, 3]."""
     how = {"device": device, "output_type": types.RGB}
     if device == "mixed":
-        how["hw_decoder_load"] = options.dali_engine_share
+        how |= {"hw_decoder_load": options.dali_engine_share, "jpeg_fancy_upsampling": True}
     if options.dali_decode == "window":
         return fn.decoders.image_slice(files, start=anchors, shape=shapes, axis_names="HW", **how)
     return fn.slice(fn.decoders.image(files, **how), start=anchors, shape=shapes, axis_names="HW")
@@ -168,7 +221,9 @@ class DaliLoader(Loader):
         )
         try:
             pipe.build()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
+            if _no_memory(error):
+                raise self._out_of_memory(error) from error
             reason = str(error).splitlines()[0]
             raise DataError(f"DALI cannot start on {self.device} ({reason}): use --loader torch.") from error
         return pipe
@@ -192,33 +247,48 @@ class DaliLoader(Loader):
                 (output,) = self._pipe.run()
                 return torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
             # In the order of torch's stream, and copied there, because DALI fills the buffer again.
-            (output,) = self._pipe.run(torch.cuda.current_stream(self.device))
-            return torch.from_dlpack(output.as_tensor()).clone().permute(0, 3, 1, 2)
-        except RuntimeError as error:
+            stream = torch.cuda.current_stream(self.device)
+            (output,) = self._pipe.run(stream)
+            return copied(output.as_tensor(), self.device, stream).permute(0, 3, 1, 2)
+        except (RuntimeError, MemoryError) as error:
             # A file that cannot be decoded ends the pipeline object: the next call builds another.
             failed = list(self._source.under_way)
             self._drop()
-            if bad := self._bad_files(failed):
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            # A file whose size was damaged asks for any amount of memory.
+            bad = self._changed(failed)
+            if not bad and _no_memory(error):
+                raise self._out_of_memory(error) from error
+            if bad := bad or self._refused(failed):
                 raise BadFiles(bad) from None
-            reason = " ".join(str(error).split())[:300]
+            reason = _one_line(error)
             raise DataError(f"DALI stopped ({reason}): use --loader torch, which names the file.") from error
+
+    def _out_of_memory(self, error: BaseException) -> DataError:
+        other = "--loader torch or --cache ram, which decode in the host's memory"
+        if self.device.type == "cpu":
+            other = "fewer --workers"
+        return DataError(
+            f"DALI has no memory left on {self.device} ({_one_line(error)}): try a smaller --batch-size, "
+            f"--dali-prefetch 1, or {other}."
+        )
 
     def _rewind(self) -> None:
         """Drop what an unfinished pass left under way, a few batches at most, and start over."""
-        self._source.positions.clear()
+        self._source.forget()
         try:
             while True:
                 self._pipe.run()
         except StopIteration:
             self._pipe.reset()
             self._source.under_way.clear()
-        except RuntimeError:  # what was under way holds a bad file, and nobody asks for it any more
+        except (RuntimeError, MemoryError):  # what was under way holds a bad file, and nobody asks for it any more
             self._drop()
             self._pipe = self._start()
 
-    def _bad_files(self, steps: list[Step]) -> dict[int, str]:
-        """DALI does not name the file: find those among the images under way that changed, or else that DALI refuses
-        by themselves."""
+    def _changed(self, steps: list[Step]) -> dict[int, str]:
+        """DALI does not name the file: the images under way that are not what they were when they were indexed."""
         split, bad = self.plan.split, {}
         for index in (int(index) for step in steps for index in step.indices):
             path, (width, height) = split.paths[index], split.sizes[index]
@@ -228,7 +298,7 @@ class DaliLoader(Loader):
                     bad[index] = f"it was {width} x {height} pixels and is {now[0]} x {now[1]} now"
             except DataError as found:
                 bad[index] = str(found)
-        return bad or self._refused(steps)
+        return bad
 
     def _refused(self, steps: Iterable[Step]) -> dict[int, str]:
         """The images that DALI cannot decode one at a time, on a CPU thread."""
@@ -240,8 +310,12 @@ class DaliLoader(Loader):
                 try:
                     pipe.build()
                     pipe.run()
-                except RuntimeError as error:
+                except (RuntimeError, MemoryError) as error:
+                    if _no_memory(error):
+                        raise self._out_of_memory(error) from error
                     bad[int(index)] = _reason(error)
+                finally:
+                    one.close()
         return bad
 
     def close(self) -> None:
@@ -250,8 +324,7 @@ class DaliLoader(Loader):
 
     def _drop(self) -> None:
         self._pipe = None
-        self._source.positions.clear()
-        self._source.under_way.clear()
+        self._source.close()
 
 
 class _One(_Source):
@@ -261,11 +334,30 @@ class _One(_Source):
         super().__init__(plan, on_gpu=False)
         self.row, self.step = row, step
 
-    def __call__(self) -> tuple[list[NDArray[Any]], ...]:
-        return tuple([column[self.row]] for column in self.fed(self.step))
+    def __call__(self) -> tuple[_Column, ...]:
+        return tuple(column[self.row : self.row + 1] for column in self.fed(self.step))
 
 
-def _reason(error: RuntimeError) -> str:
+def copied(tensor: Any, device: torch.device, stream: torch.cuda.Stream) -> Tensor:
+    """DALI's `tensor` of 8-bit pixels as torch's own, copied in the order of `stream`.
+
+    Not through DLPack: where such a tensor is dropped, a thread of DALI's waits for the whole device.
+    """
+    pixels = torch.empty(tensor.shape(), dtype=torch.uint8, device=device)
+    pointer, order = (ctypes.c_void_p(address) for address in (pixels.data_ptr(), stream.cuda_stream))
+    tensor.copy_to_external(pointer, order, non_blocking=True)
+    return pixels
+
+
+def _no_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)) is not None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _reason(error: BaseException) -> str:
     """The sentence of DALI's report that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = next(

@@ -134,8 +134,8 @@ class Plan:
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """[steps * batch_size]: the images of a training epoch, one batch after another."""
-        key = (epoch, self.quarantined)
-        if self._order is None or self._order[0] != key:
+        key, known = (epoch, self.quarantined), self._order  # read once: a thread may make batches ahead
+        if known is None or known[0] != key:
             order = epoch_order(self.seed, epoch, len(self.split))
             used, rest = np.split(order, [self.steps * self.batch_size])
             bad = self._is_quarantined(used)
@@ -143,8 +143,8 @@ class Plan:
                 spare = np.concatenate([rest, used])
                 used = used.copy()
                 used[bad] = np.resize(spare[~self._is_quarantined(spare)], int(bad.sum()))
-            self._order = key, used
-        return self._order[1]
+            self._order = known = key, used
+        return known[1]
 
     def _is_quarantined(self, indices: NDArray[np.int64]) -> NDArray[np.bool_]:
         return np.isin(indices, np.fromiter(self.quarantined, np.int64, len(self.quarantined)))

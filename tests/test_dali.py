@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import re
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 
-from data_pipeline import Augmentation, Batch, Index, build_index, dali, make_loader
+from data_pipeline import Augmentation, Batch, DataError, Index, build_index, dali, make_loader
 from data_pipeline.augment import IMAGENET_STD
 from data_pipeline.dali import DaliLoader
 from data_pipeline.dali_options import DaliOptions
 from data_pipeline.loader import Loader, Plan
 from data_pipeline.probe import BASELINE, CMYK, PROGRESSIVE
-from tests.batches import same, write_photos
+from data_pipeline.tar import TarMember
+from tests.batches import one_sentence, same, write_photos
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +98,12 @@ def test_on_a_gpu_the_engine_gets_its_share_of_jpegs_and_everything_after_stays_
     assert decoder["operator"] == "decoders__ImageSlice"
     assert decoder["device"] == "mixed"
     assert float(decoder["hw_decoder_load"]) == 0.75
+    assert decoder["jpeg_fancy_upsampling"] == "True"
     later = {node["operator"]: node["device"] for node in nodes[nodes.index(decoder) + 1 :]}
     assert (later["Resize"], later["CropMirrorNormalize"]) == ("gpu", "gpu"), later
     whole = gpu_graph(plan_of(index, kinds), DaliOptions(dali_decode="whole"))
     assert [n["device"] for n in whole if n["operator"] in ("decoders__Image", "Slice")] == ["mixed", "gpu"]
+    assert [n["jpeg_fancy_upsampling"] for n in whole if n["operator"] == "decoders__Image"] == ["True"]
 
 
 def test_four_channel_jpegs_stay_on_the_threads_of_a_gpu_pipeline(index: Index) -> None:
@@ -133,6 +140,183 @@ def test_a_file_that_dali_alone_refuses_is_quarantined(
     assert len(set(seen)) == 10
     assert torch.cat([batch.labels for batch in batches]).tolist() == split.labels[seen].tolist()
     made.close()
+
+
+# --- feeding --------------------------------------------------------------------------------------------------------
+
+
+def test_dali_is_fed_arrays(index: Index) -> None:
+    """A list costs DALI a call for each image."""
+    source = dali._Source(plan_of(index, (BASELINE, CMYK)), on_gpu=True)
+    step = source.plan.step(0, 1)
+    names, anchors, shapes, flips, on_threads = source.fed(step)
+    for column in (names, anchors, shapes, flips, on_threads):
+        assert isinstance(column, np.ndarray)
+        assert len(column) == 4
+    paths = [source.plan.split.paths[at] for at in step.indices]
+    assert [bytes(name).rstrip(b"\0").decode() for name in names] == paths
+    windows = np.concatenate([np.asarray(anchors)[:, ::-1], np.asarray(shapes)[:, ::-1]], axis=1)
+    assert (windows == step.params.windows).all()
+
+
+def test_shards_are_read_ahead_by_another_thread(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[str, str]] = []
+
+    def bytes_of(path: str) -> bytes:
+        read.append((path, threading.current_thread().name))
+        return b"photo"
+
+    monkeypatch.setattr(dali, "_bytes_of", bytes_of)
+    split = index.splits["train"]
+    members = tuple(TarMember("s.tar", f"{at}.jpg", 512, 5) for at in range(len(split)))
+    plan = Plan(dataclasses.replace(split, paths=members), 24, 2, 3, True, Augmentation())
+    source = dali._Source(plan, on_gpu=False)
+    source.positions.extend((0, number) for number in range(5))
+    order = [str(members[at]) for at in plan.order(0)]
+    given = 0
+    while True:
+        try:
+            source()
+        except StopIteration:
+            break
+        given += 1
+        for made in source._ahead:
+            made.result()
+        seen = sorted(path for path, _ in read)
+        assert seen == sorted(order[: 2 * min(5, given + dali._READ_AHEAD)])
+    assert given == 5
+    assert threading.current_thread().name not in {thread for _, thread in read}
+    assert [step.indices.tolist() for step in source.under_way] == [plan.step(0, n).indices.tolist() for n in range(5)]
+    source.close()
+
+
+def test_a_pass_that_is_left_takes_what_was_read_ahead_with_it(index: Index) -> None:
+    source = dali._Source(plan_of(index), on_gpu=False)
+    source.positions.extend((0, number) for number in range(3))
+    source()
+    source.forget()
+    source.positions.append((1, 2))
+    source()
+    assert source.under_way[-1].indices.tolist() == source.plan.step(1, 2).indices.tolist()
+    with pytest.raises(StopIteration):
+        source()
+    source.close()
+
+
+# --- a GPU's batches and memory, with stand-ins -----------------------------------------------------------------------
+
+
+class Pixels:
+    """Stands in for DALI's tensor on a GPU: copies host memory, and remembers how it was asked to."""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self.pixels, self.asked = pixels, []  # type: ignore[var-annotated]
+
+    def as_tensor(self) -> Pixels:
+        return self
+
+    def shape(self) -> list[int]:
+        return list(self.pixels.shape)
+
+    def copy_to_external(self, pointer: Any, stream: Any = None, non_blocking: bool = False) -> None:
+        self.asked.append((stream.value, non_blocking))
+        if pointer.value:
+            ctypes.memmove(pointer, self.pixels.ctypes.data, self.pixels.nbytes)
+
+
+def test_a_batch_is_copied_in_the_order_of_torchs_stream() -> None:
+    pixels = np.arange(2 * 3 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3, 3)
+    theirs = Pixels(pixels)
+    stream: Any = SimpleNamespace(cuda_stream=4321)
+    ours = dali.copied(theirs, torch.device("cpu"), stream)
+    assert theirs.asked == [(4321, True)]
+    assert torch.equal(ours, torch.from_numpy(pixels.copy()))
+    pixels[:] = 0  # DALI fills its buffer again
+    assert ours.max() == 53
+
+
+def on_a_gpu(index: Index, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> DaliLoader:
+    """A loader whose pipeline is `pipe` and whose device holds no values."""
+    stream = SimpleNamespace(cuda_stream=99)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    made = DaliLoader(plan_of(index), "cuda", 1, DaliOptions())
+    made.device, made._pipe = torch.device("meta"), pipe
+    return made
+
+
+def test_dali_fills_and_copies_on_the_same_stream_and_hands_over_nothing_of_its_own(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "from_dlpack", lambda _: pytest.fail("a tensor of DALI's is handed over"))
+    theirs, ran_on = Pixels(np.zeros((4, 24, 24, 3), np.uint8)), []
+
+    def run(stream: Any) -> tuple[Pixels]:
+        ran_on.append(stream.cuda_stream)
+        return (theirs,)
+
+    pipe = SimpleNamespace(run=run)
+    found = on_a_gpu(index, pipe, monkeypatch)._run()
+    assert (ran_on, theirs.asked) == ([99], [(99, True)])
+    assert found.shape == (4, 3, 24, 24)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+NO_MEMORY = [
+    RuntimeError(
+        "Critical error in pipeline:\nError in MIXED operator `decoders.image_slice`:\nCUDA allocation failed"
+    ),
+    RuntimeError("CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory"),
+    RuntimeError("nvJPEG error (5): allocator failure"),
+    RuntimeError("Cannot allocate memory"),
+    MemoryError("std::bad_alloc"),
+]
+
+
+def failing(error: BaseException) -> Any:
+    def run(stream: Any = None) -> Any:
+        raise error
+
+    return SimpleNamespace(run=run)
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=str)
+def test_no_memory_is_not_a_bad_file(index: Index, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = on_a_gpu(index, failing(error), monkeypatch)
+    monkeypatch.setattr(made, "_rewind", lambda: made._source.under_way.extend([made.plan.step(0, 0)]))
+    with pytest.raises(DataError) as caught:
+        next(made.batches(0))
+    one_sentence(caught.value, "no memory left", "--batch-size", "--dali-prefetch 1", "--cache ram")
+    assert made.quarantined == []
+    assert made._pipe is None
+
+
+def test_torchs_own_lack_of_memory_stays_what_it_is(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = on_a_gpu(index, failing(torch.OutOfMemoryError("CUDA out of memory.")), monkeypatch)
+    monkeypatch.setattr(made, "_changed", lambda _: pytest.fail("files are looked at"))
+    with pytest.raises(torch.OutOfMemoryError):
+        made._run()
+
+
+def test_a_file_that_asks_for_too_much_memory_is_a_bad_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = build_index(write_photos(tmp_path), cache_dir=tmp_path / "cache")
+    made = on_a_gpu(index, failing(NO_MEMORY[0]), monkeypatch)
+    step = made.plan.step(0, 0)
+    made._source.under_way.append(step)
+    Path(index.splits["train"].paths[step.indices[2]]).write_bytes(b"\xff\xd8 damaged")
+    with pytest.raises(dali.BadFiles) as caught:
+        made._run()
+    assert list(caught.value.reasons) == [step.indices[2]]
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=str)
+def test_no_memory_to_start_with_is_said(index: Index, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build() -> None:
+        raise error
+
+    monkeypatch.setattr(dali, "_pipeline", lambda *_, **__: SimpleNamespace(build=build))
+    with pytest.raises(DataError) as caught:
+        make(index)._start()  # type: ignore[attr-defined]
+    one_sentence(caught.value, "no memory left", "--batch-size", "--workers")
 
 
 @pytest.mark.gpu
