@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from fastnet.layers import BatchNorm, MBConv
 from fastnet.model import BlockShape, Kernels, ModelConfig
 from kernels import reference
 from kernels.mbconv_traffic import Block
+from kernels.tolerance import Errors, approximated, measure, most_wrong, worst
 
 Direction = Literal["forward", "backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
@@ -145,47 +146,51 @@ class BlockCase:
 
 
 FUSED_AND_TORCH: tuple[Kernels, ...] = ("triton", "torch")
-Errors = list[tuple[float, float, float]]
 
 
-def errors(ours: Sequence[Tensor], torchs: Sequence[Tensor], oracle: Sequence[Tensor]) -> Errors:
-    """By tensor: our error, PyTorch's in the same precision, one rounding of the result's type.
+def op_errors(case: OpCase) -> Errors:
+    """The most wrong of an operation's output and gradients, by the tolerance rule."""
+    exact = OpCase(case.shape, torch.float64, case.device)
+    with torch.no_grad():
+        for name, value in exact.inputs.items():
+            value.copy_(case.inputs[name])
+        exact.gradient.copy_(case.gradient)
+    if case.scale is not None:
+        exact.scale = case.scale.double()
 
-    Errors are norms relative to the fp64 result's; ours is infinite where a value is not finite.
-    """
-    found = []
-    for own, other, true in zip(ours, torchs, oracle, strict=True):
-        size = true.norm()
-        error = float((own - true).norm() / size) if torch.isfinite(own).all() else float("inf")
-        found.append((error, float((other - true).norm() / size), torch.finfo(own.dtype).eps / 2))
-    return found
+    def results(of: OpCase, function: Callable[..., Tensor], **options: Any) -> list[Tensor]:
+        output = of.forward(function, **options)
+        return [output.detach(), *of.backward(output)]
 
-
-def error_share(*draws: Errors) -> float:
-    """The largest error as a share of what the tolerance rule allows, twice PyTorch's plus a rounding; above 1 it is
-    wrong. Of several draws of the input each error is the largest."""
-    shares = []
-    for of_tensor in zip(*draws, strict=True):
-        error, torchs, rounding = (max(column) for column in zip(*of_tensor, strict=True))
-        shares.append(error / (2 * torchs + rounding))
-    return max(shares)
+    ours, torchs = results(case, case.public(), impl="triton"), results(case, case.reference())
+    return most_wrong(_errors(ours, torchs, lambda: results(exact, exact.reference())))
 
 
-def block_error(block: Block, dtype: torch.dtype, device: torch.device, draws: int = 3) -> float:
-    """`error_share` of the fused block's output and gradients, over more draws where one breaks the rule: PyTorch may
-    be right by luck in a gradient of few values."""
-    found: list[Errors] = []
+def block_errors(block: Block, dtype: torch.dtype, device: torch.device, draws: int = 3) -> Errors:
+    """The most wrong of the fused block's output and gradients, by the tolerance rule; over more draws where one breaks
+    it: PyTorch may be right by luck in a gradient of few values."""
+    found: list[list[Errors]] = []
     for seed in range(draws):
-        cases = [BlockCase(block, name, dtype, device, seed) for name in FUSED_AND_TORCH]
-        cases.append(cases[0].exact(block))
-        results = []
-        for case in cases:
-            output = case.forward()
-            results.append([output.detach(), *case.backward(output)])
-        found.append(errors(*results))
-        if error_share(*found) <= 1:
+        ours, torchs = (BlockCase(block, name, dtype, device, seed) for name in FUSED_AND_TORCH)
+        exact = ours.exact(block)
+
+        def results(of: BlockCase) -> list[Tensor]:
+            output = of.forward()
+            return [output.detach(), *of.backward(output)]
+
+        found.append(_errors(results(ours), results(torchs), lambda exact=exact: results(exact)))  # type: ignore[misc]
+        of_tensors = [worst(of_tensor) for of_tensor in zip(*found, strict=True)]
+        if all(errors.right for errors in of_tensors):
             break
-    return error_share(*found)
+    return most_wrong(of_tensors)
+
+
+def _errors(ours: list[Tensor], torchs: list[Tensor], oracle: Callable[[], list[Tensor]]) -> list[Errors]:
+    """Tensor by tensor; `oracle` is evaluated again with approximate sigmoids where that may tell, in fp32."""
+    exact = oracle()
+    moved = approximated(oracle) if ours[0].dtype == torch.float32 else []
+    tensors = zip(ours, torchs, exact, *moved, strict=True)
+    return [measure(own, other, true, more) for own, other, true, *more in tensors]
 
 
 def kernel_names() -> set[str]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.machine import ROOT, describe, gpu_folder, gpu_state
+from kernels.tolerance import Errors
 
 RESULTS = ROOT / "bench" / "results"
 Case = dict[str, Any]
@@ -75,6 +76,19 @@ def attempt(work: Callable[[], Case]) -> Case:
         torch.cuda.empty_cache()
         lines = str(error).strip().splitlines() or [""]
         return {"error": f"{type(error).__name__}: {lines[0]}"[:300], "traceback": traceback.format_exc(limit=-4)}
+
+
+def verdict(errors: Errors) -> Case:
+    """What a case keeps of a check by the tolerance rule. RuntimeError where the errors are gross: the figure would be
+    that of another computation."""
+    if errors.gross:
+        raise RuntimeError(f"not timed: {errors}")
+    return {"error_share": errors.share} | ({} if errors.right else {"not_correct": str(errors)})
+
+
+def not_correct(found: Case) -> str:
+    """What a line of a table says behind its figures of a case that `verdict` found wrong."""
+    return f"  NOT CORRECT: {found['not_correct']}" if "not_correct" in found else ""
 
 
 class ResultFile:

@@ -87,18 +87,34 @@ def bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK
 
 
 @L.helper
-def sigmoid(z):
-    if IN_INTERPRETER:  # which knows no assembly
-        return 1.0 / (1.0 + tl.exp(-z))
-    # Two special-function operations, an add and a multiply. tl.exp and / guard against subnormal numbers with seven
-    # instructions more, and here there are none to guard: 1 + e is at least 1, and an e or quotient flushed to zero
-    # is right to far below a unit in the last place.
-    e = tl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [z * -1.4426950408889634], dtype=tl.float32, is_pure=True, pack=1
-    )
+def ex2(x):
+    """2^x within 2 units in the last place (the PTX ISA on ex2.approx); the interpreter, which knows no assembly,
+    rounds."""
+    if IN_INTERPRETER:
+        return tl.exp2(x)
     return tl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + e], dtype=tl.float32, is_pure=True, pack=1
-    )
+        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )  # fmt: skip
+
+
+@L.helper
+def rcp(x):
+    """1 / x within 1 unit in the last place (the PTX ISA on rcp.approx)."""
+    if IN_INTERPRETER:
+        return 1.0 / x
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )  # fmt: skip
+
+
+@L.helper
+def sigmoid(z):
+    """Two special-function operations, an add and a multiply; `kernels.tolerance` says what they lose.
+
+    tl.exp and / guard against subnormal numbers with seven instructions more, and here there are none to guard: 1 + e
+    is at least 1, and an e or quotient flushed to zero is right to far below a unit in the last place.
+    """
+    return rcp(1.0 + ex2(z * -1.4426950408889634))
 
 
 @L.helper

@@ -20,7 +20,7 @@ from bench.count_kernels import count_traffic
 from data_pipeline.augment import IMAGENET_MEAN, IMAGENET_STD, Augmentation, color_matrices, train_params
 from kernels import augment_reference
 from kernels.augment import OUTPUTS, TABLE_WIDTH, augment, augment_table, traffic
-from tests.parity import errors, nan_allocations
+from tests.parity import hold_one, nan_allocations
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NORMALISE: dict[str, Any] = dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)
@@ -101,8 +101,7 @@ def test_error_is_that_of_pytorch_and_one_rounding(dtype: torch.dtype, margin: i
         assert images.dtype == dtype
         assert images.is_contiguous(memory_format=torch.channels_last)
     assert torch.isfinite(kernel).all(), "a pixel was not written"
-    error, theirs, rounding = errors(kernel, pytorch, oracle)
-    assert error <= 2 * theirs + rounding
+    hold_one(kernel, pytorch, oracle)
 
 
 @pytest.mark.slow
@@ -309,7 +308,5 @@ def test_real_sizes_on_a_gpu(dtype: torch.dtype, cuda: torch.device) -> None:
     if dtype == torch.uint8:
         assert (kernel.double() - oracle).abs().max() <= 0.5 + 1e-3
         return
-    error, theirs, rounding = errors(
-        kernel, augment(pixels, offsets, sizes, table, dtype=dtype, impl="torch", **options), oracle
-    )
-    assert error <= 2 * theirs + rounding
+    pytorch = augment(pixels, offsets, sizes, table, dtype=dtype, impl="torch", **options)
+    hold_one(kernel, pytorch, oracle)

@@ -17,6 +17,7 @@ from kernels.depthwise import merge_stats
 from kernels.depthwise_backward import NO_NORM, NO_OUT_NORM, OutNorm
 from kernels.squeeze_excite import Norm
 from kernels.strips import CONFIGURATIONS, Geometry, Padding, Strips, geometry
+from kernels.tolerance import approximated
 from tests import parity
 from tests.parity import DEVICE, kernel_device
 
@@ -182,40 +183,30 @@ def run(case: Case, v: dict[str, Tensor], out_sums: Tensor | None) -> dict[str, 
     return result if sums is None else {**result, "sums": sums}
 
 
-@functools.cache
-def outcome(case: Case, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """The kernels' results, PyTorch's and the oracle's."""
+@parity.remembered
+def outcome(case: Case, seed: int) -> parity.Outcome:
     v = inputs(case, seed)
     wide = {n: t.double() for n, t in v.items()}
-    pytorch, oracle = compose(case, v), compose(case, wide)
-    kernel = run(case, v, oracle.get("out_sums"))
+    pytorch = compose(case, v)
+    kernel = run(case, v, compose(case, wide).get("out_sums"))
     pytorch |= reductions(case, v, kernel["y"].float(), kernel["dx"])
-    oracle |= reductions(case, wide, kernel["y"].double(), kernel["dx"].double())
-    return kernel, pytorch, oracle
 
+    def exact() -> dict[str, Tensor]:
+        return compose(case, wide) | reductions(case, wide, kernel["y"].double(), kernel["dx"].double())
 
-def broken(case: Case, draws: int) -> list[str]:
-    """The tensors that break the tolerance rule, errors being the largest over `draws` draws of the input."""
-    results = [outcome(case, seed) for seed in range(draws)]
-    found = []
-    for name in results[0][0]:
-        columns = zip(*(parity.errors(*(r[name] for r in result)) for result in results), strict=True)
-        error, pytorch, rounding = (max(column) for column in columns)
-        if not error <= 2 * pytorch + rounding:
-            found.append(f"{name}: error {error:.3e}, PyTorch's {pytorch:.3e}, rounding {rounding:.3e}, {draws} draws")
-    return found
+    return parity.Outcome(kernel, pytorch, exact(), approximated(exact))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_forward_statistics_gradients_and_sums(case: Case) -> None:
-    kernel, pytorch, oracle = outcome(case, 0)
+    kernel, pytorch, oracle, _ = outcome(case, 0)
     assert kernel.keys() | {"out_sums"} >= oracle.keys()
     for name, value in kernel.items():
         assert (value.shape, value.dtype) == (oracle[name].shape, pytorch[name].dtype), name
         assert torch.isfinite(value).all(), f"{name} has NaN or inf: something was not written"
         if value.dim() == 4 and name != "dtaps":
             assert value.is_contiguous(memory_format=torch.channels_last), name
-    assert not broken(case, 1) or not broken(case, parity.DRAWS)
+    parity.hold(functools.partial(outcome, case))
 
 
 def test_cases_walk_several_tiles_and_cut_bands() -> None:

@@ -16,7 +16,7 @@ import torch
 
 from bench import measure, proof_blocks, proof_steps, readme, stages
 from bench.anatomy import Spent, kernel_bytes, top_kernels
-from bench.cases import DIRECTIONS, error_share, errors
+from bench.cases import DIRECTIONS
 from bench.contenders import OURS, TIMM, TORCHVISION, Entry, Workload, eager_entries
 from bench.launches import describe, schedule
 from bench.limits import H200, Work, block_work, bound
@@ -257,17 +257,6 @@ def test_what_limits_a_step_is_the_resource_that_needs_the_longest() -> None:
     assert work["F2 depthwise"].special >= 2 * pixels * 10 // 8 * 144
     moved = mbconv_traffic.forward(block, torch.bfloat16, from_memory=True)
     assert work["F5 project"].memory == sum(moved["F5 project"].values())
-
-
-def test_errors_are_shares_of_what_the_rule_allows() -> None:
-    true = torch.ones(4, dtype=torch.float64)
-    rounding = torch.finfo(torch.float32).eps / 2
-    draw = errors([torch.full((4,), 1.5)], [torch.full((4,), 1.125)], [true])
-    assert error_share(draw) == pytest.approx(0.5 / (0.25 + rounding))
-    lucky = errors([torch.full((4,), 1.25)], [torch.ones(4)], [true])
-    assert error_share(lucky) > 1000
-    assert error_share(lucky, draw) == error_share(draw), "the largest errors of both draws"
-    assert error_share(errors([torch.full((4,), float("nan"))], [torch.ones(4)], [true])) == float("inf")
 
 
 def test_speed_and_memory_are_ours_against_the_best_peers() -> None:
