@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bench.machine import photos_folder
+from fastnet.allocator import keep_memory
 
 _LINES = pytest.StashKey[list[str]]()
 
@@ -19,6 +20,12 @@ _LINES = pytest.StashKey[list[str]]()
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _memory(device: torch.device) -> None:
+    """Ours and the peers' timings alike are taken as our commands run."""
+    keep_memory(device)
 
 
 @pytest.fixture(scope="session")

@@ -89,6 +89,7 @@ def evaluate(
         amp: Mixed precision; auto is bf16 on CUDA and off on a CPU.
         kernels: Operations inside MBConv.
     """
+    from fastnet.allocator import keep_memory
     from fastnet.device import pick_amp, pick_device, pick_workers
     from fastnet.trained import data_of, load_trained
 
@@ -96,6 +97,7 @@ def evaluate(
     if worst < 0:
         raise UserError(f"--worst {worst} must be 0 or more.", exit_status=2)
     where = pick_device(device)
+    keep_memory(where)
     trained = load_trained(
         target,
         which=checkpoint,

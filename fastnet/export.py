@@ -252,8 +252,12 @@ def export(
         weights_style: Whose names the file uses, when the file itself does not tell.
         resolution: Image side in pixels; default: the run's, or the one that the weights were published with.
     """
+    import torch
+
+    from fastnet.allocator import keep_memory
     from fastnet.trained import load_trained
 
+    keep_memory(torch.device("cpu"))
     # On a CPU in fp32, where the libraries can be compared to the last digits.
     trained = load_trained(
         target, which=checkpoint, variant=variant, style=weights_style, resolution=resolution, kernels="torch"

@@ -137,6 +137,7 @@ def predict(
         amp: Mixed precision.
         kernels: Operations inside MBConv.
     """
+    from fastnet.allocator import keep_memory
     from fastnet.device import pick_amp, pick_device
     from fastnet.trained import load_trained
 
@@ -144,6 +145,7 @@ def predict(
     if not images:
         raise UserError("name at least one image or folder after the run or file.", exit_status=2)
     where = pick_device(device)
+    keep_memory(where)
     trained = load_trained(
         target,
         variant=variant,

@@ -183,9 +183,12 @@ def train() -> int:
     import torch
     from rich.console import Console
 
+    from fastnet.allocator import keep_memory
+    from fastnet.device import pick_device
     from fastnet.trainer import Trainer
 
     torch.set_flush_denormal(True)  # arithmetic on denormals is many times slower on a CPU
+    keep_memory(pick_device(config.run.device))
     return Trainer(config, folder, Console()).run()
 
 
@@ -196,6 +199,8 @@ def _train_together() -> int:
     import torch
     from rich.console import Console
 
+    from fastnet.allocator import keep_memory
+    from fastnet.device import pick_device
     from fastnet.distributed import join
     from fastnet.trainer import Trainer
 
@@ -205,6 +210,7 @@ def _train_together() -> int:
     torch.set_flush_denormal(True)
     with ranks.one_voice():
         config, folder = ranks.decide(settle)
+        keep_memory(pick_device(config.run.device))
         return Trainer(config, folder, Console(quiet=not ranks.first), ranks).run()
 
 

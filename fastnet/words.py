@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fastnet.allocator import kept_memory
 from fastnet.curves import draw_curves
 from fastnet.display import format_seconds, say_excluded, show_table
 from fastnet.metrics import peak_memory_gb
@@ -32,6 +33,8 @@ def announce(trainer: Trainer, resumed: bool) -> None:
         )
     if config.data.cache != "none":
         trainer.say(f"cache {trainer.train_loader.cache_note}")
+    if kept := kept_memory():
+        trainer.say(f"memory: {kept}")
     trainer.say(f"run {trainer.folder}")
     say_excluded(trainer.console, index.excluded, trainer.folder / "excluded.txt")
 
