@@ -7,7 +7,7 @@ UV_VERSION := $(shell sed -n 's/^uv==\([0-9.]*\).*/\1/p' requirements.lock)
 SPREAD := -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all check bench lint types format lock clean
+.PHONY: help install train test test-all races check bench lint types format lock clean
 
 help:  ## List the commands.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -32,6 +32,20 @@ test: install  ## The tests that continuous integration runs.
 test-all: install  ## Every test, the full products of shapes and dtypes too.
 	$(BIN)/python -m pytest tests $(SPREAD)
 
+# ttsem executes the compiled kernels on a CPU. Its environment is .venv, seen through a path file, and ttsem: what is
+# checked is compiled by the torch and triton that are locked, and nothing large is installed twice. ttsem asks for
+# Python 3.12 without using it, hence --ignore-requires-python; the planted faults show that it works on this one.
+races: .venv-races/installed  ## Races, overruns and unwritten memory in the compiled kernels, without a GPU.
+	.venv-races/bin/python -m pytest -p tests.races tests/test_races.py $(SPREAD)
+
+.venv-races/installed: requirements-races.lock .venv/installed
+	$(BIN)/python -m venv --clear --without-pip .venv-races
+	$(BIN)/python -m pip --python .venv-races/bin/python install --quiet --disable-pip-version-check --no-deps \
+		--ignore-requires-python --require-hashes -r requirements-races.lock
+	@path() { $$1/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }; \
+		echo "import site; site.addsitedir('$$(path .venv)')" > "$$(path .venv-races)/locked.pth"
+	@touch $@
+
 check: install lint types  ## Daily: lint, types and the quick tests (under two minutes).
 	$(BIN)/python -m pytest tests -m "not slow and not wide and not full" -q $(SPREAD)
 
@@ -49,9 +63,11 @@ format: install  ## Let ruff put the files in order.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lock: install  ## Re-resolve requirements.lock (names, versions and hashes; no address).
+lock: install  ## Re-resolve requirements*.lock (names, versions and hashes; no address).
 	$(BIN)/uv pip compile pyproject.toml --group dev --extra onnx --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-header --upgrade -o requirements.lock
+	$(BIN)/uv pip compile --group races --no-deps --universal --python-version 3.12 --no-build --no-python-downloads \
+		--generate-hashes --no-emit-index-url --no-header --upgrade -o requirements-races.lock
 
 clean:  ## Remove the environment and caches.
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-races .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
