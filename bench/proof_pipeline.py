@@ -284,7 +284,7 @@ def _train(context: Context, index: Any, source: Source, step: Any, work: tuple[
                 pass
         before = _model_rate(context, step, kept, seconds / 2)
         synchronise(context.device)
-        began, waited, count, epoch = time.perf_counter(), 0.0, 0, 0
+        began, held, waited, count, epoch = time.perf_counter(), loader.seconds_held, 0.0, 0, 0
         while time.perf_counter() - began < seconds:  # whole epochs, and the start of each
             epoch += 1
             batches = loader.batches(epoch)
@@ -296,6 +296,7 @@ def _train(context: Context, index: Any, source: Source, step: Any, work: tuple[
                     break
                 step(*given)
                 count += 1
+        waited -= loader.seconds_held - held  # that was for the device, not for data
         synchronise(context.device)
         spent = time.perf_counter() - began
         after = _model_rate(context, step, kept, seconds / 2)

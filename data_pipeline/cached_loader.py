@@ -20,6 +20,7 @@ from data_pipeline.errors import BadFiles
 from data_pipeline.finish import Finish
 from data_pipeline.loader import Batch, Loader, Plan, Step
 from data_pipeline.pixel_store import one_thread_each
+from data_pipeline.prefetch import staging
 
 AHEAD = 3  # batches under way at once
 _ROWS = 8  # images a job
@@ -66,7 +67,7 @@ class _UnderWay:
         on_cpu = loader.device.type == "cpu"
         self.finish = Finish(step.params, side) if on_cpu else None
         kind = torch.float32 if on_cpu else torch.uint8
-        self.rows = torch.empty(count, side, side, 3, dtype=kind, pin_memory=not on_cpu)
+        self.rows = staging((count, side, side, 3), kind, loader.device)
         self.boxes = loader.store.boxes(step.indices, step.params.windows).tolist()
         self.jobs: list[Future[dict[int, str]]] = [
             pool.submit(self._fill, range(first, min(first + _ROWS, count))) for first in range(0, count, _ROWS)

@@ -20,7 +20,8 @@ from data_pipeline.augment import IMAGENET_MEAN, IMAGENET_STD, rectangles_in_pix
 from data_pipeline.errors import BadFiles
 from data_pipeline.loader import Batch, Loader, Plan, Step
 from data_pipeline.pixel_store import PixelStore, one_thread_each
-from kernels.augment import TABLE_WIDTH, augment, augment_table
+from data_pipeline.prefetch import sent, staging
+from kernels.augment import augment, augment_table
 
 AHEAD = 3  # batches whose images are being decoded, where they are not on the device yet
 
@@ -46,11 +47,14 @@ class DeviceStore:
         """
         return self.host.ensure(index) if self.host.buffer.numel() else self.host.decoded(index)
 
-    def put(self, index: int, image: Tensor) -> None:
-        """Copy what `fetch` gave to the device."""
-        start = int(self.host.offsets[index])
-        self.pixels[start : start + image.numel()].copy_(image.reshape(-1))
-        self.ready[index] = True
+    def put(self, images: dict[int, Tensor]) -> None:
+        """Copy what `fetch` gave to the device, from pinned memory, so that nothing waits for it."""
+        staged = staging([sum(image.numel() for image in images.values())], torch.uint8, self.pixels.device)
+        parts = staged.split([image.numel() for image in images.values()])
+        for (index, image), part in zip(images.items(), parts, strict=True):
+            start = int(self.host.offsets[index])
+            self.pixels[start : start + len(part)].copy_(part.copy_(image.view(-1)), non_blocking=True)
+            self.ready[index] = True
 
 
 class _UnderWay(NamedTuple):
@@ -90,12 +94,15 @@ class DeviceLoader(Loader):
         return _UnderWay(step, {i: self._pool.submit(self.store.fetch, i) for i in missing} if self._pool else {})
 
     def _place(self, jobs: dict[int, Future[Tensor]]) -> None:
+        images: dict[int, Tensor] = {}
         bad: dict[int, str] = {}
         for index, job in jobs.items():
             try:
-                self.store.put(index, job.result())
+                images[index] = job.result()
             except BadFiles as found:
                 bad |= found.reasons
+        if images:
+            self.store.put(images)
         if bad:
             raise BadFiles(bad)
         if self._pool is not None and self.store.ready.all():
@@ -105,7 +112,7 @@ class DeviceLoader(Loader):
     def _make(self, step: Step) -> Batch:
         """The batch, from pixels that are all there: nothing here waits for the device."""
         params, plan, host = step.params, self.plan, self.store.host
-        side, count = plan.resolution, len(step.indices)
+        side = plan.resolution
         # RandAugment works on 8-bit pixels, and `finish` does the rest.
         fused = params.operations is None
         erased = fills = None
@@ -119,30 +126,25 @@ class DeviceLoader(Loader):
             fills=fills,
             **({"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if fused else {}),
         )
-        on_device = self._copied(
-            table,
-            torch.from_numpy(host.offsets[step.indices]),
-            torch.from_numpy(plan.split.labels[step.indices]),
-            torch.from_numpy(host.sizes[step.indices]),
+        parameters, offsets, sizes, labels = sent(
+            [
+                table,
+                torch.from_numpy(host.offsets[step.indices]),
+                torch.from_numpy(host.sizes[step.indices]),
+                torch.from_numpy(plan.split.labels[step.indices]),
+            ],
+            self.device,
         )
         images = augment(
             self.store.pixels,
-            on_device[1].view(torch.int64),
-            on_device[3].view(torch.int32).view(count, 2),
-            on_device[0].view(torch.float32).view(count, TABLE_WIDTH),
+            offsets,
+            sizes,
+            parameters,
             resolution=side,
             margin=plan.margin,
             dtype=torch.float32 if fused else torch.uint8,
         )
-        return Batch(images, on_device[2].view(torch.int64)) if fused else self._batch(images, step)
-
-    def _copied(self, *parts: Tensor) -> list[Tensor]:
-        """Host tensors as bytes on the device, by one copy that nothing waits for."""
-        flat = [part.contiguous().view(-1).view(torch.uint8) for part in parts]
-        lengths = [len(part) for part in flat]
-        packed = torch.empty(sum(lengths), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        torch.cat(flat, out=packed)
-        return list(packed.to(self.device, non_blocking=True).split(lengths))
+        return Batch(images, labels) if fused else self._batch(images, step)
 
     def close(self) -> None:
         super().close()

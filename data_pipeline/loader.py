@@ -33,6 +33,7 @@ from data_pipeline.augment import (
 from data_pipeline.errors import BadFiles, DataError
 from data_pipeline.finish import finish
 from data_pipeline.food101 import Index, Split
+from data_pipeline.prefetch import SideStream, sent
 
 if TYPE_CHECKING:
     from data_pipeline.cache import PixelCache
@@ -167,9 +168,16 @@ class Loader(ABC):
         self.steps_per_epoch = plan.steps
         self.quarantined = []
         self._passes = 0
+        self._beside = SideStream(self.device)
+
+    @property
+    def seconds_held(self) -> float:
+        """How long `batches` has waited so far because the device was behind, and not for a batch."""
+        return self._beside.seconds_held
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from number `start` on; starting a pass ends an unfinished earlier one.
+        """The batches of an epoch from number `start` on; starting a pass ends an unfinished earlier one. On a GPU each
+        is made while the device works on what was done with the one before.
 
         Files that went bad since they were indexed are quarantined, named in a warning of the logger "data_pipeline"
         and in `quarantined`.
@@ -186,7 +194,7 @@ class Loader(ABC):
                 n for n in range(start, self.steps_per_epoch) if self.plan.train or len(self.plan.step(epoch, n)[0])
             ]
             try:
-                for number, batch in zip(numbers, self._produce(epoch, numbers), strict=True):
+                for number, batch in zip(numbers, self._beside.feed(self._produce(epoch, numbers)), strict=True):
                     yield batch
                     if this != self._passes:
                         raise RuntimeError(
@@ -237,8 +245,8 @@ class Loader(ABC):
         self._passes += 1
 
     def _batch(self, pixels: Tensor, step: Step) -> Batch:
-        labels = torch.from_numpy(self.plan.split.labels[step.indices])
-        return Batch(finish(pixels, step.params, self.device), labels.to(self.device, non_blocking=True))
+        (labels,) = sent([torch.from_numpy(self.plan.split.labels[step.indices])], self.device)
+        return Batch(finish(pixels, step.params, self.device), labels)
 
 
 def dali_installed() -> bool:

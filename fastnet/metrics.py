@@ -52,15 +52,18 @@ class Clock:
         self.images = 0
         self.train_seconds = 0.0
 
-    def batches(self, iterator: Iterator[Any]) -> Iterator[tuple[Any, float]]:
-        """Yield (batch, seconds waited for it)."""
+    def batches(
+        self, iterator: Iterator[Any], held: Callable[[], float] = lambda: 0.0
+    ) -> Iterator[tuple[Any, float, float]]:
+        """Yield (batch, when it was asked for, seconds waited for it). held: how long the iterator has waited for the
+        device so far, which is not waiting for data."""
         while True:
-            start = time.perf_counter()
+            asked, before = time.perf_counter(), held()
             try:
                 batch = next(iterator)
             except StopIteration:
                 return
-            yield batch, time.perf_counter() - start
+            yield batch, asked, time.perf_counter() - asked - (held() - before)
 
     def step(self, seconds: float, waited: float, images: int) -> None:
         self.train_seconds += seconds

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from data_pipeline import build_index
+from data_pipeline.prefetch import sent
 from fastnet.build import build_cache, build_loaders, build_model, build_step
 from fastnet.checkpoint import Progress, load_checkpoint, save_checkpoint, write_atomically, write_readable
 from fastnet.config import TrainConfig
@@ -253,8 +254,7 @@ class Trainer:
             config.progressive.progressive_start,
         )
         batches = self.train_loader.batches(progress.epoch, progress.step_in_epoch)
-        for (images, labels), waited in self.clock.batches(batches):
-            start = time.perf_counter()
+        for (images, labels), asked, waited in self.clock.batches(batches, lambda: self.train_loader.seconds_held):
             set_learning_rate(
                 self.step.optimizer, learning_rate(progress.step, per_epoch, self.peak_lr, config.optimizer)
             )
@@ -267,7 +267,7 @@ class Trainer:
             progress.images_seen += self.division.images
             if progress.step % config.run.log_every == 0 or progress.step == total:
                 self._log(total)  # waits for the device, so that the clock below is true on average
-            self.clock.step(waited + time.perf_counter() - start, waited, self.division.images)
+            self.clock.step(time.perf_counter() - asked, waited, self.division.images)
             self.display.advance()
             if self.ranks.largest_before(self.stop.signal or 0):
                 return
@@ -284,7 +284,8 @@ class Trainer:
         if ranks.size == 1:
             return scales
         torch.manual_seed(step_key(seed, self.progress.step, ranks.rank))
-        return scales[:, torch.from_numpy(self.division.shard.rows(self.division.images)).to(self.device)]
+        (rows,) = sent([torch.from_numpy(self.division.shard.rows(self.division.images))], self.device)
+        return scales[:, rows]
 
     def _share_quarantine(self) -> None:
         """Every rank leaves out the files that went bad for any of them."""
@@ -300,7 +301,7 @@ class Trainer:
         if not self.config.mix.enabled:
             return None
         drawn = draw_mix(self.config.mix, self.resize.resolution, self.config.run.seed, self.progress.step)
-        return torch.tensor(drawn).to(self.device, non_blocking=True)
+        return sent([torch.tensor(drawn)], self.device)[0]
 
     def _log(self, total: int) -> None:
         progress = self.progress

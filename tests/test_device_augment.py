@@ -173,15 +173,6 @@ def test_what_does_not_fit_is_refused_with_the_sizes_and_auto_takes_the_first_th
                 assert words in str(caught.value)
 
 
-def test_parameters_are_one_small_copy(index: Index, tmp_path: Path) -> None:
-    made: Any = make(index, tmp_path)
-    parts = torch.arange(5), torch.rand(3, 2), torch.arange(4, dtype=torch.int32)
-    copied = made._copied(*parts)
-    assert len({part.untyped_storage().data_ptr() for part in copied}) == 1
-    for part, found in zip(parts, copied, strict=True):
-        assert torch.equal(found.view(part.dtype).view(part.shape), part)
-
-
 @pytest.mark.gpu
 def test_on_a_gpu_nothing_waits_and_the_images_are_the_cpus(photos: Path, tmp_path: Path, cuda: torch.device) -> None:
     index = build_index(photos, cache_dir=tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
 
 from data_pipeline import build_index, choose_cache, make_loader
 from data_pipeline.augment import (
@@ -64,6 +66,30 @@ def test_each_operation_is_torchvisions(name: str, magnitude: int) -> None:
             assert (off == 1).float().mean() < 0.03, (name, negative)
 
 
+@pytest.mark.parametrize("side", [2, 3, 32, 33, 200])
+def test_what_is_done_without_torchvision_is_its_to_the_last_bit(side: int) -> None:
+    """Where its functions copy numbers to the device: each move, for which a place between two pixels decides by its
+    rounding, and sharpness."""
+    pixels = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+
+    def affine(shift: tuple[int, int] = (0, 0), shear: tuple[float, float] = (0.0, 0.0)) -> Tensor:
+        degrees = [math.degrees(math.atan(slope)) for slope in shear]
+        return F.affine(pixels, angle=0.0, translate=list(shift), scale=1.0, shear=degrees, center=[0, 0])
+
+    for magnitude in range(-MAX_MAGNITUDE, MAX_MAGNITUDE + 1, 3 if side < 100 else 15):
+        strength = float(np.float32(magnitude / MAX_MAGNITUDE))
+        shift = int(strength * 150 / 331 * side)
+        expected = {
+            "shear_x": affine(shear=(0.3 * strength, 0.0)),
+            "shear_y": affine(shear=(0.0, 0.3 * strength)),
+            "translate_x": affine((shift, 0)),
+            "translate_y": affine((0, shift)),
+            "rotate": F.rotate(pixels, 30.0 * strength),
+            "sharpness": F.adjust_sharpness(pixels, 1 + 0.9 * strength),
+        }
+        assert [name for name, there in expected.items() if not torch.equal(apply(name, pixels, strength), there)] == []
+
+
 def test_every_operation_changes_a_picture() -> None:
     picture = pictures()[:1]
     assert {name for name in OPERATIONS if torch.equal(apply(name, picture, 0.9), picture)} == {"identity"}
@@ -75,16 +101,16 @@ def params(aug: Augmentation, indices: Any, epoch: int = 0) -> Params:
 
 
 def test_a_batch_is_each_image_by_itself_in_any_company() -> None:
-    drawn = params(Augmentation(rand_augment_ops=3, rand_augment_magnitude=20), np.arange(40))
+    drawn = params(Augmentation(rand_augment_ops=3, rand_augment_magnitude=20), np.arange(120))
     assert drawn.operations is not None
     assert drawn.strengths is not None
     assert len(np.unique(drawn.operations)) == len(OPERATIONS)
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (40, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (120, 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
     before = pixels.clone()
     whole = rand_augment(pixels, drawn.operations, drawn.strengths)
     assert torch.equal(pixels, before), "the input was written to"
-    for row in range(0, 40, 3):
+    for row in range(0, 120, 5):
         one = pixels[row : row + 1]
         for number, strength in zip(drawn.operations[row], drawn.strengths[row], strict=True):
             one = apply(OPERATIONS[number], one, float(strength))

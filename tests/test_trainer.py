@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -372,6 +374,23 @@ def test_the_clock_leaves_out_its_first_steps() -> None:
         clock.step(seconds, 0.5, 8)
     assert clock.rates() == (4.0, 25.0)
     assert clock.train_seconds == 154.0
+
+
+def test_the_clock_counts_no_wait_for_the_device_as_one_for_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 7 seconds for each batch the loader spent 5 waiting for the device."""
+    now = held = 0.0
+
+    def batches() -> Iterator[int]:
+        nonlocal now, held
+        for number in range(3):
+            now, held = now + 7, held + 5
+            yield number
+
+    monkeypatch.setattr("fastnet.metrics.time", SimpleNamespace(perf_counter=lambda: now))
+    found = list(Clock().batches(batches(), lambda: held))
+    assert found == [(0, 0.0, 2.0), (1, 7.0, 2.0), (2, 14.0, 2.0)]
+    now = held = 0.0
+    assert [waited for _, _, waited in Clock().batches(batches())] == [7.0, 7.0, 7.0]
 
 
 def test_seconds_are_readable() -> None:
