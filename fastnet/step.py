@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastnet.ema import ModelEma
 from fastnet.graph import GraphedStep, Recorder
 from fastnet.mix import mix_images
+from kernels.launch import with_strides
 
 Amp = Literal["bf16", "fp16", "off"]
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
@@ -142,6 +143,7 @@ class TrainStep:
             losses.append(loss.detach() if weight == 1 else loss.detach() * weight)
             hits.append(correct)
         loss = losses[0] if parts == 1 else torch.stack(losses).mean()
+        self._align()
         self._update(loss)
         return loss, hits[0] if parts == 1 else torch.stack(hits).sum()
 
@@ -163,6 +165,12 @@ class TrainStep:
         total = self._images or mine * self._ranks
         weight = part * self._ranks / total
         return loss if weight == 1 else loss * weight
+
+    def _align(self) -> None:
+        """Give each gradient its parameter's strides, as the kernels do; PyTorch's convolutions not always."""
+        for p in self._params:
+            if p.grad is not None and p.grad.stride() != p.stride():
+                p.grad = with_strides(p.grad, p.stride())
 
     @torch.no_grad()
     def _update(self, loss: Tensor) -> None:

@@ -70,7 +70,9 @@ def _setup_depthwise(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_depthwise(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return *depthwise_conv2d_backward_op(dy, *ctx.saved_tensors, ctx.stride, ctx.padding), None, None
+    x, weight = ctx.saved_tensors
+    dx, dweight = depthwise_conv2d_backward_op(dy, x, weight, ctx.stride, ctx.padding)
+    return dx, L.with_strides(dweight, weight.stride()), None, None
 
 
 depthwise_conv2d_op.register_autograd(_backward_depthwise, setup_context=_setup_depthwise)
@@ -138,7 +140,9 @@ def _setup_pointwise(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward_pointwise(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return pointwise_conv2d_backward_op(dy, *ctx.saved_tensors, *ctx.needs_input_grad)
+    x, weight = ctx.saved_tensors
+    dx, dweight = pointwise_conv2d_backward_op(dy, x, weight, *ctx.needs_input_grad)
+    return dx, None if dweight is None else L.with_strides(dweight, weight.stride())
 
 
 pointwise_conv2d_op.register_autograd(_backward_pointwise, setup_context=_setup_pointwise)

@@ -126,6 +126,16 @@ def nhwc(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def with_strides(gradient: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A weight's gradient under the weight's own strides, where they name the same memory: they may differ in axes of
+    length 1, as those of a 1×1 weight in channels_last do. PyTorch's operations on lists of tensors are one launch only
+    for tensors of equal strides."""
+    sizes = zip(gradient.shape, gradient.stride(), strides, strict=True)
+    if all(size == 1 or mine == theirs for size, mine, theirs in sizes):
+        return gradient.as_strided(gradient.shape, strides)
+    return gradient
+
+
 def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Every scratch and vector allocation; a test fills them with NaN."""
     return torch.empty(shape, dtype=dtype, device=like.device)

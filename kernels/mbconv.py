@@ -128,6 +128,7 @@ class _MBConv(torch.autograd.Function):
             mean3, var3, g3, b3, w1_stored, taps, wr, we, w3_stored,
         )  # fmt: skip
         ctx.options = stride, padding, residual, eps, group
+        ctx.weight_strides = w1 if w1 is None else w1.stride(), taps.stride(), w3.stride()
         others = [mean2, var2, mean3, var3]
         if mean1 is not None and var1 is not None:
             others = [mean1, var1, *others]
@@ -140,6 +141,7 @@ class _MBConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         stride, padding, residual, eps, group = ctx.options
+        strides1, strides2, strides3 = ctx.weight_strides
         (
             x, scale, e, d, p, d_norm, pooled, hidden, gate, slopes, mean1, var1, g1, b1, mean2, var2, g2, b2,
             mean3, var3, g3, b3, w1, taps, wr, we, w3,
@@ -160,10 +162,10 @@ class _MBConv(torch.autograd.Function):
         else:
             joint = join_sums(sums1, _rows(e), group)
             dx, dw1 = ops.expand_backward(da1, e, joint, mean1, var1, g1, b1, x, w1, dy if residual else None, eps)
-            dw1, dg1, db1 = dw1[:, :, None, None], sums1[1], sums1[0]
+            dw1, dg1, db1 = L.with_strides(dw1[:, :, None, None], strides1), sums1[1], sums1[0]
         return (
-            dx, *(None,) * 7, dw1, dg1, db1, dtaps, sums2[1], sums2[0], dwr, dbr, dwe, dbe, dw3[:, :, None, None],
-            sums3[1], sums3[0], *(None,) * 6,
+            dx, *(None,) * 7, dw1, dg1, db1, L.with_strides(dtaps, strides2), sums2[1], sums2[0], dwr, dbr, dwe, dbe,
+            L.with_strides(dw3[:, :, None, None], strides3), sums3[1], sums3[0], *(None,) * 6,
         )  # fmt: skip
 
 

@@ -13,8 +13,12 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from fastnet import model as model_file
+from fastnet.config import OptimizerOptions
 from fastnet.layers import MBConv
 from fastnet.model import EfficientNet, ModelConfig, Stage
+from fastnet.optim import make_optimizer
+from fastnet.step import TrainStep
+from kernels.conv2d import depthwise_conv2d, pointwise_conv2d
 from kernels.mbconv import Unjoined
 
 # Three blocks: without expansion; with, k 5 and stride 2; and one with a residual that can be dropped.
@@ -146,3 +150,38 @@ def test_blocks_compiled_one_by_one_leave_their_joins_too(monkeypatch: pytest.Mo
         assert ours.grad is not None
         assert theirs.grad is not None
         assert torch.equal(ours.grad, theirs.grad), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kernels", "layout"),
+    [("triton", torch.channels_last), ("triton-ops", torch.contiguous_format), ("torch", torch.channels_last)],
+)
+def test_gradients_have_their_parameters_strides(
+    kernels: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In axes of length 1 too: an optimizer's lists of tensors go in one launch only where strides are equal."""
+    monkeypatch.setattr(model_file, "STAGES", (*STAGES[:1], STAGES[1]._replace(repeats=1)))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = replace(SMALL, kernels=kernels)  # type: ignore[arg-type]
+    model = EfficientNet(config).to(device, memory_format=layout)  # type: ignore[call-overload]
+    step = TrainStep(model, make_optimizer(model, OptimizerOptions(), 0.01), device=device)
+    step(torch.randn(2, 3, 8, 8, device=device).contiguous(memory_format=layout), torch.tensor([1, 3], device=device))
+    for name, p in model.named_parameters():
+        assert p.grad is not None
+        assert p.grad.stride() == p.stride(), name
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_a_kernels_weight_gradient_has_the_weights_strides(layout: torch.memory_format) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    x = torch.randn(1, 6, 5, 5, device=device)
+    for convolution, shape in ((pointwise_conv2d, (4, 6, 1, 1)), (depthwise_conv2d, (6, 1, 3, 3))):
+        weight = torch.randn(shape, device=device).to(memory_format=layout).requires_grad_()
+        convolution(x, weight, impl="triton").sum().backward()
+        assert weight.grad is not None
+        assert weight.grad.stride() == weight.stride()
+    apart = torch.randn(4, 6, 2, 1, device=device)[:, :, :1].requires_grad_()  # strides of a weight that has gaps
+    pointwise_conv2d(x, apart, impl="triton").sum().backward()
+    assert apart.grad is not None
+    torch.testing.assert_close(apart.grad, x.sum((0, 2, 3))[:, None, None].expand(4, 6, 1, 1))
