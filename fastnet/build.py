@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ import torch
 from data_pipeline import Index, Loader, PixelCache, choose_cache, make_loader
 from fastnet.config import TrainConfig
 from fastnet.device import pick_workers
-from fastnet.distributed import Division, Ranks, no_sync, sync_batch_norm
+from fastnet.distributed import Division, Ranks, sync_batch_norm
 from fastnet.ema import ModelEma
 from fastnet.errors import UserError
+from fastnet.gradients import GradientAllReduce
 from fastnet.layers import operation_impl
 from fastnet.model import EfficientNet, ModelConfig, efficientnet
 from fastnet.optim import freeze_stages, make_optimizer
@@ -146,16 +148,21 @@ def _pretrained(config: TrainConfig, classes: int, say: Callable[[str], None]) -
 def build_step(
     config: TrainConfig, model: EfficientNet, device: torch.device, amp: Amp, division: Division
 ) -> TrainStep:
-    """The training step of a model that is not yet compiled, with its optimizer and average."""
+    """The training step of a model that is not yet compiled, with its optimizer and average; all ranks' models become
+    rank 0's."""
     ranks = division.ranks
+    ranks.share(chain(model.parameters(), model.buffers()))
     if config.run.sync_bn and ranks.size > 1:
         sync_batch_norm(model)
     ema, capturable = None, device.type == "cuda"
     if config.ema.model_ema:
         ema = ModelEma(model, config.ema.model_ema_decay, warmup=config.ema.model_ema_warmup, capturable=capturable)
-    parallel = ranks.parallel(model, deterministic=config.run.deterministic)
+    together: dict[str, Any] = {}
+    if ranks.size > 1:
+        together["all_reduce"] = GradientAllReduce(model.parameters(), in_order=config.run.deterministic)
+        together["reduce_found_inf"] = ranks.maximum
     return TrainStep(
-        parallel,
+        model,
         make_optimizer(model, config.optimizer, config.peak_lr(division.images), capturable=capturable),
         device=device,
         amp=amp,
@@ -164,8 +171,6 @@ def build_step(
         ema=ema,
         grad_accum_steps=division.parts,
         capturable=capturable,
-        no_sync=no_sync(parallel),
-        reduce_found_inf=ranks.maximum if ranks.size > 1 else None,
-        ranks=ranks.size,
         images=division.images,
+        **together,
     )

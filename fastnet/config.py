@@ -157,8 +157,8 @@ class RunOptions:
     deterministic: bool = False
     """Only deterministic algorithms: the same seed gives the same bits, at some cost in speed."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
-    """Replay each step as one CUDA graph: forward, loss, backward, clipping, optimizer and average. auto: on CUDA,
-    where the step can be captured and one process trains."""
+    """Replay each step as one CUDA graph: forward, loss, backward, the gradients' all-reduce between GPUs, clipping,
+    optimizer and average. auto: on CUDA, where the step can be recorded, in every process or in none."""
     save_every: int = 0
     """Also write a checkpoint every so many steps; 0: at the end of each epoch only."""
     checkpoint_hist: int = 1

@@ -6,17 +6,16 @@ so that a run may go on with another number of ranks, in the middle of an epoch 
 steps, each once, in more or fewer parts where --batch-size asks for it. What does depend on the ranks: batch norm's
 batches without --sync-bn, dropout's masks, and rounding.
 
-Gradients are averaged by DistributedDataParallel, loss and hits added up step by step, evaluation's sums once. Batch
+Gradients are added up during backward (`fastnet.gradients`), loss and hits step by step, evaluation's sums once. Batch
 norm's running statistics are those of rank 0, which alone writes files and speaks; they are what a continued run
 starts from, so that it computes what an uninterrupted one does.
 """
 
-# No annotations from the future: DistributedDataParallel compares those of its hook with types.
+from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -24,7 +23,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from data_pipeline import DataError, Shard
 from fastnet.config import processes
@@ -64,6 +62,11 @@ class Ranks:
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 
+    @property
+    def recordable(self) -> bool:
+        """Whether a CUDA graph can hold what ranks send each other between GPUs: NCCL does it, gloo would not."""
+        return self.size == 1 or dist.is_nccl_available()
+
     # --- words between ranks, on the host ---------------------------------------------------------------------------
 
     def broadcast(self, value: T) -> T:
@@ -98,6 +101,10 @@ class Ranks:
         if status is not None:
             raise SystemExit(status)
         return value
+
+    def first_failure(self, reason: str | None) -> str | None:
+        """Of all ranks' reasons that something failed the first one; None where none has one."""
+        return next((one for one in self.gather(reason) if one is not None), None)
 
     def largest(self, number: int) -> int:
         """The largest of all ranks' numbers; waits for them."""
@@ -184,11 +191,13 @@ class Ranks:
         if self.size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
 
-    def share_statistics(self, model: nn.Module) -> None:
-        """Batch norm's running statistics become rank 0's."""
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """They become rank 0's, bit for bit, in place."""
         if self.size > 1:
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
+            for tensor in tensors:
+                sent = tensor.detach().contiguous()
+                dist.broadcast(sent, 0)
+                tensor.detach().copy_(sent)
 
     def average_statistics(self, model: nn.Module) -> None:
         """Batch norm's running statistics become the mean of all ranks'."""
@@ -197,22 +206,6 @@ class Ranks:
                 if buffer.is_floating_point():
                     dist.all_reduce(buffer)
                     buffer /= self.size
-
-    def parallel(self, model: nn.Module, *, deterministic: bool) -> nn.Module:
-        """The model whose backward averages gradients; it starts from rank 0's weights.
-
-        deterministic: they are added in the order of the ranks, so that the sum does not depend on where in a message a
-        gradient lies: the first step of a process lays them out otherwise than the later ones.
-        """
-        if self.size == 1:
-            return model
-        with warnings.catch_warnings():
-            # The name that torch 2.15 has for it is unknown to 2.11.
-            warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
-            wrapped = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
-        if deterministic and self.size > 2:  # of two numbers there is one sum
-            wrapped.register_comm_hook(None, _mean_in_order)
-        return wrapped
 
 
 ALONE = Ranks()
@@ -231,11 +224,6 @@ def join() -> Ranks:
     )
     local_rank, local_size = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     return Ranks(rank, size, local_rank, max(1, local_size))
-
-
-def no_sync(model: nn.Module) -> Callable[[], AbstractContextManager[None]]:
-    """What TrainStep enters around every part of a step but the last."""
-    return model.no_sync if isinstance(model, DistributedDataParallel) else nullcontext
 
 
 @dataclass(frozen=True)
@@ -275,21 +263,6 @@ def sync_batch_norm(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, BatchNorm):
             module.group = group.group_name
-
-
-def _mean_in_order(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    mine, ranks = bucket.buffer(), dist.get_world_size()
-    gathered = torch.empty(ranks * mine.numel(), dtype=mine.dtype, device=mine.device)
-
-    def mean(_: Any) -> Tensor:
-        total, *others = gathered.chunk(ranks)
-        for other in others:
-            total += other
-        return mine.copy_(total / ranks)
-
-    work = dist.all_gather_into_tensor(gathered, mine, async_op=True)
-    assert work is not None
-    return work.get_future().then(mean)
 
 
 def _status(error: BaseException) -> Any:

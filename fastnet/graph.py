@@ -1,5 +1,9 @@
 """A training step as one CUDA graph: recorded once for each shape of batch, then replayed with one launch.
 
+Several ranks record one each, NCCL's collectives included: batch norm's statistics (--sync-bn), the gradients'
+all-reduce and the flag of a step that is not finite. While they record, nothing runs and nobody waits; whether all
+could is agreed on afterwards, on the host, so that all replay or none.
+
 What a replay reads has fixed addresses: inputs are copied into buffers of their own first. Everything that is not an
 input must live in tensors that stay (weights, optimizer state, learning rate) or be drawn by the device's default
 generator, which the graph asks anew at each replay.
@@ -17,7 +21,8 @@ from torch import Tensor
 from fastnet.errors import UserError
 
 Outputs = tuple[Tensor, ...]
-# Steps of a shape before it is recorded: compilation, cuDNN's choices and optimizer state must all be settled.
+# Steps of a shape before it is recorded: compilation, cuDNN's choices, NCCL's connections and optimizer state must all
+# be settled.
 WARMUP_STEPS = 3
 
 
@@ -51,12 +56,18 @@ class CudaRecorder:
         return graph.replay, outputs
 
 
+def own_failure(reason: str | None) -> str | None:
+    """What a process alone agrees on."""
+    return reason
+
+
 class GraphedStep:
     """`function(*inputs) -> outputs` by replay. The first calls with inputs of new shapes run it as it is.
 
     Every call computes one step, recording itself none, so that steps are neither lost nor done twice. Outputs are
     overwritten by the next call. on_failure is told why recording failed, and then every call runs the function as it
-    is; without it RuntimeError is raised.
+    is; without it RuntimeError is raised. agree: what all processes that train together call after recording, each
+    with its failure or None, and what gives all of them one answer. Shapes must change in all of them at once.
     """
 
     def __init__(
@@ -66,8 +77,10 @@ class GraphedStep:
         *,
         warmup: int = WARMUP_STEPS,
         on_failure: Callable[[RuntimeError], None] | None = None,
+        agree: Callable[[str | None], str | None] = own_failure,
     ) -> None:
-        self._function, self._recorder, self._warmup, self._on_failure = function, recorder, warmup, on_failure
+        self._function, self._recorder, self._warmup = function, recorder, warmup
+        self._on_failure, self._agree = on_failure, agree
         self._key: Any = None
         self._buffers: list[Tensor | None] = []
         self._calls = 0
@@ -92,24 +105,41 @@ class GraphedStep:
             if self._calls < self._warmup:
                 self._calls += 1
                 return self._recorder.run(call)
-            try:
-                self._replay, self._outputs = self._recorder.record(call)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                if self._on_failure is None:
-                    raise
-                self._on_failure(error)
+            failure = self._record(call)
+            if failure is not None:
                 self.broken, self._buffers = True, []
+                if self._on_failure is None:
+                    raise failure
+                self._on_failure(failure)
                 return self._function(*inputs)
+        assert self._replay is not None
         self._replay()
         return self._outputs
 
+    def _record(self, call: Callable[[], Outputs]) -> RuntimeError | None:
+        """Why some process could not record; None where all did."""
+        failure: RuntimeError | None = None
+        try:
+            self._replay, self._outputs = self._recorder.record(call)
+        except torch.OutOfMemoryError:
+            raise  # which ends this process, and the others with it
+        except RuntimeError as error:
+            failure = error
+        reason = self._agree(None if failure is None else str(failure))
+        if reason is None:
+            return None
+        self._replay, self._outputs = None, ()
+        return failure or RuntimeError(reason)
 
-def pick_cuda_graph(name: Literal["auto", "on", "off"], device: torch.device, ranks: int = 1) -> bool:
-    """What --cuda-graph means on `device`, never for several ranks; UserError where "on" is impossible."""
+
+def pick_cuda_graph(name: Literal["auto", "on", "off"], device: torch.device, *, recordable: bool = True) -> bool:
+    """What --cuda-graph means on `device`; UserError where "on" is impossible. recordable: whether a graph can hold
+    what the processes send each other."""
     if name == "on" and device.type != "cuda":
         raise UserError("--cuda-graph on needs a GPU: leave it out, or train with --device cuda.", exit_status=2)
-    if name == "on" and ranks > 1:
-        raise UserError("--cuda-graph on works in one process only: leave it out under torchrun.", exit_status=2)
-    return name != "off" and device.type == "cuda" and ranks == 1
+    if name == "on" and not recordable:
+        raise UserError(
+            "--cuda-graph on needs NCCL between several processes, which this PyTorch lacks: leave it out.",
+            exit_status=2,
+        )
+    return name != "off" and device.type == "cuda" and recordable

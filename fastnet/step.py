@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastnet.ema import ModelEma
-from fastnet.graph import GraphedStep, Recorder
+from fastnet.graph import GraphedStep, Recorder, own_failure
 from fastnet.mix import mix_images
 from kernels.launch import with_strides
 
@@ -52,10 +52,10 @@ class TrainStep:
         ema: moved towards the model after each update.
         grad_accum_steps: the batch goes through the model in so many parts, equal ones where they divide it.
         capturable: nothing waits for the device (default: on CUDA). The optimizer and `ema` must be so too.
-        no_sync: entered around every part but the last (DistributedDataParallel.no_sync).
+        all_reduce: entered around the last part's backward pass, after which gradients are the sums over all ranks
+            (`fastnet.gradients.GradientAllReduce`).
         reduce_found_inf: makes the flag, float32 [], the largest of all ranks, in place.
-        ranks, images: how many ranks' gradients the model averages, and the images of a step over all of them; 0 where
-            every rank has as many.
+        images: of a step, over all ranks; 0: as many as the batch has.
     """
 
     def __init__(
@@ -70,9 +70,8 @@ class TrainStep:
         ema: ModelEma | None = None,
         grad_accum_steps: int = 1,
         capturable: bool | None = None,
-        no_sync: Callable[[], AbstractContextManager[None]] = nullcontext,
+        all_reduce: Callable[[], AbstractContextManager[None]] = nullcontext,
         reduce_found_inf: Callable[[Tensor], None] | None = None,
-        ranks: int = 1,
         images: int = 0,
     ) -> None:
         self.model, self.optimizer, self.ema = model, optimizer, ema
@@ -82,8 +81,8 @@ class TrainStep:
         self.clip_grad_norm = clip_grad_norm
         self.grad_accum_steps = grad_accum_steps
         self.capturable = device.type == "cuda" if capturable is None else capturable
-        self._no_sync, self._reduce_found_inf = no_sync, reduce_found_inf
-        self._ranks, self._images = ranks, images
+        self._all_reduce, self._reduce_found_inf = all_reduce, reduce_found_inf
+        self._images = images
         self._params = [p for p in model.parameters() if p.requires_grad]
         # Batch norm's statistics have moved before the loss is known.
         self._statistics = [b for b in model.buffers() if b.is_floating_point()]
@@ -99,9 +98,18 @@ class TrainStep:
         optimizer.found_inf = self.found_inf  # type: ignore[attr-defined]
         self._call: Callable[..., tuple[Tensor, ...]] = self.run
 
-    def use_graph(self, recorder: Recorder, on_failure: Callable[[RuntimeError], None] | None = None) -> None:
+    def use_graph(
+        self,
+        recorder: Recorder,
+        on_failure: Callable[[RuntimeError], None] | None = None,
+        agree: Callable[[str | None], str | None] = own_failure,
+    ) -> None:
         """From now on replay a recording; see `fastnet.graph.GraphedStep`. The step must be capturable."""
-        self._call = GraphedStep(self.run, recorder, on_failure=on_failure)
+        self._call = GraphedStep(self.run, recorder, on_failure=on_failure, agree=agree)
+
+    def release_graph(self) -> None:
+        """Free the recording, if there is one. Before its process group ends: NCCL waits for graphs that hold it."""
+        self._call = self.run
 
     def __call__(
         self, images: Tensor, labels: Tensor, drop_scales: Tensor | None = None, mix: Tensor | None = None
@@ -134,10 +142,10 @@ class TrainStep:
         scales = drop_scales.tensor_split(parts, 1) if drop_scales is not None else (None,) * parts
         batches = zip(*(t.tensor_split(parts) for t in (images, labels, opposite)), scales, strict=True)
         for i, (some, right, other, scale) in enumerate(batches):
-            with self._no_sync() if i < parts - 1 else nullcontext():
-                with autocast(self.device, self.amp):
-                    logits = self.model(some, scale)
-                loss, correct = self._loss(logits.float(), right, other, share)
+            with autocast(self.device, self.amp):
+                logits = self.model(some, scale)
+            loss, correct = self._loss(logits.float(), right, other, share)
+            with self._all_reduce() if i == parts - 1 else nullcontext():
                 self._scaled(loss, len(some), len(images)).backward()
             weight = len(some) * parts / len(images)
             losses.append(loss.detach() if weight == 1 else loss.detach() * weight)
@@ -159,11 +167,11 @@ class TrainStep:
         return loss, share * correct + (1 - share) * (predicted == other).sum()
 
     def _scaled(self, loss: Tensor, part: int, mine: int) -> Tensor:
-        """The mean loss of `part` of this rank's images, weighted so that gradients add up to those of the step's."""
+        """The mean loss of `part` of this rank's images, weighted so that the gradients of all parts of all ranks add
+        up to that of the mean over the step's images."""
         if self.amp == "fp16":
             loss = loss * self.loss_scale
-        total = self._images or mine * self._ranks
-        weight = part * self._ranks / total
+        weight = part / (self._images or mine)
         return loss if weight == 1 else loss * weight
 
     def _align(self) -> None:

@@ -51,7 +51,7 @@ class Trainer:
         self.config, self.folder, self.console, self.ranks = config, folder, console, ranks
         self.device = ranks.device(pick_device(config.run.device))
         self.amp = pick_amp(config.run.amp, self.device)
-        self.graphed = pick_cuda_graph(config.run.cuda_graph, self.device, ranks.size)
+        self.graphed = pick_cuda_graph(config.run.cuda_graph, self.device, recordable=ranks.recordable)
         if config.run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -165,7 +165,9 @@ class Trainer:
         """Train until the end or a stop; 0, or 128 + the signal that asked to stop (130 for Ctrl-C)."""
         try:
             with self.stop.installed():
-                return self._run()
+                status = self._run()
+            self.step.release_graph()  # not after an error: a replay may still wait for another rank
+            return status
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -230,7 +232,9 @@ class Trainer:
         elif self.config.run.compile == "whole":
             self.model.compile(**options)
         if self.graphed:
-            self.step.use_graph(CudaRecorder(self.device), on_failure=self._go_on_ungraphed)
+            self.step.use_graph(
+                CudaRecorder(self.device), on_failure=self._go_on_ungraphed, agree=self.ranks.first_failure
+            )
 
     def _go_on_ungraphed(self, error: RuntimeError) -> None:
         reason = str(error).strip().partition("\n")[0]
@@ -358,7 +362,7 @@ class Trainer:
                 used = reestimate_batch_norm(model, batches, config.run.reestimate_bn, stop=stop, **common)
                 self.ranks.average_statistics(model)
                 note = f"  (batch norm re-estimated on {used} training batches)"
-            self.ranks.share_statistics(model)
+            self.ranks.share(model.buffers())
             result = evaluate_model(model, self.val_loader.batches(0), stop=self.stop, add=self.ranks.add, **common)
             self.display.say(
                 f"epoch {progress.epoch}{' averaged weights' if name == 'ema' else ''}: top-1 {result.top1:.2f} %  "

@@ -79,12 +79,14 @@ def watch(event: str, log: str) -> None:
     into a cache to `log`.decoded.
 
     event: "kill RANK STEP": that rank ends without a word where the step would begin. "stop RANK STEP": it is asked to
-    stop there.
+    stop there. "unrecordable RANK 0": steps are recorded as on a GPU, which fails on that rank.
     """
     from data_pipeline.pixel_store import PixelStore
     from fastnet.trainer import Trainer
 
     what, who, when = event.split() or ("", "", "")
+    if what == "unrecordable":
+        pretend_to_record(int(who))
     inner, decode = Trainer._drop_scales, PixelStore.decode
 
     def spy(trainer: Trainer) -> Any:
@@ -106,6 +108,26 @@ def watch(event: str, log: str) -> None:
 
     Trainer._drop_scales = spy  # type: ignore[method-assign, assignment]
     PixelStore.decode = spy_decode  # type: ignore[method-assign, assignment]
+
+
+def pretend_to_record(failing: int) -> None:
+    """From here on runs record their step, though on a CPU; on one rank that is impossible."""
+    from fastnet import trainer
+
+    class Recorder:
+        def __init__(self, device: Any) -> None:
+            pass
+
+        def run(self, function: Callable[[], Any]) -> Any:
+            return function()
+
+        def record(self, function: Callable[[], Any]) -> Any:
+            if int(os.environ["RANK"]) == failing:
+                raise RuntimeError(f"not permitted on rank {failing}\n(and more lines)")
+            return None, ()  # nothing that could be replayed
+
+    trainer.pick_cuda_graph = lambda *_, **__: True
+    trainer.CudaRecorder = Recorder  # type: ignore[misc, assignment]
 
 
 def once(event: str, log: str, flags: list[str]) -> int:
