@@ -18,6 +18,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from data_pipeline.errors import DataError
+
 _ALIGNMENT = 16  # bytes, which the widest loads of a kernel want
 
 T = TypeVar("T", bound=Sequence[Tensor])
@@ -65,11 +67,18 @@ class SideStream:
 
         A consumer that queues faster than the device works is held back until the batch before the one that it just
         queued is done: the device has a step's work meanwhile, and batches do not pile up in its memory.
+
+        Raises:
+            DataError: torch can use no GPU.
         """
         if self.device.type != "cuda":
             yield from batches
             return
-        stream = _stream_of(torch.cuda.current_device() if self.device.index is None else self.device.index)
+        try:
+            stream = _stream_of(torch.cuda.current_device() if self.device.index is None else self.device.index)
+        except (RuntimeError, AssertionError) as error:  # no driver, or a torch without CUDA
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise DataError(f"torch can use no GPU here ({reason}): use --device cpu.") from error
         # What batches are made of may have been written there, and memory may come from there.
         stream.wait_stream(torch.cuda.current_stream(self.device))
         before: torch.cuda.Event | None = None

@@ -362,8 +362,17 @@ def test_without_a_gpu_dali_says_so(index: Index) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(DataError, match="--loader torch"):
-        next(make(index, backend="dali", device="cuda").batches(0))
+    made: Any = make(index, backend="dali", device="cuda")
+    with pytest.raises(DataError, match="DALI cannot start on cuda .*--loader torch"):
+        made._start()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_a_gpu_every_loader_says_so(index: Index, backend: str) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(DataError, match="torch can use no GPU here .*: use --device cpu.$"):
+        next(make(index, backend=backend, device="cuda").batches(0))
 
 
 @pytest.mark.parametrize("change", [{"resolution": 0}, {"batch_size": 0}, {"workers": -1}, {"backend": "pil"}])
