@@ -363,7 +363,7 @@ def test_without_a_gpu_dali_says_so(index: Index) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     made: Any = make(index, backend="dali", device="cuda")
-    with pytest.raises(DataError, match="DALI cannot start on cuda .*--loader torch"):
+    with pytest.raises(DataError, match=r"DALI cannot start on cuda .*--loader torch"):
         made._start()
 
 
@@ -371,7 +371,7 @@ def test_without_a_gpu_dali_says_so(index: Index) -> None:
 def test_without_a_gpu_every_loader_says_so(index: Index, backend: str) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(DataError, match="torch can use no GPU here .*: use --device cpu.$"):
+    with pytest.raises(DataError, match=r"torch can use no GPU here .*: use --device cpu.$"):
         next(make(index, backend=backend, device="cuda").batches(0))
 
 
