@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from bench.launches import Launch
 from bench.shapes import OPS, OpShape, largest
 from fastnet.layers import BatchNorm, MBConv
 from fastnet.model import BlockShape, Kernels, ModelConfig
@@ -183,6 +184,28 @@ def block_errors(block: Block, dtype: torch.dtype, device: torch.device, draws: 
         if all(errors.right for errors in of_tensors):
             break
     return most_wrong(of_tensors)
+
+
+def launch_errors(launch: Launch) -> Errors:
+    """The most wrong of what a step of the schedule gives, by the tolerance rule."""
+
+    def doubled(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.double()
+        return type(value)(*map(doubled, value)) if isinstance(value, tuple) else value
+
+    def oracle() -> list[Tensor]:
+        return list(launch.job(*map(doubled, launch.arguments)))
+
+    with torch.no_grad():
+        torchs = list(launch.job(*launch.arguments))
+        given = [value for value in launch.ours() if value is not None]
+        # Sums [K, B, C] are left in parts [K, B, P, C], and a weight without its two axes of length 1.
+        ours = [
+            (own.sum(2) if own.dim() == 4 and theirs.dim() == 3 else own).view(theirs.shape)
+            for own, theirs in zip(given, torchs, strict=True)
+        ]
+        return most_wrong(_errors(ours, torchs, oracle))
 
 
 def _errors(ours: list[Tensor], torchs: list[Tensor], oracle: Callable[[], list[Tensor]]) -> list[Errors]:

@@ -17,6 +17,12 @@ from fastnet.allocator import keep_memory
 _LINES = pytest.StashKey[list[str]]()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """`--benchmark-disable-gc`, here because without pytest-benchmark pytest would refuse it in its configuration."""
+    if hasattr(config.option, "benchmark_disable_gc"):
+        config.option.benchmark_disable_gc = True
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.measure import sample, synchronise
+from bench.shapes import activations
 from fastnet.config import OptimizerOptions
 from fastnet.graph import CudaRecorder
 from fastnet.model import Kernels, efficientnet
@@ -22,6 +23,8 @@ NUM_CLASSES = 101
 OURS = "fastnet"
 TIMM, TIMM_TF, TORCHVISION = "timm efficientnet", "timm tf_efficientnet", "torchvision"
 PEERS = (TIMM, TIMM_TF, TORCHVISION)
+# Another network, torchvision's: what users of EfficientNet compare it with, at ten times its arithmetic.
+RESNET50 = "torchvision resnet50"
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
@@ -57,6 +60,31 @@ class Workload(NamedTuple):
     def __str__(self) -> str:
         return f"{self.variant}@{self.resolution} batch {self.batch}"
 
+    @property
+    def with_resnet50(self) -> bool:
+        return self.variant == "b0"
+
+    @property
+    def byte_pass(self) -> int:
+        """Bytes of a 16-bit type that every convolution's output makes up."""
+        return self.batch * activations(self.variant, self.resolution) * 2
+
+    @property
+    def gigabytes(self) -> float:
+        """An estimate of what a training step takes of a GPU, in 2^30 bytes: a process's context and workspaces, and
+        three byte-passes, for eager PyTorch keeps the outputs of convolution, batch norm and SiLU."""
+        return 2 + 3 * self.byte_pass / 2**30
+
+    def fitting(self, device: torch.device) -> Workload:
+        """With the batch halved until the step of a peer and the recordings of two of ours, half as large, may be held
+        at once; as it is on a CPU."""
+        work = self
+        if device.type == "cuda":
+            held = 0.9 * torch.cuda.get_device_properties(device).total_memory / 2**30
+            while 2 * work.gigabytes - 2 > held and work.batch > 1:
+                work = work._replace(batch=work.batch // 2)
+        return work
+
 
 class Entry(NamedTuple):
     """A contender in one mode. `options` go to torch.compile, None is eager; ours may take other kernels, replay its
@@ -74,6 +102,10 @@ class Entry(NamedTuple):
         name += " with own joins" * self.own_joins
         mode = "eager" if self.options is None else self.options.get("mode", "compiled")
         return f"{name}, {mode}{', graph' * self.graph}"
+
+    @property
+    def is_peer(self) -> bool:
+        return self.model in PEERS
 
     @property
     def is_ours(self) -> bool:
@@ -104,6 +136,11 @@ def entries(peer_options: dict[str, Any] | None = None) -> list[Entry]:
     ]
 
 
+def with_resnet50() -> list[Entry]:
+    """`entries()` and, where torchvision is installed, compiled ResNet-50."""
+    return entries() + [Entry(RESNET50, {})] * (TORCHVISION in compared_peers())
+
+
 OWN_FORMS = (
     Entry(OURS, graph=True), Entry(OURS, graph=True, own_joins=True), Entry(OURS, kernels="triton-ops", graph=True),
     Entry(OURS, {}, kernels="triton-ops"), Entry(OURS, {}, kernels="torch"),
@@ -120,6 +157,10 @@ def build(name: str, variant: str = "b0", **options: Any) -> nn.Module:
 
         make = getattr(torchvision.models, f"efficientnet_{variant}")
         return Peer(make(num_classes=NUM_CLASSES, dropout=arch.dropout)).train()
+    if name == RESNET50:
+        import torchvision
+
+        return Peer(torchvision.models.resnet50(num_classes=NUM_CLASSES)).train()
     import timm
 
     net = timm.create_model(

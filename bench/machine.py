@@ -58,6 +58,11 @@ def gpu_state() -> dict[str, float | str]:
     }
 
 
+def free_gigabytes(device: torch.device) -> float:
+    """Memory of a GPU that no process holds, in 2^30 bytes; 0 elsewhere."""
+    return torch.cuda.mem_get_info(device)[0] / 2**30 if device.type == "cuda" else 0.0
+
+
 def cpu_name() -> str:
     try:
         text = Path("/proc/cpuinfo").read_text()

@@ -1,15 +1,19 @@
 """Everything there is to measure on a GPU, in four parts of at most eight minutes: `python -m bench.proof --part 1`.
 
 1: what ten minutes are best spent on: kernel tests, copy bandwidth, the training step of B0@224 and B1@232 with its
-   memory against timm's and torchvision's, every fused block of B0 against PyTorch eager and compiled.
-2: every launch of every block beside cuBLAS, cuDNN and Inductor and what limits it; the fused operations; tiles.
+   memory against timm's and torchvision's, and B0's against ResNet-50's; every fused block of B0 against PyTorch eager
+   and compiled; the largest batches of B4@380 and B7@600 that fit into 24 GB.
+2: every launch of every block beside cuBLAS, cuDNN and Inductor and what limits it, and with each of its candidate
+   configurations; the fused operations; tiles.
 3: B1@240, B4@380, B7@600, inference, the peers in reduce-overhead and max-autotune. 4: loaders, training from files.
 
 Figures go to bench/results/<gpu>/<date>-<commit>.json after every case; --resume continues the newest file of this
-commit, GPU, torch and triton, also with another part. What is not correct is not timed. Parts 1 to 3 need torch and
-triton, and numpy for the configuration; peers are compared where they are installed. Without a GPU the same command
-runs at tiny sizes to its end, says what it left out, and writes to --out only; with TRITON_INTERPRET=1 our kernels run
-too, through Triton's interpreter.
+commit, GPU, torch and triton, also with another part. What breaks the tolerance rule is timed all the same and marked
+"not correct", by how much; what is grossly wrong (`kernels.tolerance`) is not timed, and ends the part where it is a
+test of the kernels or the step. Parts 1 to 3 need torch, triton and numpy; the kernels' tests are left out without
+pytest, and peers are compared where they are installed. What a GPU has no memory for is recorded as such. Without a GPU
+the same command runs at tiny sizes to its end, says what it left out, and writes to --out only; with TRITON_INTERPRET=1
+our kernels run too, through Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -24,10 +28,12 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 
-from bench.contenders import OURS, OWN_FORMS, Entry, compared_peers
+from bench.contenders import OURS, OWN_FORMS, Entry, compared_peers, with_resnet50
 from bench.proof_blocks import BLOCKS, BLOCKS_COMPILED, LAUNCHES, LAUNCHES_COMPILED
 from bench.proof_caches import AUTOTUNED, CACHES, caches
+from bench.proof_candidates import CANDIDATES
 from bench.proof_kernels import ANATOMY, BANDWIDTH, COMPILED, KERNELS, TILES
+from bench.proof_memory import MEMORY
 from bench.proof_parity import parity
 from bench.proof_pipeline import END_TO_END, LOADERS
 from bench.proof_steps import CHECK, INFERENCE, STEPS_B0_B1, STEPS_LARGE, inference, steps
@@ -43,13 +49,14 @@ PARTS: dict[int, tuple[Stage, ...]] = {
         BANDWIDTH,
         parity(STEPS_B0_B1),
         CHECK,
-        steps("steps", [B0]),
+        steps("steps", [B0], with_resnet50()),
         BLOCKS,
+        MEMORY,
         steps("steps, B1", [B1]),
         steps("steps, our kernels", [B0], OWN_FORMS),
         BLOCKS_COMPILED,
     ),
-    2: (BANDWIDTH, CHECK, LAUNCHES, KERNELS, LAUNCHES_COMPILED, TILES, ANATOMY, COMPILED),
+    2: (BANDWIDTH, CHECK, LAUNCHES, CANDIDATES, KERNELS, LAUNCHES_COMPILED, TILES, ANATOMY, COMPILED),
     3: (
         BANDWIDTH,
         CHECK,
@@ -61,8 +68,8 @@ PARTS: dict[int, tuple[Stage, ...]] = {
     ),
     4: (CHECK, LOADERS, END_TO_END),
 }
-# Short of eight: a compilation that has begun cannot be stopped.
-PART_MINUTES = 7.5
+# Short of eight: a compilation that has begun cannot be stopped. A CPU is in no hurry.
+PART_MINUTES, CPU_MINUTES = 7.5, 60.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,9 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type != "cuda":
         print("no GPU: tiny sizes on the CPU, to see that everything runs; what needs a GPU is left out")
     try:
-        return run_part(
-            options.part, PARTS[options.part], device, options.out, resume=options.resume, minutes=PART_MINUTES
-        )
+        minutes = PART_MINUTES if device.type == "cuda" else CPU_MINUTES
+        return run_part(options.part, PARTS[options.part], device, options.out, resume=options.resume, minutes=minutes)
     except ValueError as error:
         parser.error(str(error))
 

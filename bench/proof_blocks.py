@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from bench.cases import BATCH, DIRECTIONS, RESOLUTION, VARIANT, BlockCase, Direction, block_errors
+from bench.cases import BATCH, DIRECTIONS, RESOLUTION, VARIANT, BlockCase, Direction, block_errors, launch_errors
 from bench.launches import Launch, describe, schedule
 from bench.limits import H200, Rates, block_work, bound, limits, rates
 from bench.machine import gpu_state
 from bench.measure import ColdCache, peak_memory, sample, summarise
 from bench.shapes import model_blocks
-from bench.stages import Case, Context, Stage, attempt, not_correct, verdict
+from bench.stages import Case, Context, Stage, attempt, free_memory, not_correct, verdict
 from fastnet.model import Kernels
 from kernels import mbconv_traffic
 from kernels.launch import INTERPRETED
@@ -58,6 +58,20 @@ def block_bytes(block: Block, dtype: torch.dtype) -> dict[Direction, int]:
     return {d: sum(sum(by.values()) for by in of.values()) for d, of in zip(DIRECTIONS, steps, strict=True)}
 
 
+def check(block: Block, dtype: torch.dtype, device: torch.device) -> Case:
+    """`verdict` on the block, with half of its images, and so on, where the GPU has no memory for the oracle's fp64."""
+    images = block.images
+    while True:
+        try:
+            found = verdict(block_errors(block, dtype, device))
+            return found if block.images == images else found | {"checked_images": block.images}
+        except torch.OutOfMemoryError:
+            if block.images == 1:
+                raise
+        block = block._replace(images=block.images // 2)
+        free_memory()
+
+
 def time_block(block: Block, names: Sequence[str], context: Context) -> Case:
     """Forward and backward of the block by each of `names`, peak memory beside, bytes and predicted seconds of ours.
 
@@ -67,7 +81,7 @@ def time_block(block: Block, names: Sequence[str], context: Context) -> Case:
     moved = block_bytes(block, dtype)
     found: Case = {"bytes": moved, "predicted": {d: moved[d] / _bandwidth(context) for d in DIRECTIONS}}
     if FUSED in names:
-        found |= verdict(block_errors(block, dtype, context.device))
+        found |= check(block, dtype, context.device)
     for name in names:
         kernels: Any = "torch" if name == COMPILED else name
         case = BlockCase(block, kernels, dtype, context.device)
@@ -160,6 +174,17 @@ def time_launch(launch: Launch, names: Sequence[str], context: Context, cold: Co
         }
 
 
+def _check_launch(launch: Launch) -> Case:
+    """`verdict`, or nothing where the GPU has no memory for the oracle's fp64: the block has been checked on fewer
+    images."""
+    try:
+        return verdict(launch_errors(launch))
+    except torch.OutOfMemoryError:
+        pass
+    free_memory()
+    return {}
+
+
 def _time_schedule(block: Block, names: Sequence[str], context: Context, known: Case) -> Case:
     """Every step of `block`: timings by name, bytes, limits; `known` are those that another stage has timed."""
     dtype, cold, _ = _setting(context)
@@ -170,6 +195,8 @@ def _time_schedule(block: Block, names: Sequence[str], context: Context, known: 
             continue
         found: Case = {"bytes": work[step].memory, "limits": limits(work[step], of)}
         found["limit"], found["predicted"] = bound(work[step], of)
+        if "ours" in names:
+            found |= _check_launch(launch)
         found |= time_launch(launch, names, context, cold)
         if step in known and "ours" not in found:
             found |= {name: known[step][name] for name in ("ours", "eager") if name in known[step]}
@@ -177,7 +204,8 @@ def _time_schedule(block: Block, names: Sequence[str], context: Context, known: 
             rate = found["bytes"] / found["ours"]["median"]
             found |= {"gb_per_second": rate / 1e9, "of_copy_bandwidth": rate / of.memory}
         steps[step] = found | {"fastest": fastest(found)}
-    return {"steps": steps}
+    wrong = [step for step, one in steps.items() if "not_correct" in one]
+    return {"steps": steps} | ({"not_correct": ", ".join(wrong)} if wrong else {})
 
 
 def fastest(found: Case) -> str:
@@ -232,7 +260,8 @@ def _launch_line(step: str, one: Case) -> str:
     rate = f"{one['gb_per_second']:7.0f}{one['of_copy_bandwidth']:8.0%}" if "ours" in one else " " * 15
     share = f"{one['predicted'] / one['ours']['median']:8.0%}" if "ours" in one else " " * 8
     limit = f"{1e6 * one['predicted']:8.1f} {one['limit']:<13}"
-    return f"  {step:<24}{us('ours')}{rate}{limit}{share}{us('library')}{us('eager')}{us(COMPILED)}  {one['fastest']}"
+    line = f"  {step:<24}{us('ours')}{rate}{limit}{share}{us('library')}{us('eager')}{us(COMPILED)}"
+    return f"{line}  {one['fastest']}{not_correct(one)}"
 
 
 def blocks(name: str, names: Sequence[str]) -> Stage:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from bench.contenders import OURS, Workload, compared_peers
-from bench.machine import ROOT
-from bench.proof_caches import CacheFiller
-from bench.stages import Case, Context, Refused, Stage
+from bench.contenders import Workload
+from bench.machine import ROOT, free_gigabytes
+from bench.proof_caches import CacheFiller, models_to_compile
+from bench.stages import Case, Context, Refused, Stage, not_correct
 
-SECONDS, TINY_SECONDS = 150, 90
+SECONDS, TINY_SECONDS = 150, 900  # a CPU is in no hurry
 
 
 class Suite(NamedTuple):
@@ -39,37 +42,55 @@ GPU_TESTS = (
 CPU_TESTS = (Suite("test_drop_connect.py", names="fp16"),)
 
 
+# What a file of tests takes of the GPU at most: a process's context and small tensors, but for the one test past 2^31
+# elements, which runs where this much is free.
+SUITE_GIGABYTES, LARGE_TEST_GIGABYTES = 2.0, 24.0
+# As `kernels.tolerance` words it and the tests of unwritten memory do; or the GPU itself saw a bad address.
+GROSS = re.compile("gross: |has NaN or inf|CUDA error|illegal memory access|misaligned address")
+
+
 def parity_stage(works: Sequence[Workload]) -> Callable[[Context], Iterator[tuple[str, Case]]]:
     """The kernels' tests, a process for each file; on a GPU the compile caches for `works` are filled meanwhile.
 
-    Refuses where a test fails. Where they don't end in time, what is timed later is still checked case by case.
+    A test that fails is listed, and timing goes on, for what is timed is checked case by case; Refused where an error
+    is gross (`kernels.tolerance`).
     """
 
     def run(context: Context) -> Iterator[tuple[str, Case]]:
+        free = free_gigabytes(context.device)
+        at_once = 1 if context.tiny else max(1, min(len(GPU_TESTS), int(free / SUITE_GIGABYTES)))
         filler = None
-        if context.tiny:
-            context.leave_out("the tests of the other kernels: the interpreter takes minutes (`make test` runs them)")
+        if not context.tiny:
+            tests = at_once * SUITE_GIGABYTES + LARGE_TEST_GIGABYTES * (free >= LARGE_TEST_GIGABYTES)
+            fitting = [work.fitting(context.device) for work in works]
+            jobs = [(model, work) for work in fitting for model in models_to_compile(work)]
+            filler = CacheFiller(jobs, SECONDS, gigabytes=free - tests)
+        if importlib.util.find_spec("pytest") is None:
+            context.leave_out("the kernels' tests: pytest is not installed")
         else:
-            models = [OURS, *compared_peers()]
-            filler = CacheFiller([(model, work) for work in works for model in models], SECONDS)
-        done = context.cases("parity")
-        suites = CPU_TESTS if context.tiny else GPU_TESTS
-        wanted = [suite for suite in suites if not done.get(str(suite), {}).get("finished")]
-        with ThreadPoolExecutor(len(GPU_TESTS)) as pool:
-            results = list(pool.map(lambda suite: run_tests(suite, TINY_SECONDS if context.tiny else SECONDS), wanted))
-        failures = []
-        for suite, found in zip(wanted, results, strict=True):
-            if not found["finished"]:
-                context.leave_out(f"the rest of {suite}: it did not end within {SECONDS} s; --resume runs it again")
-            failures += found["failures"]
-            if not found["failed"]:
-                yield str(suite), found
+            yield from _run_suites(context, at_once)
         if filler is not None:
             yield "compile caches", {"filled": filler.wait()}
-        if failures:
-            raise Refused(f"kernel tests fail, so nothing is timed: {'; '.join(failures)}")
+        suites = context.stages.get("parity", {}).get("cases", {})
+        gross = [line for found in suites.values() for line in found.get("failures", ()) if GROSS.search(line)]
+        if gross:
+            raise Refused(f"kernels are grossly wrong, so nothing is timed: {'; '.join(gross)}")
 
     return run
+
+
+def _run_suites(context: Context, at_once: int) -> Iterator[tuple[str, Case]]:
+    seconds = TINY_SECONDS if context.tiny else SECONDS
+    if context.tiny:
+        context.leave_out("the tests of the other kernels: the interpreter takes minutes (`make test` runs them)")
+    done = context.cases("parity")
+    wanted = [s for s in (CPU_TESTS if context.tiny else GPU_TESTS) if not done.get(str(s), {}).get("finished")]
+    with ThreadPoolExecutor(at_once) as pool:
+        results = pool.map(lambda suite: run_tests(suite, seconds), wanted)
+        for suite, found in zip(wanted, results, strict=True):
+            if not found["finished"]:
+                context.leave_out(f"the rest of {suite}: it did not end within {seconds} s; --resume runs it again")
+            yield str(suite), found
 
 
 def run_tests(suite: Suite, seconds: float) -> Case:
@@ -77,35 +98,51 @@ def run_tests(suite: Suite, seconds: float) -> Case:
     file = ROOT / "tests" / suite.file
     if not file.exists():
         raise Refused(f"{file.name} is not in tests/: run from the source tree")
-    command = [sys.executable, "-m", "pytest", str(file), "-q", "-m", suite.marks]
+    command = [sys.executable, "-m", "pytest", str(file), "-q", "-m", suite.marks, "-p", "no:cacheprovider"]
     command += ["-k", suite.names] if suite.names else []
+    # COLUMNS: pytest cuts the lines of its summary to the terminal's width.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+        env={**os.environ, "COLUMNS": "400"},
+    )  # fmt: skip
     try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=seconds)
-    except subprocess.TimeoutExpired as late:
-        output = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
-        progress = "".join(re.findall(r"^[.sFEx]+", output, re.MULTILINE))
-        failed = progress.count("F") + progress.count("E")
-        return {
-            "passed": progress.count("."), "failed": failed, "summary": "not finished", "finished": False,
-            "failures": [f"{failed} tests of {suite}, which did not end in time"] if failed else [],
-        }  # fmt: skip
-    summary = (done.stdout.strip().splitlines() or [done.stderr.strip()[-200:]])[-1]
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error|skipped)", summary)}
+        output, finished = process.communicate(timeout=seconds)[0], True
+    except subprocess.TimeoutExpired:
+        finished = False
+        process.send_signal(signal.SIGINT)  # pytest then sums up what it has seen
+        try:
+            output = process.communicate(timeout=15)[0]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            output = process.communicate()[0]
+    return summary_of(suite, output, process.returncode, finished)
+
+
+def summary_of(suite: Suite, output: str, status: int, finished: bool) -> Case:
+    """A suite's case from what pytest printed and returned."""
+    lines = output.strip().splitlines() or ["no output"]
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error|skipped)", lines[-1])}
+    progress = "".join(re.findall(r"^[.sFEx]+(?=\s|$)", output, re.MULTILINE))
+    failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     failed = counts.get("failed", 0) + counts.get("error", 0)
-    if done.returncode and not failed:
-        failed = 1  # pytest itself could not run
-    failures = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))] or [summary]
-    return {
-        "passed": counts.get("passed", 0), "failed": failed, "skipped": counts.get("skipped", 0), "summary": summary,
-        "finished": True, "failures": failures[:20] if failed else [],
+    if not finished:
+        failed = max(failed, progress.count("F") + progress.count("E"))
+    elif status not in (0, 5) and not failed:  # 5: none was selected
+        failed = 1
+        failures = [f"pytest ended with status {status}: {next(filter(GROSS.search, lines), lines[-1])}"]
+    found: Case = {
+        "passed": counts.get("passed", progress.count(".")), "failed": failed, "skipped": counts.get("skipped", 0),
+        "summary": lines[-1] if finished else "not finished", "finished": finished, "failures": failures[:50],
     }  # fmt: skip
+    return found | ({"not_correct": f"{failed} tests fail"} if failed else {})
 
 
 def show_parity(cases: dict[str, Case]) -> str:
     lines = []
     for name, found in cases.items():
         if "passed" in found:
-            lines.append(f"{name}: {found['passed']} tests passed: {found['summary']}")
+            lines.append(f"{name}: {found['passed']} tests passed: {found['summary']}{not_correct(found)}")
+            lines += [f"  {failure}" for failure in found["failures"]]
         for work, filled in found.get("filled", {}).items():
             result = filled.get("error") or f"first step after {filled['first_step']:.0f} s (contended)"
             lines.append(f"  compile cache, {work}: {result}")

@@ -12,6 +12,7 @@ from torch import Tensor
 from bench.anatomy import device_times, show_top, top_kernels
 from bench.contenders import (
     OURS,
+    RESNET50,
     TORCHVISION,
     Entry,
     StepRunner,
@@ -25,9 +26,10 @@ from bench.contenders import (
 from bench.measure import interleaved, median_ratio, peak_memory, summarise, synchronise
 from bench.proof_caches import AUTOTUNED
 from bench.shapes import activations
-from bench.stages import Case, Context, Refused, Stage, attempt
+from bench.stages import Case, Context, Refused, Stage, attempt, free_memory, not_correct
 from fastnet.graph import WARMUP_STEPS
 from fastnet.step import Amp
+from kernels.tolerance import GROSS
 
 # Seconds that compiling a model whole may still need when its cache was filled before.
 COMPILE_ALLOWANCE = 60
@@ -37,8 +39,8 @@ TINY = Workload("b0", 64, 4)  # on a CPU, once
 def check_stage(context: Context) -> Iterator[tuple[str, Case]]:
     """A training step of a small model, by fused Triton blocks and by PyTorch, from the same weights and draws.
 
-    Refuses where the fp32 gradients of the first are further from fp64's than a thousandth of their norm and than twice
-    those of the second.
+    Not correct where the fp32 gradients of the first are further from fp64's than a thousandth of their norm and than
+    twice those of the second; Refused where it is a tenth: that is another computation.
     """
     if context.tiny:
         context.leave_out("the step with Triton kernels against the one without: needs a GPU")
@@ -69,18 +71,22 @@ def check_stage(context: Context) -> Iterator[tuple[str, Case]]:
         torch.backends.cudnn.allow_tf32 = convolutions_tf32
     exact = gradients.pop("exact")
     distances = {name: float((found - exact).norm() / exact.norm()) for name, found in gradients.items()}
+    found: Case = {"gradient_distances": distances, "losses": losses}
     if not distances["triton"] <= max(1e-3, 2 * distances["torch"]):
-        raise Refused(
+        found["not_correct"] = (
             f"gradients of a B0 step in fp32 are {distances['triton']:.2e} of their norm from fp64's with Triton, "
             f"{distances['torch']:.2e} with PyTorch"
         )
-    yield "b0@64 fp32", {"gradient_distances": distances, "losses": losses}
+        if not distances["triton"] <= max(GROSS, 2 * distances["torch"]):
+            raise Refused(found["not_correct"])
+    yield "b0@64 fp32", found
 
 
 def show_check(cases: dict[str, Case]) -> str:
     return "\n".join(
         f"{case}: gradients from fp64's: "
         + ", ".join(f"{name} {distance:.1e}" for name, distance in found["gradient_distances"].items())
+        + not_correct(found)
         for case, found in cases.items()
     )
 
@@ -98,7 +104,11 @@ def steps_stage(
             others = "; ".join(entry.label for entry in contenders if entry not in used)
             context.leave_out(f"on a CPU: {others}")
         tiny = [] if any(str(TINY) in context.cases(stage) for stage in context.stages) else [TINY]
-        for work in (tiny if context.tiny else works) if used else ():
+        fitting = [work.fitting(context.device) for work in works]
+        for work, wanted in zip(fitting, works, strict=True):
+            if work != wanted:
+                context.leave_out(f"{wanted}: more than this GPU's memory holds; {work} instead")
+        for work in (tiny if context.tiny else fitting) if used else ():
             if context.cases(name).get(str(work), {}).get("complete"):
                 continue
             if context.has_time(60, f"training step {work}"):
@@ -143,6 +153,7 @@ def _compare_steps(context: Context, work: Workload, contenders: Sequence[Entry]
             return {"first_step_seconds": first, "peak_bytes": peak}
 
         cases[entry.label] = attempt(prepare)
+    _drop_what_no_longer_fits(runners, cases, device)
     rounds, inner = (3, 1) if context.tiny else (12, 3)
     taken = interleaved(runners, device, rounds=rounds, inner=inner, until=context.deadline - 20)
     bandwidth = context.cases("copy bandwidth")["large copy"]["bytes_per_second"]
@@ -152,7 +163,9 @@ def _compare_steps(context: Context, work: Workload, contenders: Sequence[Entry]
             "timing": timing.to_json(),
             "images_per_second": work.batch / timing.median,
             # A time-pass compares with a GPU's memory; on a CPU it would mean nothing.
-            "time_passes": None if context.tiny else time_passes(timing.median, work, bandwidth),
+            "time_passes": None
+            if context.tiny or label.startswith(RESNET50)
+            else time_passes(timing.median, work, bandwidth),
         }
     found: Case = {"amp": amp, "contenders": cases, "complete": len(cases) == len(contenders)}
     found |= ratios(taken, cases, contenders)
@@ -162,10 +175,26 @@ def _compare_steps(context: Context, work: Workload, contenders: Sequence[Entry]
     return found
 
 
+def _drop_what_no_longer_fits(runners: dict[str, StepRunner], cases: dict[str, Case], device: torch.device) -> None:
+    """Run each once more, now that the recordings of those prepared later hold their memory too."""
+    for label in list(runners):
+
+        def again(label: str = label) -> Case:
+            runners[label]()
+            synchronise(device)
+            return {}
+
+        cases[label] |= attempt(again)
+        if "error" in cases[label]:
+            del runners[label]
+            free_memory()
+
+
 def ratios(taken: dict[str, list[float]], cases: dict[str, Case], contenders: Sequence[Entry]) -> Case:
-    """Our fastest form against the fastest peer, and its peak memory against torchvision's eager and the leanest."""
+    """Our fastest form against the fastest peer, and its peak memory against torchvision's eager and the leanest; and
+    against ResNet-50 where that ran."""
     ours = [entry.label for entry in contenders if entry.is_ours and entry.label in taken]
-    peers = [entry.label for entry in contenders if entry.model != OURS and entry.label in taken]
+    peers = [entry.label for entry in contenders if entry.is_peer and entry.label in taken]
     if not ours or not peers:
         return {}
     best, fastest = (min(of, key=lambda label: statistics.median(taken[label])) for of in (ours, peers))
@@ -177,6 +206,9 @@ def ratios(taken: dict[str, list[float]], cases: dict[str, Case], contenders: Se
         for name, label in peaks.items()
         if label in taken and cases[label]["peak_bytes"]
     }
+    resnet = Entry(RESNET50, {}).label
+    if resnet in taken:
+        found["resnet50_speedup"] = median_ratio(taken[resnet], taken[best])
     return found
 
 
@@ -214,6 +246,8 @@ def show_steps(cases: dict[str, Case]) -> str:
             lines.append(f"  {found['best']} against {found['fastest_peer']}: {found['speedup']:.2f}x")
             for name, share in found["memory"].items():
                 lines.append(f"  its peak memory is {share:.2f} of {name.replace('_', ' ')}'s")
+            if "resnet50_speedup" in found:
+                lines.append(f"  {found['best']} against compiled ResNet-50: {found['resnet50_speedup']:.2f}x")
         if "anatomy" in found:
             lines.extend(f"  {line}" for line in show_top(found["anatomy"]))
     return "\n".join(lines)

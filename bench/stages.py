@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
@@ -21,7 +22,7 @@ Case = dict[str, Any]
 
 
 class Refused(RuntimeError):
-    """Nothing may be timed: something is not correct. The message says what."""
+    """Nothing more may be timed: something is grossly wrong. The message says what."""
 
 
 @dataclass
@@ -67,15 +68,31 @@ class Stage(NamedTuple):
 
 
 def attempt(work: Callable[[], Case]) -> Case:
-    """The case, or {"error": one line} where it fails: one broken contender does not stop the others."""
+    """The case, or {"error": one line} where it fails: one broken contender does not stop the others, nor does one that
+    this GPU has not the memory for. Refused where a kernel's fault has taken the GPU from this process."""
     try:
         return work()
     except Refused:
         raise
+    except torch.OutOfMemoryError as error:
+        found: Case = {"error": f"out of memory: {str(error).split('. ')[0]}"[:300]}
     except Exception as error:
-        torch.cuda.empty_cache()
         lines = str(error).strip().splitlines() or [""]
-        return {"error": f"{type(error).__name__}: {lines[0]}"[:300], "traceback": traceback.format_exc(limit=-4)}
+        found = {"error": f"{type(error).__name__}: {lines[0]}"[:300], "traceback": traceback.format_exc(limit=-4)}
+    free_memory()  # not before the exception is gone, whose frames hold tensors
+    return found
+
+
+def free_memory() -> None:
+    """Give back what a failed case held. Refused where the GPU no longer answers."""
+    gc.collect()
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError as error:
+        raise Refused(f"the GPU no longer answers this process: {str(error).splitlines()[0]}") from None
 
 
 def verdict(errors: Errors) -> Case:
@@ -155,7 +172,7 @@ def result_folder(device: torch.device, out: Path | None) -> Path | None:
 def run_part(
     part: int, stages: Sequence[Stage], device: torch.device, out: Path | None, *, resume: bool, minutes: float
 ) -> int:
-    """Run one part, print what it found; 0 if everything was right, 1 if something failed or refused."""
+    """Run one part, print what it found; 0 if all was right, 1 if something failed, was not correct or refused."""
     machine = describe(device)
     results = ResultFile(result_folder(device, out), machine, resume=resume)
     stored: dict[str, dict[str, Any]] = results.content["stages"]
@@ -191,9 +208,10 @@ def run_part(
             break
     show(part, stages, stored, machine)
     print(f"\nresults: {results.path or 'not written (no GPU; --out FOLDER writes them)'}")
-    failed = [f"{name}: {case}" for name, e in stored.items() for case, found in e["cases"].items() if "error" in found]
-    for line in failed:
-        print(f"failed: {line}")
+    cases = [(f"{name}: {case}", found) for name, entry in stored.items() for case, found in entry["cases"].items()]
+    failed = [(what, found) for what, found in cases if "error" in found or "not_correct" in found]
+    for what, found in failed:
+        print(f"failed: {what}" if "error" in found else f"not correct: {what}: {found['not_correct']}")
     return 1 if status or failed else 0
 
 

@@ -31,7 +31,8 @@ The term is some 1e-7 of a value: it matters to fp32, and is lost beside one rou
 rule is only stricter, which is what a check of 16-bit results does to save the evaluations.
 
 rsqrt, too, is an approximation on a GPU, but PyTorch's batch norm takes the same instruction there, so that its error
-is among PyTorch's.
+is among PyTorch's. A division (div.full, within 2 units) occurs over vectors alone, in means, which what is left of
+their deviations corrects, and once in a variance, whose root halves it.
 
 A result that breaks the rule is wrong by `Errors.share`. It is `gross` where it holds a value that is not finite, or
 lies further than GROSS of the oracle's largest value from it: then it is not a matter of rounding. No chain of bf16
