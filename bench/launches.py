@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnet.choices import block_key
+from fastnet.forms import block_name
 from kernels import pointwise
 from kernels.batch_norm import sum_partials
 from kernels.depthwise import depthwise, merge_stats
@@ -43,7 +43,7 @@ class Launch(NamedTuple):
 
 
 def describe(block: Block) -> str:
-    key = block_key(
+    key = block_name(
         block.in_channels, block.channels, block.out_channels, block.kernel_size, block.stride, block.height
     )
     return f"{key}, batch {block.images}"

@@ -7,14 +7,16 @@ training and in inference, a whole MBConv.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnet.choices import Form, chosen
+from fastnet.forms import Form, chosen
 from kernels import ConvNorm, Excite, bn_drop_connect_add, bn_silu, bn_silu_squeeze_excite, mbconv
+from kernels.excite import MAX_SQUEEZE
 from kernels.launch import Impl, resolve
 from kernels.mbconv import Unjoined, mbconv_training
 
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
     from fastnet.model import BlockShape, Kernels, ModelConfig, Padding
 
 SE_RATIO = 4
+UNFUSED = (
+    "kernels='triton' can't fuse a block whose batch norms are frozen while gradients flow through it: such blocks run "
+    "convolution by convolution, as with 'triton-ops'"
+)
 
 
 def operation_impl(kernels: Kernels) -> Impl:
@@ -134,21 +140,34 @@ class ConvBNAct(nn.Module):
         *,
         stride: int = 1,
         groups: int = 1,
+        alone: bool = False,
     ) -> None:
+        """alone: not a part of a block, so that what is measured of it counts (`forms`)."""
         super().__init__()
         self.conv = Conv2d(in_channels, out_channels, kernel_size, stride, groups, config.padding)
         self.bn = BatchNorm(out_channels, config)
+        self.alone = alone
 
     @property
     def layer(self) -> ConvNorm:
         return ConvNorm(self.conv.weight, *self.bn.tensors)
 
-    def forward(self, x: Tensor, se: SqueezeExcite | None = None) -> Tensor:
-        """[B, C_in, H, W] → [B, C_out, H/stride, W/stride]."""
+    @property
+    def kind(self) -> tuple[int | str, ...]:
+        """What tells this layer from others (`forms.Place`), whose size is that of the convolution's output."""
+        return ("layer", self.conv.in_channels, self.conv.out_channels, self.conv.kernel_size[0], self.conv.stride[0])
+
+    def forward(self, x: Tensor, se: SqueezeExcite | None = None, *, form: Form | None = None) -> Tensor:
+        """[B, C_in, H, W] → [B, C_out, H/stride, W/stride]. form: instead of what was chosen."""
         x = self.conv(x)
+        options = self.bn.options
+        if form is None and self.alone and self.bn.impl == "auto":
+            form = chosen(self.kind, x, x.shape[2], x.shape[3], self.bn.training)
+        if form == "torch":
+            options["impl"] = "torch"
         if se is None:
-            return bn_silu(x, *self.bn.tensors, **self.bn.options)
-        return bn_silu_squeeze_excite(x, *self.bn.tensors, *se.tensors, **self.bn.options)
+            return bn_silu(x, *self.bn.tensors, **options)
+        return bn_silu_squeeze_excite(x, *self.bn.tensors, *se.tensors, **options)
 
 
 class Project(nn.Module):
@@ -185,10 +204,13 @@ class MBConv(nn.Module):
         self.padding = config.padding
         self.kernels = config.kernels
 
-    def forward(self, x: Tensor | Unjoined, scale: Tensor | None = None, *, join: bool = True) -> Tensor | Unjoined:
+    def forward(
+        self, x: Tensor | Unjoined, scale: Tensor | None = None, *, join: bool = True, form: Form | None = None
+    ) -> Tensor | Unjoined:
         """x [B, C_in, H, W], drop-connect scale [B] (None: 1) → [B, C_out, H/stride, W/stride].
 
-        x may be Unjoined, and without `join` the output is, where `EfficientNet.forward` says so.
+        x may be Unjoined, and without `join` the output is, where `EfficientNet.forward` says so. form: instead of the
+        one that `self.form` names.
         """
         bn = self.project.bn
         layers = (
@@ -199,7 +221,7 @@ class MBConv(nn.Module):
         options |= {"momentum": bn.momentum, "eps": bn.eps, "group": bn.group}
         if isinstance(x, Unjoined) or not join:
             return mbconv_training(x, *layers, scale, **options, join=join)
-        form = self.form(x, x.shape[2])
+        form = self.form(x, x.shape[2], x.shape[3]) if form is None else form
         if form != "triton-ops":
             impl = "torch" if form == "torch" else bn.impl
             return mbconv(x, *layers, scale, **options, training=bn.training, impl=impl)
@@ -207,27 +229,43 @@ class MBConv(nn.Module):
         h = self.depthwise(h, self.se)
         return self.project(h, x if self.has_residual else None, scale)
 
-    def form(self, x: Tensor, height: int) -> Form:
-        """The block as one ("triton", or "torch" where that was measured to be faster) or convolution by convolution,
-        for an input of that height, on the device and of the dtype of x.
+    @property
+    def kind(self) -> tuple[int | str, ...]:
+        """What tells this kind of block from others (`forms.Place`)."""
+        return ("block", *self.shape, self.padding)
 
-        As one only with Triton, and with every norm in training or nothing to differentiate.
+    def form(self, x: Tensor, height: int, width: int) -> Form:
+        """How the block is computed on inputs of that size, on the device and of the dtype of x: as one ("triton", or
+        "torch" where that was measured to be faster) or convolution by convolution.
+
+        As one only with Triton, and with every norm in training, or none of them and nothing to differentiate.
         """
         if self.kernels in ("torch", "triton-ops") or resolve(self.project.bn.impl, x) == "torch":
             return "triton-ops"
-        norms = [part.bn for part in (self.expand, self.depthwise, self.project) if part is not None]
-        if all(bn.training for bn in norms):
-            return chosen(self.shape, x, height) if self.kernels == "auto" else "triton"
-        return "triton-ops" if torch.is_grad_enabled() or any(bn.training for bn in norms) else "triton"
+        norms = [part.bn.training for part in (self.expand, self.depthwise, self.project) if part is not None]
+        training = all(norms)
+        if not training and (any(norms) or self._takes_gradients(x)):
+            if self.kernels == "triton" and not torch.compiler.is_compiling():
+                warnings.warn(UNFUSED, stacklevel=2)
+            return "triton-ops"
+        if self.kernels == "triton":
+            return "triton"
+        # The operations have a remedy of their own for what the fused kernels can't hold.
+        if self.se.reduce.out_features > MAX_SQUEEZE:
+            return "triton-ops"
+        return chosen(self.kind, x, height, width, training)
+
+    def _takes_gradients(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
     def leaves_its_join_to(self, following: MBConv, x: Tensor | Unjoined) -> bool:
         """Whether the next block's expansion can make this one's output as it loads: both train fused."""
         x = x.p if isinstance(x, Unjoined) else x
-        height = math.ceil(x.shape[2] / self.shape.stride)
+        height, width = (math.ceil(side / self.shape.stride) for side in x.shape[2:])
         return (
             following.expand is not None
             and self.project.bn.training
             and following.project.bn.training
-            and self.form(x, x.shape[2]) == following.form(x, height) == "triton"
+            and self.form(x, x.shape[2], x.shape[3]) == following.form(x, height, width) == "triton"
             and not (self._forward_hooks or following._forward_pre_hooks)  # which want to see it
         )

@@ -84,7 +84,7 @@ class ModelConfig:
     padding: "symmetric" is k // 2 on every side; "same" is TF's, which puts an odd pixel right and below.
     kernels: "torch" is plain PyTorch; "triton" fuses whole MBConv blocks and never falls back; "triton-ops" keeps
     PyTorch's convolutions and fuses what lies between them; "auto" is "torch" without CUDA and on it "triton", but for
-    blocks that were measured to train faster otherwise (``fastnet.choices``).
+    blocks that were found wrong or slower so on the GPU at hand (``fastnet.tuning``).
     """
 
     variant: str = "b0"
@@ -124,10 +124,10 @@ class EfficientNet(nn.Module):
         super().__init__()
         self.config = config
         shapes = block_shapes(config.width, config.depth)
-        self.stem = ConvBNAct(3, round_filters(STEM_CHANNELS, config.width), 3, config, stride=2)
+        self.stem = ConvBNAct(3, round_filters(STEM_CHANNELS, config.width), 3, config, stride=2, alone=True)
         self.blocks = nn.ModuleList(MBConv(shape, config) for shape in shapes)
         features = round_filters(HEAD_CHANNELS, config.width)
-        self.head = ConvBNAct(shapes[-1].out_channels, features, 1, config)
+        self.head = ConvBNAct(shapes[-1].out_channels, features, 1, config, alone=True)
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(features, config.num_classes)
         # Linear decay (Huang et al. 2016) as the reference implementation counts it: rate·i/N from i = 0.

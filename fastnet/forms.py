@@ -1,0 +1,58 @@
+"""The forms that a block of the model can be computed in, and which one `--kernels auto` takes, for the process.
+
+`fastnet.tuning` finds out what is right and fastest on a GPU and sets it here, before anything is traced or recorded.
+What was not looked at runs fused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+# The whole block in our kernels; cuDNN's and cuBLAS's convolutions with our operations between them; PyTorch alone,
+# which under torch.compile is Inductor. In order of the memory that they keep for backward.
+Form = Literal["triton", "triton-ops", "torch"]
+
+
+class Place(NamedTuple):
+    """Where a form holds: a kind of block or layer, the height and width that it is given, the images' dtype and the
+    device's type, batch statistics (training) or kept ones, compiled or not."""
+
+    kind: tuple[int | str, ...]
+    height: int
+    width: int
+    dtype: torch.dtype
+    device: str
+    training: bool
+    compiled: bool
+
+
+_chosen: dict[Place, Form] = {}
+
+
+def use(forms: Mapping[Place, Form]) -> None:
+    """Compute so from now on; other places stay as they are."""
+    _chosen.update(forms)
+
+
+def forget() -> None:
+    """Back to the fused form everywhere."""
+    _chosen.clear()
+
+
+def chosen(kind: tuple[int | str, ...], x: Tensor, height: int, width: int, training: bool) -> Form:
+    """What a block or layer computes by, on inputs of that size, on the device and of the dtype of x."""
+    return _look_up(kind, height, width, x.dtype, x.device.type, training, torch.compiler.is_compiling())
+
+
+@torch.compiler.assume_constant_result
+def _look_up(*place: object) -> Form:
+    return _chosen.get(Place(*place), "triton")  # type: ignore[arg-type]
+
+
+def block_name(in_channels: int, expanded: int, out_channels: int, kernel_size: int, stride: int, height: int) -> str:
+    """What tells blocks apart for a reader; `height` is that of the block's input."""
+    return f"{in_channels}→{expanded}→{out_channels} k{kernel_size} s{stride} at {height}"
