@@ -40,7 +40,7 @@ class ModelOptions:
     """Where --pretrained comes from, when the file itself does not tell."""
     kernels: Literal["auto", "triton", "triton-ops", "torch"] = "auto"
     """How MBConv runs: triton is one fused block and never falls back, triton-ops fuses between torch's convolutions,
-    torch is plain; auto is triton on CUDA and torch elsewhere."""
+    torch is plain; auto is torch on a CPU and triton on CUDA, but for blocks that --tune finds wrong or slower."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,10 @@ class RunOptions:
     compile: Literal["off", "regional", "whole"] = "off"
     """torch.compile. A bare --compile means regional (each kind of block once, shared by its repeats); whole is one
     graph."""
+    tune: Literal["on", "off", "again"] = "on"
+    """On a GPU, before the first step of each kind of batch: check each block's kernels and measure what is fastest, or
+    read what earlier runs measured (on); believe predictions, falling back only where a kernel can't be run (off);
+    measure anew (again)."""
     seed: int = 0
     """Decides initial weights, order, augmentation, dropout and drop-connect."""
     deterministic: bool = False

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+Report = Callable[[str, int, int], None]  # what is being done, how much of it is, out of how much
 
 EXCLUDED_SHOWN = 20  # unreadable files named on screen; the run's folder names all
 
@@ -55,6 +57,54 @@ class Display:
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class Preparation:
+    """What is done before the first step, reported as `(words, done, total)`: a bar for each words on a terminal, lines
+    elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._lines = Lines(lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True))
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Report:
+        if not self.console.is_terminal:
+            return self._lines
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total}"),
+            console=self.console,
+            transient=True,
+        )
+        self._bar.start()
+        return self._show
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _show(self, words: str, done: int, total: int) -> None:
+        assert self._bar is not None
+        if self._task is None:
+            self._task = self._bar.add_task(words)
+        self._bar.update(self._task, description=words, completed=done, total=total)
+
+
+class Lines:
+    """The same in lines, where something begins and where it ends: also beside a bar that is shown already."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say, self._words = say, ""
+
+    def __call__(self, words: str, done: int, total: int) -> None:
+        if words != self._words or done == total:
+            self._say(f"{words}: {done} of {total}")
+        self._words = "" if done == total else words
 
 
 def format_seconds(seconds: float) -> str:

@@ -213,6 +213,8 @@ class MBConv(nn.Module):
         one that `self.form` names.
         """
         bn = self.project.bn
+        if not bn.training:
+            scale = None  # nothing is dropped from a frozen block
         layers = (
             None if self.expand is None else self.expand.layer, self.depthwise.layer, self.se.tensors,
             self.project.layer,

@@ -136,7 +136,7 @@ class EfficientNet(nn.Module):
             for i, shape in enumerate(shapes)
         ]
         self.register_buffer("survival_prob", torch.tensor(survival), persistent=False)
-        self._can_drop = tuple(p < 1 for p in survival)
+        self.droppable = tuple(p < 1 for p in survival)
         if not self.classifier.weight.is_meta:
             self.reset_parameters()
 
@@ -180,7 +180,7 @@ class EfficientNet(nn.Module):
         if self.training:
             # One launch for all layers. The kernels do not count, and only other libraries' files read it.
             torch._foreach_add_([bn.num_batches_tracked for bn in self.batch_norms()], 1)
-            if any(self._can_drop):
+            if any(self.droppable):
                 if drop_scales is None:
                     drop_scales = self.draw_drop_scales(images.shape[0], images.device)
                 elif drop_scales.shape != (len(self.blocks), images.shape[0]):
@@ -190,7 +190,7 @@ class EfficientNet(nn.Module):
                     )
                 # The kernels compute in fp32, and in fp64 for a model that was moved there.
                 rows = drop_scales.to(torch.promote_types(self.survival_prob.dtype, torch.float32)).unbind()
-                scales = [row if can else None for row, can in zip(rows, self._can_drop, strict=True)]
+                scales = [row if can else None for row, can in zip(rows, self.droppable, strict=True)]
         x = self.stem(images)
         blocks = list(self._mbconvs())
         for block, following, scale in zip(blocks, [*blocks[1:], None], scales, strict=True):
@@ -211,20 +211,21 @@ class EfficientNet(nn.Module):
         fourteen shapes behind one would exceed the limit and make height and width symbolic.
         """
         programs = {
-            shape: _compiled_copy(MBConv.forward, "mbconv_{}to{}_k{}_s{}_e{}".format(*shape), options)
+            shape: compiled_copy(MBConv.forward, "mbconv_{}to{}_k{}_s{}_e{}".format(*shape), options)
             for shape in dict.fromkeys(block.shape for block in self._mbconvs())
         }
         for block in self._mbconvs():
             _bind(block, "forward", programs[block.shape])
-        _bind(self.stem, "forward", _compiled_copy(ConvBNAct.forward, "stem", options))
-        _bind(self, "classify", _compiled_copy(EfficientNet.classify, "classify", options))
+        _bind(self.stem, "forward", compiled_copy(ConvBNAct.forward, "stem", options))
+        _bind(self, "classify", compiled_copy(EfficientNet.classify, "classify", options))
         return len(programs) + 2
 
     def _mbconvs(self) -> Iterator[MBConv]:
         return (block for block in self.blocks if isinstance(block, MBConv))
 
 
-def _compiled_copy(function: Callable[..., Any], name: str, options: dict[str, Any]) -> Callable[..., Any]:
+def compiled_copy(function: Callable[..., Any], name: str, options: dict[str, Any]) -> Callable[..., Any]:
+    """The function by that name through torch.compile, with a code object of its own (see `compile_regions`)."""
     assert isinstance(function, types.FunctionType)
     code = function.__code__.replace(co_name=name)
     copy = types.FunctionType(code, function.__globals__, name, function.__defaults__, function.__closure__)

@@ -19,6 +19,7 @@ from fastnet.errors import UserError
 from fastnet.model import EfficientNet
 from fastnet.step import Amp, autocast
 from fastnet.trained import Trained
+from fastnet.tuning import prepare_inference
 
 Tta = Literal["off", "hflip", "five", "ten"]
 
@@ -100,7 +101,9 @@ def view_loader(trained: Trained, index: Index, *, tta: Tta = "off", **options: 
 
 def collect(trained: Trained, loader: Loader, *, tta: Tta = "off", amp: Amp = "off") -> Predictions:
     """Predict every image of the loader once. Images stream through; only K numbers of each stay."""
-    count, batches = loader.num_images, _advancing(loader)
+    count = loader.num_images
+    prepare_inference(trained.model, trained.resolution, min(loader.plan.batch_size, max(count, 1)), amp)
+    batches = _advancing(loader)
     found = torch.empty(count, trained.model.config.num_classes)
     labels = torch.empty(count, dtype=torch.int64)
     row = 0

@@ -47,6 +47,7 @@ CHANGEABLE = {
     "device",
     "compile",
     "kernels",
+    "tune",
     "cuda_graph",
     "checkpoint_hist",
     "log_every",

@@ -19,7 +19,7 @@ from fastnet.build import build_cache, build_loaders, build_model, build_step
 from fastnet.checkpoint import Progress, load_checkpoint, save_checkpoint, write_atomically, write_readable
 from fastnet.config import TrainConfig
 from fastnet.device import out_of_memory, pick_amp, pick_device
-from fastnet.display import Display
+from fastnet.display import Display, Lines, Preparation, Report
 from fastnet.distributed import ALONE, Ranks, divide
 from fastnet.errors import UserError
 from fastnet.evaluation import Interrupted, evaluate_model, reestimate_batch_norm
@@ -34,8 +34,10 @@ from fastnet.schedule import learning_rate, progressive_resolution, step_key
 from fastnet.step import Health
 from fastnet.stop import StopRequest
 from fastnet.trackers import make_trackers
+from fastnet.tuning import make_tuner, words_for
 from fastnet.weights import save_weights
 from fastnet.words import announce, conclude, out_of_memory_words, resume_command
+from kernels.launch import KernelError
 
 LEAST_LOSS_SCALE = 1.0  # fp16 gradients that overflow at this scale are not finite for another reason
 
@@ -81,6 +83,9 @@ class Trainer:
             )
             self.model = build_model(config, len(self.index.classes), self.device, saved_model, self.say)
         self.step = build_step(config, self.model, self.device, self.amp, self.division)
+        self.tuner = make_tuner(
+            config.run, config.model.kernels, self.device, self.amp, self.say, ranks, self.folder / "kernels.txt"
+        )
         self.progress = Progress()
         self.sums = Sums(self.device, ranks.add)
         self.clock = Clock()
@@ -168,6 +173,10 @@ class Trainer:
                 status = self._run()
             self.step.release_graph()  # not after an error: a replay may still wait for another rank
             return status
+        except KernelError as error:
+            raise UserError(
+                f"{words_for(error)}: find out what works with --tune again, or use --kernels torch."
+            ) from error
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
@@ -187,6 +196,8 @@ class Trainer:
         if not resumed:
             self.save()
         announce(self, resumed)
+        with Preparation(self.console) as report:
+            self._tune(report)
         self._prepare_step()
 
         total = config.optimizer.epochs * self.train_loader.steps_per_epoch
@@ -250,13 +261,8 @@ class Trainer:
             return
         self._share_quarantine()
         self.model.train()
-        self.resize.resolution = progressive_resolution(
-            progress.epoch,
-            config.optimizer.epochs,
-            self.resolution,
-            config.progressive.progressive,
-            config.progressive.progressive_start,
-        )
+        self._tune(Lines(self.display.say))
+        self.resize.resolution = self._resolution_now()
         batches = self.train_loader.batches(progress.epoch, progress.step_in_epoch)
         for (images, labels), asked, waited in self.clock.batches(batches, lambda: self.train_loader.seconds_held):
             set_learning_rate(
@@ -279,6 +285,28 @@ class Trainer:
             at_end = progress.step_in_epoch == per_epoch
             if config.run.save_every and progress.step % config.run.save_every == 0 and not at_end:
                 self.save()
+
+    def _resolution_now(self) -> int:
+        """Of the training images of this epoch."""
+        config = self.config
+        return progressive_resolution(
+            self.progress.epoch,
+            config.optimizer.epochs,
+            self.resolution,
+            config.progressive.progressive,
+            config.progressive.progressive_start,
+        )
+
+    def _tune(self, report: Report) -> None:
+        """Find out how each block is computed best at this epoch's resolution, and in evaluation; before anything is
+        traced or recorded."""
+        if self.tuner is None:
+            return
+        self.model.train()
+        share = -(-self.division.images // (self.ranks.size * self.division.parts))
+        self.tuner.prepare(self.model, self._resolution_now(), share, training=True, report=report)
+        batch = self.config.optimizer.batch_size
+        self.tuner.prepare(self.model, self.resolution, batch, training=False, report=report)
 
     def _drop_scales(self) -> torch.Tensor:
         """This rank's part of the next step's drop-connect draw; seeds what the model itself draws, a rank its own."""

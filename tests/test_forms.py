@@ -130,7 +130,7 @@ def test_a_frozen_stage_is_computed_by_the_fused_inference_kernels(monkeypatch: 
     from fastnet import model as model_file
     from fastnet.model import EfficientNet, Stage
 
-    monkeypatch.setattr(model_file, "STAGES", (Stage(1, 3, 1, 16, 1), Stage(6, 5, 2, 24, 1)))
+    monkeypatch.setattr(model_file, "STAGES", (Stage(1, 3, 1, 16, 2), Stage(6, 5, 2, 24, 1)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     model = EfficientNet(ModelConfig(width=0.3, num_classes=5, dropout=0.0, kernels="triton"))
@@ -150,9 +150,10 @@ def test_a_frozen_stage_is_computed_by_the_fused_inference_kernels(monkeypatch: 
         logits = model(images)
     frozen = [name for name in run if "depthwise" in name]
     logits.square().sum().backward()
-    assert len(frozen) == 2  # one a block: the frozen one is not split into operations
-    assert all(p.grad is None for p in model.blocks[0].parameters())
-    assert all(p.grad is not None for p in model.blocks[1].parameters())
+    assert len(frozen) == 3  # one a block, also for the two frozen ones, of which one could be dropped
+    assert model.droppable == (False, True, False)
+    assert all(p.grad is None for block in model.blocks[:2] for p in block.parameters())
+    assert all(p.grad is not None for p in model.blocks[2].parameters())
 
 
 def test_triton_says_where_it_cannot_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
