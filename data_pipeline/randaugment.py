@@ -1,10 +1,10 @@
 """RandAugment (Cubuk et al. 2019) on a batch of 8-bit pixels, on its device, by torchvision's operations.
 
 Which operations an image meets and how strong they are was drawn beforehand (`data_pipeline.augment`). Images of one
-operation and strength lie next to each other while it is applied, and those that are moved (sheared, shifted, turned)
-next to each other too: at most 15 operations for each of the K however large the batch. Nothing waits for the device:
-where torchvision's functions make small tensors of numbers on the host, which each is a blocking copy, the numbers of
-the whole batch go in one copy that nothing waits for, and the arithmetic is the same to the last bit.
+operation and strength lie next to each other while it is applied: at most 12 calls for each of the K operations however
+large the batch, and one more for every 32 images that are moved (sheared, shifted, turned). Nothing waits for the
+device: torchvision's functions of these and of sharpness copy small tensors of numbers to it, and wait for each. Here
+the numbers of the whole batch are one copy that nothing waits for, and the result is theirs to the last bit.
 """
 
 from __future__ import annotations
