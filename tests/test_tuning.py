@@ -17,11 +17,12 @@ from torch import Tensor
 from fastnet import forms, layers
 from fastnet import model as model_file
 from fastnet import train as train_file
+from fastnet.config import RunOptions
 from fastnet.errors import UserError, run_command
 from fastnet.forms import Form
 from fastnet.model import EfficientNet, ModelConfig, Stage
 from fastnet.optim import freeze_stages
-from fastnet.tuning import prepare_inference, trial, tuner
+from fastnet.tuning import make_tuner, prepare_inference, trial, tuner
 from fastnet.tuning.kept import KeptResults
 from fastnet.tuning.measure import NO_MEMORY, Bench, Result, pick, within_memory
 from fastnet.tuning.subjects import Context, Occurrences, Subject, subjects
@@ -270,6 +271,20 @@ def test_triton_says_which_blocks_it_cannot_fuse(machine: Machine) -> None:
     model.blocks[1].eval()
     machine.tuner().prepare(model, RESOLUTION, IMAGES, training=True)
     assert "1 blocks run as with --kernels triton-ops" in machine.said[0]
+
+
+def test_nothing_is_measured_where_pytorch_computes_everything(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(kernels: Any) -> Tuner | None:
+        return make_tuner(RunOptions(), kernels, torch.device("cpu"), "off", machine.said.append)
+
+    assert made("auto") is not None
+    assert made("torch") is None
+    monkeypatch.setattr(layers, "resolve", lambda impl, x: "torch")  # as on a GPU that the kernels don't support
+    assert made("auto") is None
+    prepare_inference(small_model(), RESOLUTION, IMAGES, "off")
+    assert machine.now == 0
 
 
 def test_a_lost_gpu_is_remembered(machine: Machine) -> None:
@@ -560,7 +575,11 @@ def test_a_run_measures_falls_back_and_the_next_one_reads(
     assert load_file(tmp_path / "first" / "last.safetensors")["stem.conv.weight"].equal(
         load_file(tmp_path / "second" / "last.safetensors")["stem.conv.weight"]
     )
-    machine.broken = {A, B, C}
+    machine.broken = {A, B, C}  # since it was measured
+    status, text, said = run("--out", str(tmp_path / "third"))
+    assert status == 1
+    assert "needs too much shared memory: find out what works with --tune again" in said
+    assert said.count("\n") == 1
     status, text, said = run("--kernels", "triton", "--tune", "off", "--out", str(tmp_path / "fourth"))
     assert status == 1
     assert said.startswith("error: --kernels triton can't run block 32→32→16 k3 s1 at 16, batch 2, fp32, training (")

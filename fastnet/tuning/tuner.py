@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from fastnet import forms
+from fastnet import forms, layers
 from fastnet.config import RunOptions
 from fastnet.display import Report
 from fastnet.distributed import ALONE, Ranks
@@ -48,6 +48,12 @@ def timer_for(device: torch.device) -> Timer | None:
     return CudaTimer(device) if device.type == "cuda" and torch.cuda.is_available() else None
 
 
+def _timer(kernels: Kernels, device: torch.device) -> Timer | None:
+    """None also where PyTorch computes everything: asked for, or on a GPU that the kernels don't support."""
+    impl = layers.resolve(layers.operation_impl(kernels), torch.empty(0, device=device))
+    return None if impl == "torch" else timer_for(device)
+
+
 def make_tuner(
     options: RunOptions,
     kernels: Kernels,
@@ -58,7 +64,7 @@ def make_tuner(
     table: Path | None = None,
 ) -> Tuner | None:
     """None where PyTorch computes everything, or where nothing can be measured."""
-    timer = timer_for(device) if kernels != "torch" else None
+    timer = _timer(kernels, device)
     if timer is None:
         return None
     return Tuner(
@@ -70,7 +76,7 @@ def make_tuner(
 def prepare_inference(model: EfficientNet, resolution: int, images: int, amp: Amp) -> None:
     """Before a model is evaluated once, on its device: take what is kept, else predictions that can be run here."""
     device = model.classifier.weight.device
-    timer = timer_for(device) if model.config.kernels != "torch" else None
+    timer = _timer(model.config.kernels, device)
     if timer is not None:
         tuner = Tuner(device, amp, timer, lambda text: print(text, file=sys.stderr), tune="kept")
         tuner.prepare(model, resolution, images, training=False)
