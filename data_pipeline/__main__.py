@@ -53,10 +53,13 @@ def _tune(root: Path, resolution: int = 224, batch_size: int = 128, seconds: flo
 
     from data_pipeline.food101 import build_index
     from data_pipeline.tune import tune
+    from kernels.nvidia import unusable
 
     if resolution < 1 or batch_size < 1 or seconds < 0:
         raise DataError("--resolution and --batch-size must be positive, and --seconds not negative.")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if reason := unusable():
+        print(f"using the CPU because {reason}.", file=sys.stderr)
+    device = torch.device("cuda" if reason is None and torch.cuda.is_available() else "cpu")
     best = tune(
         build_index(root), resolution=resolution, batch_size=batch_size, device=device, seconds=seconds,
         console=Console(),

@@ -10,18 +10,16 @@ import torch
 
 from data_pipeline import Index, Loader, PixelCache, choose_cache, make_loader
 from fastnet.config import TrainConfig
-from fastnet.device import pick_workers
+from fastnet.device import check_kernels, pick_workers
 from fastnet.distributed import Division, Ranks, sync_batch_norm
 from fastnet.ema import ModelEma
 from fastnet.errors import UserError
 from fastnet.gradients import GradientAllReduce
-from fastnet.layers import operation_impl
 from fastnet.model import EfficientNet, ModelConfig, efficientnet
 from fastnet.optim import freeze_stages, make_optimizer
 from fastnet.pretrained import pretrained_file
 from fastnet.step import Amp, TrainStep
 from fastnet.weights import load_weights
-from kernels.launch import resolve
 
 
 def build_cache(config: TrainConfig, index: Index, resolution: int, device: torch.device, ranks: Ranks) -> PixelCache:
@@ -89,10 +87,7 @@ def build_model(
     saved: what a continued run's checkpoint holds, which will fill the weights; --pretrained is then not read again.
     """
     options = config.model
-    try:
-        resolve(operation_impl(options.kernels), torch.empty(0, device=device))
-    except RuntimeError as error:
-        raise UserError(f"--kernels {options.kernels} does not work here: {error}.", exit_status=2) from error
+    check_kernels(options.kernels, device, say)
     torch.manual_seed(config.run.seed)
     if saved is not None:
         model = EfficientNet(saved)

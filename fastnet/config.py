@@ -40,7 +40,8 @@ class ModelOptions:
     """Where --pretrained comes from, when the file itself does not tell."""
     kernels: Literal["auto", "triton", "triton-ops", "torch"] = "auto"
     """How MBConv runs: triton is one fused block and never falls back, triton-ops fuses between torch's convolutions,
-    torch is plain; auto is torch on a CPU and triton on CUDA, but for blocks that --tune finds wrong or slower."""
+    torch is plain; auto is torch on a CPU and on a GPU below compute capability 8.0, and elsewhere triton, but for
+    blocks that --tune finds wrong or slower."""
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,10 @@ class RunOptions:
     resume: str | None = None
     """Continue a run: its folder, or 'auto' for --out (without --out: the newest in runs/) if it holds a checkpoint."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes CUDA if there is a GPU."""
+    """Where to train; auto takes CUDA if there is a GPU that torch can use, and says why if it cannot."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """Mixed precision. fp16 scales the loss; auto is bf16 on CUDA and off on a CPU."""
+    """Mixed precision. fp16 scales the loss; auto is bf16 on a GPU, fp16 on one below compute capability 8.0, and off
+    on a CPU."""
     compile: Literal["off", "regional", "whole"] = "off"
     """torch.compile. A bare --compile means regional (each kind of block once, shared by its repeats); whole is one
     graph."""

@@ -1,27 +1,66 @@
-"""What "auto" means for --device, --amp and --workers."""
+"""What "auto" means for --device, --amp and --workers, and which of their values the device can't do."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 
 import torch
 
 from fastnet.errors import UserError
+from fastnet.model import Kernels
 from fastnet.step import Amp
+from kernels import launch
+from kernels.device import gpu, has_bf16, is_gpu, unsupported
+from kernels.nvidia import unusable
 
 
-def pick_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda finds no usable GPU: check the driver, or train with --device cpu.")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+def tell(text: str) -> None:
+    """One line for the user of a command whose output is its result."""
+    print(text, file=sys.stderr)
+
+
+def pick_device(name: str, say: Callable[[str], None] = tell) -> torch.device:
+    """The device that --device means. Where "auto" takes the CPU although a GPU is there, `say` is told why; UserError
+    where "cuda" is impossible."""
+    if name == "cpu":
+        return torch.device("cpu")
+    reason = unusable()
+    if reason is None and torch.cuda.is_available():
+        return torch.device("cuda")
+    if name == "cuda":
+        reason = reason or "there is no NVIDIA GPU here: leave it out to use the CPU"
+        raise UserError(f"--device cuda is impossible because {reason}.")
+    if reason is not None:
+        say(f"using the CPU because {reason}.")
+    return torch.device("cpu")
 
 
 def pick_amp(name: str, device: torch.device) -> Amp:
+    """The precision that --amp means; UserError where the device has no bf16."""
     if name == "auto":
-        return "bf16" if device.type == "cuda" else "off"
+        return "off" if not is_gpu(device) else "bf16" if has_bf16(device) else "fp16"
+    if name == "bf16" and not has_bf16(device):
+        card = gpu(device)
+        raise UserError(
+            f"--amp bf16 needs compute capability 8.0 or higher, and {card.name} has "
+            f"{'.'.join(map(str, card.capability))}: use --amp fp16.",
+            exit_status=2,
+        )
     return name  # type: ignore[return-value]
+
+
+def check_kernels(kernels: Kernels, device: torch.device, say: Callable[[str], None] = tell) -> None:
+    """Tells `say` where "auto" leaves a GPU to PyTorch; UserError where Triton is asked for and cannot run."""
+    reason = unsupported(device)
+    if reason is None or kernels == "torch":
+        return
+    if kernels == "auto":
+        if is_gpu(device):
+            say(f"computing with PyTorch alone because {reason}.")
+    elif is_gpu(device) or not launch.INTERPRETED:
+        raise UserError(f"--kernels {kernels} is impossible because {reason}: leave it out.", exit_status=2)
 
 
 def pick_workers(workers: int | None, device: torch.device, sharing: int = 1) -> int:

@@ -86,7 +86,7 @@ def evaluate(
         loader: Input pipeline.
         workers: Loader threads or processes.
         device: Where to run.
-        amp: Mixed precision; auto is bf16 on CUDA and off on a CPU.
+        amp: Mixed precision; auto is bf16 on a GPU (fp16 below compute capability 8.0) and off on a CPU.
         kernels: Operations inside MBConv.
     """
     from fastnet.allocator import keep_memory

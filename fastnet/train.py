@@ -189,7 +189,7 @@ def train() -> int:
     from fastnet.trainer import Trainer
 
     torch.set_flush_denormal(True)  # arithmetic on denormals is many times slower on a CPU
-    keep_memory(pick_device(config.run.device))
+    keep_memory(pick_device(config.run.device, say=lambda text: None))  # the trainer says it
     return Trainer(config, folder, Console()).run()
 
 
@@ -211,7 +211,7 @@ def _train_together() -> int:
     torch.set_flush_denormal(True)
     with ranks.one_voice():
         config, folder = ranks.decide(settle)
-        keep_memory(pick_device(config.run.device))
+        keep_memory(pick_device(config.run.device, say=lambda text: None))
         return Trainer(config, folder, Console(quiet=not ranks.first), ranks).run()
 
 

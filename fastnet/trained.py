@@ -11,13 +11,12 @@ import torch
 from data_pipeline import Index, build_index
 from data_pipeline.augment import CROP_FRACTION
 from fastnet.config import TrainConfig, read_config
+from fastnet.device import check_kernels
 from fastnet.errors import UserError
-from fastnet.layers import operation_impl
 from fastnet.model import EfficientNet, Kernels
 from fastnet.pretrained import IMAGENET, imagenet_file, published
 from fastnet.scaling import architecture
 from fastnet.weights import LoadedWeights, Style, load_weights
-from kernels.launch import resolve
 
 RunFile = Literal["best", "last"]
 
@@ -110,10 +109,7 @@ def load_trained(
 
 
 def _build(loaded: LoadedWeights, device: torch.device, kernels: Kernels) -> EfficientNet:
-    try:
-        resolve(operation_impl(kernels), torch.empty(0, device=device))
-    except RuntimeError as error:
-        raise UserError(f"--kernels {kernels} does not work here: {error}.", exit_status=2) from error
+    check_kernels(kernels, device)
     model = EfficientNet(replace(loaded.config, kernels=kernels))
     model.load_state_dict(loaded.state_dict)
     return model.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]

@@ -51,7 +51,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, folder: Path, console: Console, ranks: Ranks = ALONE) -> None:
         config.validate()
         self.config, self.folder, self.console, self.ranks = config, folder, console, ranks
-        self.device = ranks.device(pick_device(config.run.device))
+        self.device = ranks.device(pick_device(config.run.device, self.say))
         self.amp = pick_amp(config.run.amp, self.device)
         self.graphed = pick_cuda_graph(config.run.cuda_graph, self.device, recordable=ranks.recordable)
         if config.run.deterministic:

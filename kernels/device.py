@@ -78,11 +78,21 @@ def pretend(card: Gpu) -> Iterator[None]:
         _pretended = before
 
 
+def is_gpu(device: torch.device) -> bool:
+    """Whether a device is a CUDA device, or taken for one."""
+    return _pretended is not None or device.type == "cuda"
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bf16: GPUs from compute capability 8.0 on (older ones only emulate it), and CPUs."""
+    return not is_gpu(device) or gpu(device).capability >= (8, 0)
+
+
 def unsupported(device: torch.device) -> str | None:
     """Why the Triton kernels don't run on a device, as a clause that can follow "because"; None where they do."""
     if triton is None:
         return "the triton package is not installed"
-    if _pretended is None and device.type != "cuda":
+    if not is_gpu(device):
         return f"the Triton kernels need an NVIDIA GPU, and this is a {device.type} device"
     if _pretended is None and torch.version.hip is not None:
         return "the Triton kernels are written for NVIDIA GPUs, and this one is AMD's"

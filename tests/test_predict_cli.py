@@ -101,7 +101,7 @@ def test_refused_before_any_work(trained: Trained, tmp_path: Path) -> None:
             predict(run, (), **options)
         assert caught.value.exit_status == 2
     if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="--device cuda finds no usable GPU"):
+        with pytest.raises(UserError, match="--device cuda is impossible because"):
             predict(run, ("a.jpg",), device="cuda")
     with pytest.raises(UserError, match="holds no image"):
         expand([str(tmp_path)])
