@@ -14,12 +14,13 @@ help:  ## List the commands.
 
 install: .venv/installed  ## Create .venv with the locked versions and this project in it.
 
-# uv installs the locked files in parallel; it is itself the first thing that the lock file pins.
+# uv installs the locked files in parallel; it is itself the first thing that the lock file pins. Bytecode is compiled
+# once, since a test's child process that has to compile what it imports of torch takes several times as long.
 .venv/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11: name a newer one, as in 'make PYTHON=python3.12 $(MAKECMDGOALS)'"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode --require-hashes -r requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --no-index -e .
 	@touch $@
 
