@@ -345,6 +345,7 @@ def test_readme_table_is_made_from_the_newest_results(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU this would be the proof itself")
 def test_first_part_runs_to_its_end_on_a_cpu(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["OMP_NUM_THREADS"] = "1"  # two would wait for each other where other tests run beside
     done = subprocess.run(
         [sys.executable, "-m", "bench.proof", "--part", "1", "--out", str(tmp_path)],
         capture_output=True, text=True, cwd=stages.ROOT, env=environment,

@@ -60,13 +60,15 @@ def alone(folder: Path, *command: str, without: str = "") -> subprocess.Complete
     site = SITE.replace(f'"{without}"', '"torch"') if without else SITE
     (folder / "sitecustomize.py").write_text(site)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "COV"))}
-    environment["PYTHONPATH"] = str(folder)
+    # One thread: where other tests run beside, two of OpenMP's wait for each other more than they work.
+    environment |= {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     return subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=environment
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_nothing_else_can_be_imported(tmp_path: Path) -> None:
     program = """
 import importlib.util
@@ -97,6 +99,7 @@ def test_first_part_runs_on_torch_triton_numpy_and_pytest_alone(tmp_path: Path) 
     assert list(stages["steps"]["cases"]["b0@64 batch 4"]["contenders"]) == ["fastnet, eager", "fastnet torch, eager"]
 
 
+@pytest.mark.slow
 def test_without_pytest_the_parity_stage_is_left_out(tmp_path: Path) -> None:
     program = """
 import time
