@@ -38,10 +38,11 @@ class ModelOptions:
     .pth file of fastnet, torchvision or timm. Sets the padding, BN eps and momentum that they were trained with."""
     weights_style: Literal["fastnet", "torchvision", "timm", "timm_tf"] | None = None
     """Where --pretrained comes from, when the file itself does not tell."""
-    kernels: Literal["auto", "triton", "triton-ops", "torch"] = "auto"
+    kernels: Literal["auto", "triton", "triton-ops", "native", "torch"] = "auto"
     """How MBConv runs: triton is one fused block and never falls back, triton-ops fuses between torch's convolutions,
-    torch is plain; auto is torch on a CPU and on a GPU below compute capability 8.0, and elsewhere triton, but for
-    blocks that --tune finds wrong or slower."""
+    native is the fused block in C++ for a CPU, compiled at first use; it never falls back either; torch is plain; auto
+    is torch on a CPU and on a GPU below compute capability 8.0, and elsewhere triton, but for blocks that --tune finds
+    wrong or slower."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ from fastnet.errors import UserError
 from fastnet.model import Kernels
 from fastnet.step import Amp
 from kernels import launch
+from kernels.cpu.library import library
 from kernels.device import gpu, has_bf16, is_gpu, unsupported
+from kernels.mbconv import resolve as resolve_block
 from kernels.nvidia import unusable
 
 
@@ -52,7 +54,15 @@ def pick_amp(name: str, device: torch.device) -> Amp:
 
 
 def check_kernels(kernels: Kernels, device: torch.device, say: Callable[[str], None] = tell) -> None:
-    """Tells `say` where "auto" leaves a GPU to PyTorch; UserError where Triton is asked for and cannot run."""
+    """Tells `say` where "auto" leaves a GPU to PyTorch; UserError where Triton is asked for and cannot run, or the C++
+    kernels, which are compiled here if they have not been."""
+    if kernels == "native":
+        try:
+            resolve_block("native", torch.empty(0, device=device))
+            library(say)
+        except RuntimeError as error:
+            raise UserError(f"--kernels native does not work here: {error}.", exit_status=2) from error
+        return
     reason = unsupported(device)
     if reason is None or kernels == "torch":
         return

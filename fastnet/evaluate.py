@@ -62,7 +62,7 @@ def evaluate(
     workers: int | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto",
-    kernels: Literal["auto", "triton", "triton-ops", "torch"] = "auto",
+    kernels: Literal["auto", "triton", "triton-ops", "native", "torch"] = "auto",
 ) -> int:
     """Evaluate a run, or a file of weights, on the validation split: top-1, top-5, macro F1, AUC, calibration; and a
     report with curves, confusion matrix, the worst predictions and Grad-CAM.

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 # The whole block in our kernels; cuDNN's and cuBLAS's convolutions with our operations between them; PyTorch alone,
-# which under torch.compile is Inductor. In order of the memory that they keep for backward.
-Form = Literal["triton", "triton-ops", "torch"]
+# which under torch.compile is Inductor. In order of the memory that they keep for backward. "native" is the whole block
+# in C++, on a CPU.
+Form = Literal["triton", "native", "triton-ops", "torch"]
 
 
 class Place(NamedTuple):

@@ -18,20 +18,22 @@ from fastnet.forms import Form, chosen
 from kernels import ConvNorm, Excite, bn_drop_connect_add, bn_silu, bn_silu_squeeze_excite, mbconv
 from kernels.excite import MAX_SQUEEZE
 from kernels.launch import Impl, resolve
-from kernels.mbconv import Unjoined, mbconv_training
+from kernels.mbconv import BlockImpl, Unjoined, mbconv_training
 
 if TYPE_CHECKING:
     from fastnet.model import BlockShape, Kernels, ModelConfig, Padding
 
 SE_RATIO = 4
 UNFUSED = (
-    "kernels='triton' can't fuse a block whose batch norms are frozen while gradients flow through it: such blocks run "
+    "kernels={!r} can't fuse a block whose batch norms are frozen while gradients flow through it: such blocks run "
     "convolution by convolution, as with 'triton-ops'"
 )
 
 
 def operation_impl(kernels: Kernels) -> Impl:
     """What an operation alone runs under a model's choice of kernels."""
+    if kernels == "native":
+        return "torch"
     return "triton" if kernels == "triton-ops" else kernels
 
 
@@ -222,10 +224,10 @@ class MBConv(nn.Module):
         options: Any = {"stride": self.shape.stride, "padding": self.padding, "residual": self.has_residual}
         options |= {"momentum": bn.momentum, "eps": bn.eps, "group": bn.group}
         if isinstance(x, Unjoined) or not join:
-            return mbconv_training(x, *layers, scale, **options, join=join)
+            return mbconv_training(x, *layers, scale, **options, join=join, native=self.kernels == "native")
         form = self.form(x, x.shape[2], x.shape[3]) if form is None else form
         if form != "triton-ops":
-            impl = "torch" if form == "torch" else bn.impl
+            impl: BlockImpl = bn.impl if form == "triton" else form
             return mbconv(x, *layers, scale, **options, training=bn.training, impl=impl)
         h = x if self.expand is None else self.expand(x)
         h = self.depthwise(h, self.se)
@@ -237,21 +239,23 @@ class MBConv(nn.Module):
         return ("block", *self.shape, self.padding)
 
     def form(self, x: Tensor, height: int, width: int) -> Form:
-        """How the block is computed on inputs of that size, on the device and of the dtype of x: as one ("triton", or
-        "torch" where that was measured to be faster) or convolution by convolution.
+        """How the block is computed on inputs of that size, on the device and of the dtype of x: as one ("triton",
+        "native", or "torch" where that was measured to be faster) or convolution by convolution.
 
-        As one only with Triton, and with every norm in training, or none of them and nothing to differentiate.
+        As one only in our kernels, and with every norm in training, or none of them and nothing to differentiate.
         """
-        if self.kernels in ("torch", "triton-ops") or resolve(self.project.bn.impl, x) == "torch":
+        if self.kernels != "native" and (
+            self.kernels in ("torch", "triton-ops") or resolve(self.project.bn.impl, x) == "torch"
+        ):
             return "triton-ops"
         norms = [part.bn.training for part in (self.expand, self.depthwise, self.project) if part is not None]
         training = all(norms)
         if not training and (any(norms) or self._takes_gradients(x)):
-            if self.kernels == "triton" and not torch.compiler.is_compiling():
-                warnings.warn(UNFUSED, stacklevel=2)
+            if self.kernels in ("triton", "native") and not torch.compiler.is_compiling():
+                warnings.warn(UNFUSED.format(self.kernels), stacklevel=2)
             return "triton-ops"
-        if self.kernels == "triton":
-            return "triton"
+        if self.kernels == "triton" or self.kernels == "native":
+            return self.kernels
         # The operations have a remedy of their own for what the fused kernels can't hold.
         if self.se.reduce.out_features > MAX_SQUEEZE:
             return "triton-ops"
@@ -268,6 +272,6 @@ class MBConv(nn.Module):
             following.expand is not None
             and self.project.bn.training
             and following.project.bn.training
-            and self.form(x, x.shape[2], x.shape[3]) == following.form(x, height, width) == "triton"
+            and self.form(x, x.shape[2], x.shape[3]) == following.form(x, height, width) in ("triton", "native")
             and not (self._forward_hooks or following._forward_pre_hooks)  # which want to see it
         )

@@ -19,7 +19,7 @@ from fastnet.layers import BatchNorm, ConvBNAct, MBConv, SqueezeExcite
 from fastnet.scaling import Architecture, Scaling, architecture, round_filters, round_repeats
 
 Padding = Literal["symmetric", "same"]
-Kernels = Literal["auto", "triton", "triton-ops", "torch"]
+Kernels = Literal["auto", "triton", "triton-ops", "native", "torch"]
 
 
 class Stage(NamedTuple):
@@ -83,8 +83,9 @@ class ModelConfig:
     bn_momentum is torch's: running = (1 − momentum)·running + momentum·batch (TF's 0.99 is 0.01 here).
     padding: "symmetric" is k // 2 on every side; "same" is TF's, which puts an odd pixel right and below.
     kernels: "torch" is plain PyTorch; "triton" fuses whole MBConv blocks and never falls back; "triton-ops" keeps
-    PyTorch's convolutions and fuses what lies between them; "auto" is "torch" without CUDA and on it "triton", but for
-    blocks that were found wrong or slower so on the GPU at hand (``fastnet.tuning``).
+    PyTorch's convolutions and fuses what lies between them; "native" is "triton" in C++ on a CPU, and never falls back;
+    "auto" is "torch" without CUDA and on it "triton", but for blocks that were found wrong or slower so on the GPU at
+    hand (``fastnet.tuning``).
     """
 
     variant: str = "b0"

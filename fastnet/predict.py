@@ -113,7 +113,7 @@ def predict(
     workers: int = 0,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     amp: Literal["auto", "bf16", "fp16", "off"] = "off",
-    kernels: Literal["auto", "triton", "triton-ops", "torch"] = "auto",
+    kernels: Literal["auto", "triton", "triton-ops", "native", "torch"] = "auto",
 ) -> int:
     """Name the most probable classes of each image. A file that cannot be read is said so, and the rest go on (exit
     status 1 at the end).

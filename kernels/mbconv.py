@@ -40,18 +40,20 @@ the residual join F5, whose output is y.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from kernels import launch as L
-from kernels import mbconv_ops as ops
-from kernels import reference
+from kernels import mbconv_ops, reference
+from kernels.cpu import ops as cpu_ops
 from kernels.drop_connect import bn_drop_connect_add_op
 from kernels.excite import MAX_SQUEEZE
 from kernels.strips import CONFIGURATIONS, Padding
 from kernels.sync import group_size, join_statistics, join_sums
+
+BlockImpl = Literal["auto", "triton", "native", "torch"]
 
 
 class ConvNorm(NamedTuple):
@@ -89,8 +91,26 @@ class Unjoined(NamedTuple):
     bias: Tensor
 
 
+def resolve(impl: BlockImpl, x: Tensor) -> Literal["triton", "native", "torch"]:
+    """`launch.resolve`, and "native": the same schedule in C++, for fp32 and bf16 on a CPU, which never falls back."""
+    if impl != "native":
+        if impl not in get_args(BlockImpl):
+            raise ValueError(f"impl must be 'auto', 'triton', 'native' or 'torch', got {impl!r}")
+        return L.resolve(impl, x)
+    if x.device.type != "cpu":
+        raise RuntimeError(f"impl='native' cannot run on {x.device.type} tensors: move them to the CPU or pass 'auto'")
+    if x.dtype not in cpu_ops.STORAGE_DTYPES:
+        raise TypeError(f"impl='native' stores float32 or bfloat16, got {x.dtype}: pass impl='torch'")
+    return "native"
+
+
 def _rows(x: Tensor) -> int:
     return x.numel() // x.shape[1]
+
+
+def _operations(native: bool) -> Any:
+    """The schedule's operations in C++ for a CPU, or in Triton."""
+    return cpu_ops if native else mbconv_ops
 
 
 class _MBConv(torch.autograd.Function):
@@ -103,8 +123,9 @@ class _MBConv(torch.autograd.Function):
         g0: Tensor | None, b0: Tensor | None, scale: Tensor | None, w1: Tensor | None, g1: Tensor | None,
         b1: Tensor | None, taps: Tensor, g2: Tensor, b2: Tensor, wr: Tensor, br: Tensor, we: Tensor, be: Tensor,
         w3: Tensor, g3: Tensor, b3: Tensor, stride: int, padding: str, residual: bool, join: bool, eps: float,
-        group: str,
+        group: str, native: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
+        ops = _operations(native)
         w3_stored = w3.to(x.dtype).flatten(1)
         if w1 is None:
             w1_stored = mean1 = var1 = None
@@ -122,12 +143,16 @@ class _MBConv(torch.autograd.Function):
         mean3, var3, _ = join_statistics(mean3, var3, _rows(p), group)
         y = p
         if join:
-            y = bn_drop_connect_add_op(p, x if residual else None, scale, mean3, var3, g3, b3, eps, True, group)
+            shortcut = x if residual else None
+            if native:
+                y = cpu_ops.join(p, shortcut, scale, mean3, var3, g3, b3, eps)
+            else:
+                y = bn_drop_connect_add_op(p, shortcut, scale, mean3, var3, g3, b3, eps, True, group)
         ctx.save_for_backward(
             x, scale, None if w1 is None else e, d, p, d_norm, *vectors, mean1, var1, g1, b1, mean2, var2, g2, b2,
             mean3, var3, g3, b3, w1_stored, taps, wr, we, w3_stored,
         )  # fmt: skip
-        ctx.options = stride, padding, residual, eps, group
+        ctx.options = stride, padding, residual, eps, group, native
         ctx.weight_strides = w1 if w1 is None else w1.stride(), taps.stride(), w3.stride()
         others = [mean2, var2, mean3, var3]
         if mean1 is not None and var1 is not None:
@@ -140,8 +165,9 @@ class _MBConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        stride, padding, residual, eps, group = ctx.options
+        stride, padding, residual, eps, group, native = ctx.options
         strides1, strides2, strides3 = ctx.weight_strides
+        ops = _operations(native)
         (
             x, scale, e, d, p, d_norm, pooled, hidden, gate, slopes, mean1, var1, g1, b1, mean2, var2, g2, b2,
             mean3, var3, g3, b3, w1, taps, wr, we, w3,
@@ -165,7 +191,7 @@ class _MBConv(torch.autograd.Function):
             dw1, dg1, db1 = L.with_strides(dw1[:, :, None, None], strides1), sums1[1], sums1[0]
         return (
             dx, *(None,) * 7, dw1, dg1, db1, L.with_strides(dtaps, strides2), sums2[1], sums2[0], dwr, dbr, dwe, dbe,
-            L.with_strides(dw3[:, :, None, None], strides3), sums3[1], sums3[0], *(None,) * 6,
+            L.with_strides(dw3[:, :, None, None], strides3), sums3[1], sums3[0], *(None,) * 7,
         )  # fmt: skip
 
 
@@ -213,7 +239,7 @@ def mbconv(
     momentum: float,
     eps: float,
     group: str = "",
-    impl: L.Impl = "auto",
+    impl: BlockImpl = "auto",
 ) -> Tensor:
     """MBConv: x [B, C_in, H, W] → [B, C_out, ⌈H / stride⌉, ⌈W / stride⌉] in the dtype of x.
 
@@ -229,7 +255,8 @@ def mbconv(
         raise ValueError("a drop-connect scale is for training: pass scale=None")
     if training:
         _check_rows(x, stride)
-    if L.resolve(impl, x) == "torch":
+    form = resolve(impl, x)
+    if form == "torch":
         return reference.mbconv(
             x, expand, depthwise, excite, project, scale, stride=stride, padding=padding, residual=residual,
             training=training, momentum=momentum, eps=eps, group=group,
@@ -237,13 +264,14 @@ def mbconv(
     if training:
         y = mbconv_training(
             x, expand, depthwise, excite, project, scale, stride=stride, padding=padding, residual=residual,
-            momentum=momentum, eps=eps, group=group, join=True,
+            momentum=momentum, eps=eps, group=group, join=True, native=form == "native",
         )  # fmt: skip
         assert isinstance(y, Tensor)
         return y
-    _check_squeeze(excite)
+    if form == "triton":
+        _check_squeeze(excite)
     layers = ([] if expand is None else list(expand), list(depthwise), list(excite), list(project))
-    return ops.inference(_in_autocast(x), *layers, stride, padding, residual, eps)
+    return _operations(form == "native").inference(_in_autocast(x), *layers, stride, padding, residual, eps)
 
 
 def mbconv_training(
@@ -261,10 +289,12 @@ def mbconv_training(
     eps: float,
     group: str,
     join: bool,
+    native: bool = False,
 ) -> Tensor | Unjoined:
-    """The Triton path of `mbconv` in training, for arguments whose shapes fit, also from and to a block that is joined
+    """The fused path of `mbconv` in training, for arguments whose shapes fit, also from and to a block that is joined
     with this one: x may be Unjoined where there is an expansion; without `join` the output is."""
-    _check_squeeze(excite)
+    if not native:
+        _check_squeeze(excite)
     former: Unjoined | None = None
     if isinstance(x, Unjoined):
         former, x = x, x.p
@@ -273,7 +303,7 @@ def mbconv_training(
     y, *others = _MBConv.apply(
         x, *((None,) * 6 if former is None else former[1:]), scale,
         *((None,) * 3 if expand is None else expand[:3]), *depthwise[:3], *excite, *project[:3], stride, padding,
-        residual, join, eps, group,
+        residual, join, eps, group, native,
     )  # fmt: skip
     shortcut: Tensor = x.detach() if former is None else others.pop()
     rows, ranks = _rows(y), group_size(group)

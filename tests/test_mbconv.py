@@ -13,7 +13,7 @@ from torch import Tensor
 
 import kernels
 from kernels import ConvNorm, Excite, launch, mbconv_ops
-from kernels.mbconv import Unjoined, mbconv_training
+from kernels.mbconv import BlockImpl, Unjoined, mbconv_training
 from kernels.tolerance import approximated
 from tests.parity import DEVICE, NAMES, Outcome, few_programs, hold, kernel_device, nan_allocations, remembered
 
@@ -148,7 +148,7 @@ def inputs(block: Block, seed: int = 0) -> Values:
     return Values(image(block.in_channels, *block.map), image(block.out_channels, *size), scale, layers)
 
 
-def call(block: Block, values: Values, impl: launch.Impl, *, training: bool = True) -> Tensor:
+def call(block: Block, values: Values, impl: BlockImpl, *, training: bool = True) -> Tensor:
     layers: Any = values.layers
     padding: Any = block.padding
     return kernels.mbconv(
@@ -157,7 +157,7 @@ def call(block: Block, values: Values, impl: launch.Impl, *, training: bool = Tr
     )  # fmt: skip
 
 
-def run(block: Block, values: Values, impl: launch.Impl) -> dict[str, Tensor]:
+def run(block: Block, values: Values, impl: BlockImpl) -> dict[str, Tensor]:
     """Output "y", moved statistics by name and gradients as "d<name>"."""
     leaves = values.leaves()
     for leaf in leaves.values():

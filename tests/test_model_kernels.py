@@ -21,6 +21,8 @@ from fastnet.step import TrainStep
 from kernels.conv2d import depthwise_conv2d, pointwise_conv2d
 from kernels.mbconv import Unjoined
 
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="for a CPU"))
+
 # Three blocks: without expansion; with, k 5 and stride 2; and one with a residual that can be dropped.
 STAGES = (Stage(1, 3, 1, 16, 1), Stage(6, 5, 2, 24, 2))
 SMALL = ModelConfig(width=0.3, num_classes=5, dropout=0.0, drop_connect_rate=0.5, kernels="torch")
@@ -62,6 +64,7 @@ def course(kernels: str, dtype: torch.dtype, device: torch.device, steps: int) -
     [
         ("triton", 10),
         ("triton-ops", 8),
+        pytest.param("native", 200, marks=NATIVE.marks),
         pytest.param("triton-ops", 20, marks=pytest.mark.full),
         pytest.param("triton", 200, marks=pytest.mark.full),
     ],
@@ -82,7 +85,7 @@ def test_training_stays_as_close_to_fp64_as_pytorch_does(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernels", ["triton", "triton-ops"])
+@pytest.mark.parametrize("kernels", ["triton", "triton-ops", NATIVE])
 def test_the_model_compiles_whole_and_once(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_file, "STAGES", STAGES)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -38,7 +38,7 @@ def gradients_and_statistics(kernels: str, dtype: torch.dtype, rank: int, world:
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
-    for kernels in ("torch", "triton-ops", "triton"):
+    for kernels in ("torch", "triton-ops", "triton", "native"):
         found = gradients_and_statistics(kernels, torch.float32, rank, WORLD)
         if rank == 0:
             torch.save(found, f"{folder}/{kernels}.pt")
@@ -53,6 +53,6 @@ def test_two_processes_equal_one_with_the_joint_batch(tmp_path: Path, monkeypatc
     oracle = gradients_and_statistics("torch", torch.float64, 0, 1)
     alone = (gradients_and_statistics("torch", torch.float32, 0, 1) - oracle).abs().max()
     rounding = torch.finfo(torch.float32).eps * oracle.abs().max()
-    for kernels in ("torch", "triton-ops", "triton"):
+    for kernels in ("torch", "triton-ops", "triton", "native"):
         error = (torch.load(tmp_path / f"{kernels}.pt").double() - oracle).abs().max()
         assert error <= 2 * alone + rounding, kernels

@@ -1,0 +1,167 @@
+"""The CPU operations' library: compiled at first use into the user's cache, in seconds, and found there later.
+
+A library's name holds the hash of what it was made from (sources, compiler, flags, which say what the CPU must have)
+and that of its own bytes: another CPU's, another compiler's or a torn one is never loaded. It is written beside its
+place and renamed; of processes that build at once the first does, under a lock, and the others find its work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+Level = Literal["avx512-bf16", "avx512", "avx2", "neon", "plain"]
+
+SOURCES = Path(__file__).with_name("src")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi")
+AVX2 = ("-mavx2", "-mfma")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
+LEVELS: dict[Level, tuple[str, ...]] = {
+    "avx512-bf16": (*AVX512, "-mavx512bf16"), "avx512": AVX512, "avx2": AVX2, "neon": (), "plain": (),
+}  # fmt: skip
+NEEDS: tuple[tuple[Level, frozenset[str]], ...] = (
+    ("avx512-bf16", frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "fma"})),
+    ("avx512", frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"})),
+    ("avx2", frozenset({"avx2", "fma"})),
+)
+"""Flags of /proc/cpuinfo, best first."""
+COMPILE_SECONDS = 300
+
+
+class BuildError(RuntimeError):
+    """The library cannot be had here; one sentence with what to do."""
+
+
+def cpu_level(cpuinfo: Path = Path("/proc/cpuinfo")) -> Level:
+    """What this machine's CPU can run; "plain" where that isn't known."""
+    if platform.machine() in ("aarch64", "arm64"):
+        return "neon"
+    try:
+        lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")]
+    except OSError:
+        return "plain"
+    # What every core has.
+    flags = frozenset.intersection(*(frozenset(line.partition(":")[2].split()) for line in lines)) if lines else set()
+    return next((level for level, needed in NEEDS if needed <= flags), "plain")
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/fastnet/kernels, by default ~/.cache/fastnet/kernels."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "fastnet" / "kernels"
+
+
+def compiler() -> str:
+    """$CXX, c++, g++ or clang++. Raises BuildError where there is none."""
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and (path := shutil.which(name)):
+            return path
+    raise BuildError("there is no C++ compiler: install g++ or clang++, or name one in CXX")
+
+
+def _run(command: list[str], what: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{what} failed ({error}): install a g++ or clang++ that works, or name one in CXX") from error
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
+        reason = lines[0].strip() if lines else f"exit status {done.returncode}"
+        raise BuildError(f"{what} failed ({reason}): install g++ 9 or clang++ 10 or newer, or name one in CXX")
+    return done.stdout
+
+
+def _link_flags() -> tuple[str, ...]:
+    """Nothing where the process has an OpenMP already, which is torch's: one pool of threads for both."""
+    return () if hasattr(ctypes.CDLL(None), "GOMP_parallel") else ("-fopenmp",)
+
+
+@functools.cache
+def _key(compiler: str, flags: tuple[str, ...]) -> str:
+    parts = [compiler, _run([compiler, "--version"], f"{compiler} --version"), *flags, platform.machine()]
+    parts += [path.name + path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir())]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:20]
+
+
+def _found(folder: Path, prefix: str) -> Path | None:
+    """The whole library of that key, if the cache has one."""
+    for path in sorted(folder.glob(f"{prefix}-*.so")):
+        try:
+            if path.stem == f"{prefix}-{_digest(path)}":
+                return path
+        except OSError:
+            continue
+    return None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    import fcntl
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def build(
+    level: Level | None = None, extra: tuple[str, ...] = (), announce: Callable[[str], None] = lambda line: None
+) -> Path:
+    """The library for `level` (default: this CPU's), compiled where the cache has none.
+
+    extra: flags of the compiler and linker, as a sanitizer's. announce: gets one line before a compilation.
+    Raises BuildError.
+    """
+    level = level or cpu_level()
+    folder, cxx = cache_folder(), compiler()
+    compile_flags, link_flags = (*FLAGS, *LEVELS[level], *extra), (*_link_flags(), *extra)
+    prefix = f"block-{level}-{_key(cxx, (*compile_flags, '--', *link_flags))}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if found := _found(folder, prefix):
+            return found
+        with _locked(folder / f"{prefix}.lock"):
+            if found := _found(folder, prefix):
+                return found
+            announce(f"compiling the CPU kernels for {level} with {cxx}, once; they are kept in {folder}")
+            return _compile(cxx, compile_flags, link_flags, folder, prefix)
+    except OSError as error:
+        raise BuildError(
+            f"the CPU kernels cannot be kept in {folder} ({error.strerror or error}): make room or make it writable, "
+            "or name another place in XDG_CACHE_HOME"
+        ) from error
+
+
+def _compile(cxx: str, flags: tuple[str, ...], link_flags: tuple[str, ...], folder: Path, prefix: str) -> Path:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        sources = sorted(SOURCES.glob("*.cpp"))
+        objects = [str(Path(scratch, source.stem + ".o")) for source in sources]
+        with ThreadPoolExecutor() as pool:
+            jobs = [
+                pool.submit(_run, [cxx, *flags, "-c", str(source), "-o", out], f"{cxx} on {source.name}")
+                for source, out in zip(sources, objects, strict=True)
+            ]
+            for job in jobs:
+                job.result()
+        library = Path(scratch, "block.so")
+        _run([cxx, "-shared", *objects, *link_flags, "-o", str(library)], f"linking with {cxx}")
+        with library.open("rb+") as file:
+            os.fsync(file.fileno())
+        final = folder / f"{prefix}-{_digest(library)}.so"
+        library.replace(final)
+    return final

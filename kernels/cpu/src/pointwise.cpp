@@ -1,0 +1,200 @@
+// Expansion, residual join and their backward: everything of a block but its depthwise and projecting convolutions.
+#include "common.h"
+
+// e [rows x channels] = a wᵀ and its statistics, a's rows from `source(row, rows, scratch, &a, &lda)`.
+template <class T, class Source>
+static void product_with_statistics(Call& call, const Source& source, long rows, int depth, const T* w, int channels,
+                                    T* e, float* mean, float* var) {
+    const int count = strips(channels), height = block_rows(depth);
+    const long size = (long)depth * STRIP, each = (long)height * padded(depth);
+    const Groups groups(rows, 2 * channels);
+    Statistics found(call.arena, groups.count, channels);
+    float* packed = call.arena.take<float>(count * size);
+    float *blocks = call.per_thread<float>(each), *products = call.per_thread<float>(height * STRIP);
+#pragma omp parallel num_threads(call.threads)
+    {
+        float *scratch = blocks + each * thread(), *product = products + (long)height * STRIP * thread();
+#pragma omp for schedule(static)
+        for (int s = 0; s < count; s++) pack_strip<true>(w, depth, depth, channels, s, packed + s * size);
+#pragma omp for schedule(dynamic)
+        for (int g = 0; g < groups.count; g++) {
+            const long start = groups.start(g), end = groups.start(g + 1);
+            found.rows[g] = end - start;
+            for (long r = start; r < end; r += height) {
+                const int n = (int)std::min<long>(height, end - r);
+                const float* a;
+                long lda;
+                source(r, n, scratch, &a, &lda);
+                for (int s = 0, from = 0; s < count; s++, from += STRIP) {
+                    const int vectors = vectors_of(channels, from);
+                    times_strip(n, depth, a, lda, packed + s * size, vectors, product);
+                    T* out = e + r * channels + from;
+                    keep_strip(found, vectors, g, r == start, product, n, from, out, channels);
+                }
+            }
+        }
+    }
+    found.merge(mean, var);
+}
+
+template <class T>
+static void expand(long threads, long rows, long c_in, long channels, const T* x, const T* w, T* e, float* mean,
+                   float* var) {
+    Call call(threads);
+    const auto source = [=](long r, int n, float* scratch, const float** a, long* lda) {
+        if constexpr (sizeof(T) == 4) {
+            *a = (const float*)x + r * c_in, *lda = c_in;
+        } else {
+            widened(x + r * c_in, n, c_in, scratch);
+            *a = scratch, *lda = padded(c_in);
+        }
+    };
+    product_with_statistics(call, source, rows, c_in, w, channels, e, mean, var);
+}
+
+// y = scale[b] norm(p) + residual, one row; what was stored also as fp32 where asked for.
+template <class T>
+INLINE void join_row(const Norm& norm, const T* p, const T* residual, float scale, int channels, T* y, float* kept) {
+    for (int c = 0; c < channels; c += LANES) {
+        vf v = norm.z(load(p + c, channels - c), c) * scale;
+        if (residual) v += load(residual + c, channels - c);
+        store(y + c, v, channels - c);
+        if (kept) store(kept + c, stored(v, y));
+    }
+}
+
+template <class T>
+static void joined_expand(long threads, long images, long area, long c_in, long channels, const T* p, const T* residual,
+                          const float* scale, const float* mean0, const float* var0, const float* weight,
+                          const float* bias, double eps, const T* w, T* x, T* e, float* mean, float* var) {
+    Call call(threads);
+    const Norm norm(call.arena, c_in, mean0, var0, weight, bias, eps);
+    const int ld = padded(c_in);
+    const auto source = [=, &norm](long r, int n, float* scratch, const float** a, long* lda) {
+        for (int i = 0; i < n; i++) {
+            const long at = (r + i) * c_in;
+            join_row(norm, p + at, residual ? residual + at : nullptr, scale ? scale[(r + i) / area] : 1.0f, c_in,
+                     x + at, scratch + (long)i * ld);
+        }
+        *a = scratch, *lda = ld;
+    };
+    product_with_statistics(call, source, images * area, c_in, w, channels, e, mean, var);
+}
+
+template <class T>
+static void join(long threads, long images, long area, long channels, const T* p, const T* residual, const float* scale,
+                 const float* mean, const float* var, const float* weight, const float* bias, double eps, T* y) {
+    Call call(threads);
+    const Norm norm(call.arena, channels, mean, var, weight, bias, eps);
+#pragma omp parallel for schedule(static) num_threads(call.threads)
+    for (long r = 0; r < images * area; r++) {
+        const long at = r * channels;
+        join_row(norm, p + at, residual ? residual + at : nullptr, scale ? scale[r / area] : 1.0f, channels, y + at,
+                 nullptr);
+    }
+}
+
+// Σ dz and Σ dz p̂, dz = scale[b] dy.
+template <class T>
+static void join_backward(long threads, long images, long area, long channels, const T* dy, const T* p,
+                          const float* scale, const float* mean, const float* var, double eps, float* sums) {
+    Call call(threads);
+    const Norm norm(call.arena, channels, mean, var, nullptr, nullptr, eps);
+    const Groups groups(images * area, 2 * channels);
+    const int size = padded(channels);
+    double* found = call.arena.zeros<double>((size_t)groups.count * 2 * size);
+#pragma omp parallel for schedule(dynamic) num_threads(call.threads)
+    for (int g = 0; g < groups.count; g++) {
+        double* mine = found + (size_t)g * 2 * size;
+        for (long r = groups.start(g), end = groups.start(g + 1); r < end;) {
+            const long until = std::min({end, r + FEW, (r / area + 1) * area});  // rows of one image
+            const float factor = scale ? scale[r / area] : 1.0f;
+            for (int c = 0; c < channels; c += LANES) {
+                vf s{}, q{};
+                const vf centre = load(norm.mean + c);
+                for (long i = r; i < until; i++) {
+                    const vf dz = load(dy + i * channels + c, channels - c);
+                    s += dz, q += dz * (load(p + i * channels + c, channels - c) - centre);
+                }
+                for (int l = 0; l < LANES; l++) {
+                    mine[c + l] += (double)s[l] * factor;
+                    mine[size + c + l] += (double)q[l] * factor;
+                }
+            }
+            r = until;
+        }
+    }
+    for (int c = 0; c < channels; c++) {
+        double s = 0, q = 0;
+        for (int g = 0; g < groups.count; g++) {
+            s += found[(size_t)g * 2 * size + c], q += found[(size_t)(g * 2 + 1) * size + c];
+        }
+        sums[c] = (float)s, sums[channels + c] = (float)(q * norm.rstd[c]);
+    }
+}
+
+// dE of a block from dA1 σ'(z), which `depthwise_backward` leaves, and E; dx = dE w (+ the residual's), dw = dEᵀ x.
+template <class T>
+static void expand_backward(long threads, long rows, long c_in, long channels, const T* du, const T* e,
+                            const float* sums, const float* mean, const float* var, const float* weight,
+                            const float* bias, double eps, const T* x, const T* w, const T* residual, T* dx,
+                            float* dw) {
+    Call call(threads);
+    const Norm norm(call.arena, channels, mean, var, weight, bias, eps);
+    const NormBackward backward(call.arena, channels, norm, sums, rows);
+    const int count = strips(c_in), height = block_rows(channels), ld = padded(channels), ldx = padded(c_in);
+    const long size = (long)channels * STRIP, gradient = (long)channels * ldx;
+    const Groups groups(rows, gradient);
+    float* packed = call.arena.take<float>(count * size);
+    float* gradients = call.arena.zeros<float>(groups.count * gradient);
+    float *de_all = call.per_thread<float>((long)height * ld), *x_all = call.per_thread<float>((long)height * ldx);
+    float* products = call.per_thread<float>(height * STRIP);
+#pragma omp parallel num_threads(call.threads)
+    {
+        float *de = de_all + (long)height * ld * thread(), *wide_x = x_all + (long)height * ldx * thread();
+        float* product = products + (long)height * STRIP * thread();
+#pragma omp for schedule(static)
+        for (int s = 0; s < count; s++) pack_strip<false>(w, c_in, channels, c_in, s, packed + s * size);
+#pragma omp for schedule(dynamic)
+        for (int g = 0; g < groups.count; g++) {
+            const long end = groups.start(g + 1);
+            for (long r = groups.start(g); r < end; r += height) {
+                const int n = (int)std::min<long>(height, end - r);
+                for (int i = 0; i < n; i++) {
+                    const T *u = du + (r + i) * channels, *raw = e + (r + i) * channels;
+                    for (int c = 0; c < channels; c += LANES) {
+                        const int left = channels - c;
+                        store(de + (long)i * ld + c, backward.dx(norm, load(u + c, left), load(raw + c, left), c));
+                    }
+                }
+                for (int s = 0, from = 0; s < count; s++, from += STRIP) {
+                    const int vectors = vectors_of(c_in, from);
+                    times_strip(n, channels, de, ld, packed + s * size, vectors, product);
+                    for (int i = 0; i < n; i++)
+                        for (int j = 0; j < vectors; j++) {
+                            const long at = (r + i) * c_in + from + j * LANES;
+                            const int left = c_in - from - j * LANES;
+                            vf v = load(product + i * STRIP + j * LANES);
+                            if (residual) v += load(residual + at, left);
+                            store(dx + at, v, left);
+                        }
+                }
+                widened(x + r * c_in, n, c_in, wide_x);
+                add_across(n, channels, de, ld, c_in, wide_x, ldx, gradients + g * gradient, ldx);
+            }
+        }
+#pragma omp for schedule(static)
+        for (int c = 0; c < channels; c++)
+            for (int k = 0; k < c_in; k += LANES) {
+                vf v{};
+                for (int g = 0; g < groups.count; g++) v += load(gradients + g * gradient + (long)c * ldx + k);
+                store(dw + (long)c * c_in + k, v, c_in - k);
+            }
+    }
+}
+
+OPERATION(expand)
+OPERATION(joined_expand)
+OPERATION(join)
+OPERATION(join_backward)
+OPERATION(expand_backward)
