@@ -34,6 +34,9 @@ In a model F6 is left to the next block where that has an expansion (`Unjoined`)
 and stores it once, for y is that block's residual and its weight gradient's operand. That saves a read of y; the price
 is that the programs of other output columns make y again, from P and x in L2.
 
+The same schedule in C++, for a CPU, is `kernels.cpu.ops`: one autograd function and one set of exchange points serve
+both.
+
 Inference is the forward half without statistics: running means and variances take the batch's place, and BN3 and
 the residual join F5, whose output is y.
 """
@@ -244,11 +247,11 @@ def mbconv(
     """MBConv: x [B, C_in, H, W] → [B, C_out, ⌈H / stride⌉, ⌈W / stride⌉] in the dtype of x.
 
     In training it moves the running statistics as `nn.BatchNorm2d` does, over the batches of all ranks of the process
-    group named `group` if there is one (each rank's of one size); else it normalises by them, and on the Triton
-    path has no gradient. scale [B] fp32 is drop-connect's (None is one), for training, and gets no gradient. Parameters
-    are fp32; in autocast an fp32 x is rounded to the autocast dtype on the Triton path. An `x` that is not
-    channels_last is copied there first. Raises ValueError or TypeError for a wrong shape, dtype, device or option,
-    RuntimeError where `impl="triton"` cannot run.
+    group named `group` if there is one (each rank's of one size); else it normalises by them, and on the fused paths
+    has no gradient. scale [B] fp32 is drop-connect's (None is one), for training, and gets no gradient. Parameters are
+    fp32; in autocast an fp32 x is rounded to the autocast dtype on the fused paths. An `x` that is not channels_last is
+    copied there first. Raises ValueError or TypeError for a wrong shape, dtype, device or option, RuntimeError where
+    `impl="triton"`, or "native", the same schedule in C++ for a CPU, cannot run.
     """
     _check(x, expand, depthwise, excite, project, scale, stride, padding, residual)
     if scale is not None and not training:

@@ -64,9 +64,10 @@ def course(kernels: str, dtype: torch.dtype, device: torch.device, steps: int) -
     [
         ("triton", 10),
         ("triton-ops", 8),
-        pytest.param("native", 200, marks=NATIVE.marks),
+        pytest.param("native", 20, marks=NATIVE.marks),
         pytest.param("triton-ops", 20, marks=pytest.mark.full),
         pytest.param("triton", 200, marks=pytest.mark.full),
+        pytest.param("native", 200, marks=[*NATIVE.marks, pytest.mark.full]),
     ],
 )
 def test_training_stays_as_close_to_fp64_as_pytorch_does(
