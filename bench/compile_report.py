@@ -1,10 +1,13 @@
 """What the compiler makes of each kernel, without a GPU: `python -m bench.compile_report`.
 
-Builds every configuration that a launch can select for sm_90, and one of each kernel for sm_80 and sm_100, and reads
-registers, stack, shared memory and access widths from the machine code. It ends with status 1 where a limit is broken:
+Builds every configuration that a launch can select for sm_90; for sm_80 every one of the matrix products and strips,
+once where they differ only in what they are given, and without fp16, which differs from bf16 in conversions; for sm_86,
+sm_89, sm_100 and sm_120 one of each kernel and the products that may take half of the card's shared memory or more. It
+reads registers, stack, shared memory and access widths from the machine code, and ends with status 1 where a limit is
+broken:
 
 - nothing spills: no stack frame, no local loads or stores;
-- shared memory within what one block may have;
+- shared memory within what one block may have, and within the bound by which a card's configurations are chosen;
 - where a row starts on 16 bytes (VEC > 1), a kernel that walks images makes as many 16-byte accesses as a thread's
   share of each image's tile needs, and stores nothing of an image in narrower ones; no access anywhere is narrower
   than four bytes (per-channel vectors and per-sample scales are fp32 and may come in fours). Of a GEMM this is asked
@@ -35,14 +38,18 @@ from typing import Any
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+from kernels.device import SHARED_MEMORY
+
 BASELINE = Path(__file__).with_name("compile_baseline.json")
 FULL_ARCH = 90
-ARCHS = (80, 90, 100)
-# CUDA C++ Programming Guide, "Technical specifications per compute capability": shared bytes of a block and of a
-# multiprocessor. 64 warps, 32 blocks and 65,536 registers are common to all three.
-SHARED_PER_BLOCK = {80: 166_912, 90: 232_448, 100: 232_448}
-SHARED_PER_SM = {80: 167_936, 90: 233_472, 100: 233_472}
-WARPS_PER_SM, BLOCKS_PER_SM, REGISTERS_PER_SM = 64, 32, 65_536
+GEMM_ARCH = 80
+ARCHS = (80, 86, 89, 90, 100, 120)
+# CUDA C++ Programming Guide, "Technical specifications per compute capability", of a multiprocessor; a block may have
+# 1 KiB less of its shared memory.
+SHARED_PER_SM = {arch: SHARED_MEMORY[arch] + 1024 for arch in ARCHS}
+WARPS_PER_SM = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+BLOCKS_PER_SM = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
+REGISTERS_PER_SM = 65_536
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,13 @@ class Report:
     """Whether HGMMA is used, None where it cannot be."""
     long_offsets: bool = True
     """Whether elements are reached by 64-bit offsets."""
+    shared_bound: int | None = None
+    """What decides whether a card has enough shared memory to choose it; None for what is chosen everywhere."""
+
+    @property
+    def chosen(self) -> bool:
+        """Whether a launch on this architecture can select it."""
+        return self.shared_bound is None or self.shared_bound <= SHARED_MEMORY[self.arch]
 
     @property
     def spills(self) -> bool:
@@ -75,10 +89,14 @@ class Report:
         """Sentences about the limits that this configuration breaks."""
         where = f"{self.name} on sm_{self.arch}"
         found = []
+        if self.shared_bound is not None and self.shared > self.shared_bound:
+            found.append(f"{where} takes {self.shared} bytes of shared memory, bounded by {self.shared_bound}.")
+        if not self.chosen:
+            return found
         if self.spills:
             found.append(f"{where} spills: stack {self.stack} bytes, {self.local_accesses} local accesses.")
-        if self.shared > SHARED_PER_BLOCK[self.arch]:
-            found.append(f"{where} wants {self.shared} bytes of shared memory, {SHARED_PER_BLOCK[self.arch]} exist.")
+        if self.shared > SHARED_MEMORY[self.arch]:
+            found.append(f"{where} wants {self.shared} bytes of shared memory, {SHARED_MEMORY[self.arch]} exist.")
         if self.wide_needed is not None:
             for what, widths, needed in zip(
                 ("loads", "stores"), (self.loads, self.stores), self.wide_needed, strict=True
@@ -106,8 +124,8 @@ def occupancy(registers: int, shared: int, num_warps: int, arch: int) -> float:
     registers_per_warp = -(-registers * 32 // 256) * 256
     by_registers = REGISTERS_PER_SM // registers_per_warp // num_warps
     by_shared = SHARED_PER_SM[arch] // (-(-shared // 128) * 128 + 1024)
-    blocks = min(BLOCKS_PER_SM, WARPS_PER_SM // num_warps, by_registers, by_shared)
-    return blocks * num_warps / WARPS_PER_SM
+    blocks = min(BLOCKS_PER_SM[arch], WARPS_PER_SM[arch] // num_warps, by_registers, by_shared)
+    return blocks * num_warps / WARPS_PER_SM[arch]
 
 
 _ACCESS = re.compile(r"\b(LDG|LDGSTS|STG|LDL|STL)(\.[A-Z0-9.]+)?\s")
@@ -185,6 +203,7 @@ def _compile(task: tuple[str, int]) -> Report:
         stores=images["STG"],
         wide_needed=_wide_needed(spec),
         hgmma=hgmma,
+        shared_bound=None if spec.shared_bytes is None else spec.shared_bytes(divmod(arch, 10)),
         long_offsets=spec.kind == "small" or bool(_LONG_OFFSET.search(compiled.asm["ttir"])),
     )
 
@@ -235,15 +254,33 @@ def _specs() -> dict[str, Any]:
     return {spec.name: spec for spec in kernels.all_specs()}
 
 
+_OPTIONAL = re.compile(r"\bno_\w+,|\bSPAN=\d,")
+
+
 def select(
-    names: Iterable[str], archs: Sequence[int], only: Sequence[str] = (), *, quick: bool = False
+    specs: Iterable[Any], archs: Sequence[int], only: Sequence[str] = (), *, quick: bool = False
 ) -> list[tuple[str, int]]:
-    """Every configuration for sm_90, the first of each kernel in bf16 (if it has one) for the others and if `quick`;
+    """What is built for which architecture, as the top of this file says; the first of each kernel alone if `quick`.
     `only` keeps names that contain all of it."""
-    names = [name for name in names if all(part in name for part in only)]
-    order = sorted(names, key=lambda name: "[bf16" not in name)
-    first = {name.partition("[")[0]: name for name in reversed(order)}
-    return [(name, arch) for arch in archs for name in (names if arch == FULL_ARCH and not quick else first.values())]
+    specs = [spec for spec in specs if all(part in spec.name for part in only)]
+    chosen = []
+    for arch in archs:
+        bounds = {spec.name: spec.shared_bytes and spec.shared_bytes(divmod(arch, 10)) for spec in specs}
+        here = [spec for spec in specs if spec.shared_bytes is None or bounds[spec.name] is not None]
+        order = sorted(here, key=lambda spec: "[bf16" not in spec.name)
+        found = list({spec.name.partition("[")[0]: spec for spec in reversed(order)}.values())
+        # One of those that differ in what they are given, and for strips only in the middle of a block.
+        given = {_OPTIONAL.sub("", spec.name): spec for spec in reversed(here) if "[fp16" not in spec.name}
+        whole = [spec for spec in reversed(given.values()) if "NORM=False" not in spec.name]
+        several = [spec for spec in whole if spec.kind == "gemm" or (spec.kind == "strips" and "[bf16" in spec.name)]
+        if arch == FULL_ARCH and not quick:
+            found = here
+        elif arch == GEMM_ARCH and not quick:
+            found += several
+        elif not quick:
+            found += [spec for spec in several if 2 * (bounds[spec.name] or 0) > SHARED_MEMORY[arch]]
+        chosen += [(name, arch) for name in dict.fromkeys(spec.name for spec in found)]
+    return chosen
 
 
 def build(tasks: Sequence[tuple[str, int]], processes: int = 2) -> list[Report]:
@@ -323,12 +360,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import triton
 
-    names = list(_specs())
-    tasks = select(names, options.arch, options.only, quick=options.quick)
+    specs = _specs()
+    tasks = select(specs.values(), options.arch, options.only, quick=options.quick)
     if not tasks:
         parser.error(f"no configuration contains {' and '.join(options.only)}.")
     reports = build(tasks, options.processes)
-    print(f"triton {triton.__version__}, {len(reports)} builds of {len(names)} configurations\n")
+    print(f"triton {triton.__version__}, {len(reports)} builds of {len(specs)} configurations\n")
     print(table(reports))
     if options.json:
         options.json.write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")

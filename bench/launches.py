@@ -24,7 +24,7 @@ from kernels.device import gpu
 from kernels.drop_connect import join, reduce_sums
 from kernels.excite import excite, excite_backward
 from kernels.mbconv_traffic import Block
-from kernels.pointwise_gemm import plan
+from kernels.pointwise_blocks import plan
 from kernels.squeeze_excite import Norm, image_plan, squeeze
 from kernels.strips import geometry
 

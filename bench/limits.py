@@ -21,7 +21,7 @@ from kernels import depthwise, depthwise_backward, mbconv_traffic
 from kernels.device import REFERENCE, Gpu
 from kernels.launch import cdiv
 from kernels.mbconv_traffic import Block
-from kernels.pointwise_gemm import plan
+from kernels.pointwise_blocks import plan
 from kernels.pointwise_operand import SILU, Prologue
 from kernels.pointwise_wgrad import split_plan
 from kernels.strips import BLOCK_C, geometry

@@ -154,9 +154,9 @@ def bn_silu_squeeze_excite(
     impl: L.Impl = "auto",
 ) -> Tensor:
     """`squeeze_excite(bn_silu(x))` for `x` [B, C, H, W], in the dtype of `x`. Arguments and errors as in those two."""
-    vectors = SE.squeeze_vectors(x, w_reduce, b_reduce, w_expand, b_expand, impl)
+    vectors = SE.squeeze_vectors(x, w_reduce, b_reduce, w_expand, b_expand)
     check_batch_norm(x, weight, bias, running_mean, running_var, training, **vectors)
-    if L.resolve(impl, x) == "torch":
+    if E.resolve(impl, x, w_reduce.shape[0]) == "torch":
         return reference.bn_silu_squeeze_excite(
             x, weight, bias, running_mean, running_var, w_reduce, b_reduce, w_expand, b_expand,
             training=training, momentum=momentum, eps=eps, group=group,

@@ -18,6 +18,7 @@ from kernels.device import Gpu
 Config = Any  # a frozen dataclass of the kernel's file
 Candidates = Callable[["Site", Gpu], tuple[Config, ...]]
 C = TypeVar("C", bound=Candidates)
+T = TypeVar("T")
 
 
 class Site(NamedTuple):
@@ -45,6 +46,11 @@ def candidates_of(kernel: str) -> Callable[[C], C]:
 def candidates(site: Site, gpu: Gpu) -> tuple[Config, ...]:
     """What a launch there can run with on that card, predicted best first."""
     return _candidates[site.kernel](site, gpu)
+
+
+def fitting(found: tuple[T, ...], needs: Callable[[T], int], gpu: Gpu) -> tuple[T, ...]:
+    """Those whose need of shared memory the card has; where none is, the smallest, whose launch will say so."""
+    return tuple(config for config in found if needs(config) <= gpu.shared_memory) or (min(found, key=needs),)
 
 
 def choose(site: Site, gpu: Gpu) -> Config:

@@ -54,6 +54,7 @@ from kernels.strips import (
     load_taps,
     make_plan,
     pack_taps,
+    strip_candidates,
     strip_specs,
     strips_site,
     tap_bytes,
@@ -278,20 +279,20 @@ def _merge_counted_stats_kernel(
     store_channels(var_ptr, tl.sum(m2, axis=0) / total, c0, channels, BLOCK_C)
 
 
-# Predicted, not measured: the widest strip that does not spill loads and activates an element least often. Eight
-# programs are four rounds of what a multiprocessor holds.
+# Predicted, not measured, by kernel size and stride. First the widest strip that does not spill, which loads and
+# activates an element least often; eight programs are four rounds of what a multiprocessor holds. The others have
+# narrower strips or fewer registers, so that three or four programs are resident and hide what one waits for.
 CANDIDATES = {
-    (3, 1): (Strips(8, 8),),
-    (3, 2): (Strips(4, 8),),
-    (5, 1): (Strips(4, 8),),
-    (5, 2): (Strips(3, 8),),
+    (3, 1): (Strips(8, 8), Strips(6, 12, 168)),
+    (3, 2): (Strips(4, 8), Strips(3, 12, 168)),
+    (5, 1): (Strips(4, 8), Strips(4, 12, 168), Strips(2, 12, 168)),
+    (5, 2): (Strips(3, 8), Strips(2, 12, 168)),
 }  # fmt: skip
 
 
 @configs.candidates_of("depthwise")
 def _candidates(site: Site, gpu: Gpu) -> tuple[Strips, ...]:
-    *_, k, stride, _norm, _stats, _dtype = site.sizes
-    return CANDIDATES[k, stride]  # type: ignore[index]
+    return strip_candidates(site, CANDIDATES)
 
 
 def forward_plan(
@@ -346,7 +347,7 @@ def aot_specs() -> Iterator[L.KernelSpec]:
     """A block with expansion, a block without, and the convolution alone: every configuration that they select."""
     alone = {"STATS": False, "partial_ptr": None, "counts_ptr": None}
     modes = ({"NORM": True, "STATS": True}, {**NO_INPUT_VECTORS, "STATS": True}, NO_INPUT_VECTORS | alone)
-    yield from strip_specs(_depthwise_kernel, ["x_ptr", "y_ptr"], modes, CANDIDATES)
+    yield from strip_specs(_depthwise_kernel, ["x_ptr", "y_ptr"], modes, CANDIDATES, "STATS")
     yield L.spec(_merge_counted_stats_kernel, "small", "fp32", dict(MERGE), num_warps=NUM_WARPS)
 
 

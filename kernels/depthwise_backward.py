@@ -63,6 +63,7 @@ from kernels.strips import (
     load_taps,
     make_plan,
     pack_taps,
+    strip_candidates,
     strip_specs,
     strips_site,
     tap_bytes,
@@ -304,20 +305,20 @@ class OutNorm(NamedTuple):
 
 
 NO_OUT_NORM = OutNorm()
-# Predicted, not measured: the widest strips that spill nowhere load and activate an element least often. Four
-# programs are two rounds of what a multiprocessor holds; each writes k² + 2 sums a channel.
+# Predicted, not measured, by kernel size and stride. First the widest strips that spill nowhere, which load and
+# activate an element least often; four programs are two rounds of what a multiprocessor holds, and each writes k² + 2
+# sums a channel. The others have narrower strips or fewer registers, so that more programs are resident.
 CANDIDATES = {
-    (3, 1): (Strips(4, 4),),
-    (3, 2): (Strips(3, 4),),
-    (5, 1): (Strips(2, 4),),
-    (5, 2): (Strips(2, 4),),
+    (3, 1): (Strips(4, 4), Strips(3, 6, 168)),
+    (3, 2): (Strips(3, 4), Strips(2, 6, 168)),
+    (5, 1): (Strips(2, 4), Strips(2, 8)),
+    (5, 2): (Strips(2, 4), Strips(2, 8)),
 }  # fmt: skip
 
 
 @configs.candidates_of("depthwise_backward")
 def _candidates(site: Site, gpu: Gpu) -> tuple[Strips, ...]:
-    *_, k, stride, _norm, _out_norm, _dtype = site.sizes
-    return CANDIDATES[k, stride]  # type: ignore[index]
+    return strip_candidates(site, CANDIDATES)
 
 
 def backward_plan(
@@ -382,7 +383,7 @@ def aot_specs() -> Iterator[L.KernelSpec]:
         {**NO_INPUT_VECTORS, "OUT_NORM": True},
         NO_INPUT_VECTORS | NO_OUT_VECTORS,
     )
-    yield from strip_specs(_depthwise_backward_kernel, IMAGES, modes, CANDIDATES)
+    yield from strip_specs(_depthwise_backward_kernel, IMAGES, modes, CANDIDATES, "OUT_NORM")
 
 
 def traffic(

@@ -17,7 +17,7 @@ every image reads again from L2. S may be anything up to 256: rows past it are m
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -28,6 +28,19 @@ from kernels.launch import tl
 MAX_CHUNKS = 16  # partial sums of one image and channel
 MAX_SQUEEZE = 256
 BLOCK_B = 16
+
+
+def resolve(impl: L.Impl, x: Tensor, squeeze: int) -> Literal["triton", "torch"]:
+    """`launch.resolve` for an operation that squeezes to `squeeze` channels: "auto" is PyTorch where they are more than
+    the kernels take."""
+    found = L.resolve(impl, x)
+    if found == "triton" and squeeze > MAX_SQUEEZE:
+        if impl == "auto":
+            return "torch"
+        raise ValueError(
+            f"the Triton kernels squeeze to at most {MAX_SQUEEZE} channels, got {squeeze}: pass impl='auto' or 'torch'"
+        )
+    return found
 
 
 def excite_blocks(squeeze: int) -> dict[str, Any]:

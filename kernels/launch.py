@@ -402,6 +402,7 @@ def compile_all(
     return done
 
 
+CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))  # for which the kernels are built ahead of time
 Kind = Literal["elementwise", "reduction", "strips", "gemm", "small"]
 
 
@@ -411,7 +412,9 @@ class KernelSpec:
 
     `kind` is "elementwise" (reads and writes images), "reduction" (reads images, writes vectors), "strips" (walks
     images by columns, two channels a lane), "gemm" or "small" (vectors only). `attrs` states 16-byte alignment of
-    every pointer, which holds for whatever PyTorch allocates. `maxnreg` is the launch's bound on registers, if any.
+    every pointer, which holds for whatever PyTorch allocates. `maxnreg` is the launch's bound on registers, if any;
+    `shared_bytes` bounds the shared memory that it takes on a card of a capability, where that decides whether it is
+    chosen there; None is what never is.
     """
 
     name: str
@@ -423,6 +426,7 @@ class KernelSpec:
     kind: Kind
     attrs: dict[tuple[int, ...], list[list[Any]]] = field(default_factory=dict)
     maxnreg: int | None = None
+    shared_bytes: Callable[[tuple[int, int]], int | None] | None = None
 
 
 def spec(
@@ -434,6 +438,7 @@ def spec(
     images: Iterable[str] = (),
     num_warps: int = 4,
     maxnreg: int | None = None,
+    shared_bytes: Callable[[tuple[int, int]], int | None] | None = None,
 ) -> KernelSpec:
     """The specification of one compilation of `fn`: pointers named in `images` have the storage dtype, others fp32."""
     signature: dict[str, str] = {}
@@ -447,8 +452,9 @@ def spec(
         else:
             signature[name] = "fp32" if name == "eps" or name.startswith("inverse_") else "i32"
     label = ",".join(f"no_{k.removesuffix('_ptr')}" if v is None else f"{k}={v}" for k, v in constexprs.items())
+    label += f",WARPS={num_warps}" * (kind == "gemm") + f",MAXNREG={maxnreg}" * (maxnreg is not None)
     name = f"{fn.fn.__name__.strip('_')}[{dtype},{label}]"
-    return KernelSpec(name, fn, signature, constexprs, num_warps, 1, kind, attrs, maxnreg)
+    return KernelSpec(name, fn, signature, constexprs, num_warps, 1, kind, attrs, maxnreg, shared_bytes)
 
 
 def tile_specs(

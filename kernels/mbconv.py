@@ -52,7 +52,7 @@ from kernels import launch as L
 from kernels import mbconv_ops, reference
 from kernels.cpu import ops as cpu_ops
 from kernels.drop_connect import bn_drop_connect_add_op
-from kernels.excite import MAX_SQUEEZE
+from kernels.excite import resolve as resolve_squeeze
 from kernels.strips import CONFIGURATIONS, Padding
 from kernels.sync import group_size, join_statistics, join_sums
 
@@ -94,12 +94,12 @@ class Unjoined(NamedTuple):
     bias: Tensor
 
 
-def resolve(impl: BlockImpl, x: Tensor) -> Literal["triton", "native", "torch"]:
-    """`launch.resolve`, and "native": the same schedule in C++, for fp32 and bf16 on a CPU, which never falls back."""
+def resolve(impl: BlockImpl, x: Tensor, squeeze: int = 1) -> Literal["triton", "native", "torch"]:
+    """`excite.resolve`, and "native": the same schedule in C++, for fp32 and bf16 on a CPU, which never falls back."""
     if impl != "native":
         if impl not in get_args(BlockImpl):
             raise ValueError(f"impl must be 'auto', 'triton', 'native' or 'torch', got {impl!r}")
-        return L.resolve(impl, x)
+        return resolve_squeeze(impl, x, squeeze)
     if x.device.type != "cpu":
         raise RuntimeError(f"impl='native' cannot run on {x.device.type} tensors: move them to the CPU or pass 'auto'")
     if x.dtype not in cpu_ops.STORAGE_DTYPES:
@@ -258,7 +258,7 @@ def mbconv(
         raise ValueError("a drop-connect scale is for training: pass scale=None")
     if training:
         _check_rows(x, stride)
-    form = resolve(impl, x)
+    form = resolve(impl, x, excite.w_reduce.shape[0])
     if form == "torch":
         return reference.mbconv(
             x, expand, depthwise, excite, project, scale, stride=stride, padding=padding, residual=residual,
@@ -271,8 +271,6 @@ def mbconv(
         )  # fmt: skip
         assert isinstance(y, Tensor)
         return y
-    if form == "triton":
-        _check_squeeze(excite)
     layers = ([] if expand is None else list(expand), list(depthwise), list(excite), list(project))
     return _operations(form == "native").inference(_in_autocast(x), *layers, stride, padding, residual, eps)
 
@@ -296,11 +294,11 @@ def mbconv_training(
 ) -> Tensor | Unjoined:
     """The fused path of `mbconv` in training, for arguments whose shapes fit, also from and to a block that is joined
     with this one: x may be Unjoined where there is an expansion; without `join` the output is."""
-    if not native:
-        _check_squeeze(excite)
     former: Unjoined | None = None
     if isinstance(x, Unjoined):
         former, x = x, x.p
+    if not native:
+        resolve_squeeze("triton", x, excite.w_reduce.shape[0])
     _check_rows(x, stride)
     x = _in_autocast(x)
     y, *others = _MBConv.apply(
@@ -323,14 +321,6 @@ def mbconv_training(
 def _check_rows(x: Tensor, stride: int) -> None:
     if x.shape[0] * L.cdiv(x.shape[2], stride) * L.cdiv(x.shape[3], stride) == 1:
         raise ValueError(f"batch statistics need more than one value per channel, got x of shape {tuple(x.shape)}")
-
-
-def _check_squeeze(excite: Excite) -> None:
-    if excite.w_reduce.shape[0] > MAX_SQUEEZE:
-        raise ValueError(
-            f"the Triton kernels squeeze to at most {MAX_SQUEEZE} channels, got {excite.w_reduce.shape[0]}: "
-            "pass impl='torch'"
-        )
 
 
 def _in_autocast(x: Tensor) -> Tensor:

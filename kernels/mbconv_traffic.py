@@ -12,7 +12,8 @@ from kernels import depthwise, depthwise_backward, drop_connect, excite
 from kernels.batch_norm import partial_plan, sum_traffic
 from kernels.device import REFERENCE, Gpu
 from kernels.launch import cdiv, tile_for
-from kernels.pointwise_gemm import Epilogue, gemm_traffic, plan
+from kernels.pointwise_blocks import Epilogue, plan
+from kernels.pointwise_gemm import gemm_traffic
 from kernels.pointwise_operand import Prologue, coefficient_traffic
 from kernels.pointwise_wgrad import wgrad_traffic
 from kernels.squeeze_excite import image_plan

@@ -47,7 +47,8 @@ from kernels import launch as L
 from kernels import pointwise_gemm, pointwise_operand, pointwise_wgrad
 from kernels.batch_norm import MERGE, MERGE_CHANNELS, MERGE_WARPS, _merge_stats_kernel
 from kernels.device import REFERENCE, Gpu
-from kernels.pointwise_gemm import gemm, gemm_traffic, plan
+from kernels.pointwise_blocks import Plan, plan
+from kernels.pointwise_gemm import gemm, gemm_traffic
 from kernels.pointwise_operand import coefficient_traffic, coefficients
 from kernels.pointwise_wgrad import wgrad, wgrad_traffic
 
@@ -87,7 +88,7 @@ def joined_forward(
     return x, *_merged(*found)
 
 
-def _merged(y: Tensor, partial: Tensor | None, plan: pointwise_gemm.Plan) -> tuple[Tensor, Tensor, Tensor]:
+def _merged(y: Tensor, partial: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """y, and the mean and biased variance that its partials make."""
     assert partial is not None
     channels = y.shape[1]

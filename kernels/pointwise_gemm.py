@@ -26,25 +26,32 @@ product, bf16 operands are widened after their rounding.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels import configs
 from kernels import launch as L
 from kernels.batch_norm import channel_vector, locate, silu_and_slope, store_channels, tile_at
-from kernels.configs import Site
 from kernels.device import REFERENCE, Gpu
-from kernels.excite import MAX_CHUNKS
 from kernels.launch import tl
+from kernels.pointwise_blocks import (
+    Blocks,
+    Epilogue,
+    Plan,
+    Prologue,
+    needs_where,
+    plan,
+    selectable,
+    shared_bytes,
+)
 from kernels.pointwise_operand import (
     GRADIENTS,
-    SILU,
     VECTORS,
-    Prologue,
     area_of,
     bound,
     operand,
@@ -55,8 +62,6 @@ from kernels.pointwise_operand import (
     widened,
 )
 from kernels.strips import empty_nhwc
-
-Epilogue = Literal["none", "statistics", "residual", "bias", "gate_sums"]
 
 
 @L.helper
@@ -196,98 +201,6 @@ def _pointwise_kernel(
         store_channels(partial_ptr + (2 * all_parts + part) * n_count, third, n0, n_count, BLOCK_N)
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """A row tile of `m` by `n` output channels, summed over K in steps of `k`; `single`: one step is all of K.
-
-    A launch has `programs` for each multiprocessor; with six, one, two or three resident ones end together.
-    """
-
-    m: int
-    n: int
-    k: int
-    num_warps: int
-    stages: int
-    single: bool = False
-    programs: int = 6
-
-    def constexprs(self) -> dict[str, int | bool]:
-        sizes = {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
-        return {"SINGLE": self.single, "STAGES": self.stages, **sizes}
-
-
-def blocks_for(k: int, n: int, prologue: Prologue, epilogue: Epilogue, dtype: torch.dtype) -> Blocks:
-    """The one configuration for a product [M, k] × [k, n].
-
-    Predicted from registers and bytes, not measured. Output channels are the rows of the tensor cores' tile, 64 at
-    least on sm_90, so that a statistic of a channel lives in two lanes and needs few shuffles and registers.
-    A prologue with SiLU is bound by special functions: 32 channels a step waste few lanes on K = 96, 144, 240, 480,
-    672, and 128 output channels make it seldom twice. Without it A is narrow and read again from L2 by every block of
-    columns: W stays in registers or shared memory and 128 rows amortise a barrier, or 128 columns a read. The sums
-    of a gate need the registers: 64 × 64. Stages are those at which nothing spills on sm_80, sm_90 and sm_100.
-    """
-    ragged = vector_width(k, n) == 1
-    if dtype == torch.float32:
-        return Blocks(32 if ragged and prologue == "join" else 64, 64, 16, 8, 3 if prologue == "none" else 2)
-    if ragged:
-        return Blocks(32 if prologue == "join" else 64, 64, 32, 4, 1)
-    wide = n > 64
-    if prologue in SILU:
-        if wide or prologue == "bn_silu":
-            return Blocks(64, 128 if wide else 64, 32, 8, 3)
-        return Blocks(64, 64, 32, 4, 4 if prologue == "bn_silu_gate" else 3)
-    block_k = max(L.power_of_two(k), 16)
-    if epilogue == "gate_sums":
-        return Blocks(64, 64, block_k, 4, 2, single=True) if k <= 128 else Blocks(64, 64, 32, 8, 2)
-    if prologue == "join" and k > 64 and not wide:  # no expansion is as narrow; larger tiles spill on sm_80
-        return Blocks(64, 64, 32, 8, 2)
-    if k > 128:
-        return Blocks(64, 128, 64, 8, 3) if wide else Blocks(64, 64, 64, 4, 3)
-    if k > 64 and wide:
-        return Blocks(64, 128, block_k, 8, 3, single=True)
-    return Blocks(128, 64, block_k, 8, 3 if k <= 32 else 2, single=True)
-
-
-@configs.candidates_of("pointwise")
-def _candidates(site: Site, gpu: Gpu) -> tuple[Blocks, ...]:
-    *_, k, n, prologue, epilogue, dtype = site.sizes
-    return (blocks_for(k, n, prologue, epilogue, getattr(torch, dtype)),)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a product is cut up: what the launch, the partials and the byte count have in common."""
-
-    site: Site
-    blocks: Blocks
-    vec: int
-    step: int  # rows a program walks
-    parts: int  # partials of a column; with gate_sums of a column and image
-    tiles: int  # row tiles altogether
-    column_blocks: int
-
-
-def plan(
-    shape: tuple[int, ...],
-    k: int,
-    n: int,
-    prologue: Prologue,
-    epilogue: Epilogue,
-    dtype: torch.dtype,
-    gpu: Gpu = REFERENCE,
-) -> Plan:
-    images, _, height, width = shape
-    site = Site("pointwise", (images, height, width, k, n, prologue, epilogue, L.dtype_name(dtype)))
-    blocks: Blocks = configs.choose(site, gpu)
-    columns = L.cdiv(n, blocks.n)
-    aligned = epilogue == "gate_sums"
-    rows, lanes = (height * width, images * columns) if aligned else (images * height * width, columns)
-    tiles = L.cdiv(rows, blocks.m)
-    most = min(blocks.programs * gpu.multiprocessors // lanes, MAX_CHUNKS if aligned else L.MAX_PARTIALS, tiles)
-    step = blocks.m * L.cdiv(tiles, max(most, 1))
-    return Plan(site, blocks, vector_width(k, n), step, L.cdiv(rows, step), tiles * (images if aligned else 1), columns)
-
-
 def gemm(
     a: Tensor,
     weight: Tensor,
@@ -324,7 +237,7 @@ def gemm(
         other_vectors, partial, area_of(a), a.numel() // k, p.step, p.parts, k // p.vec, n // p.vec,
         like=a, num_warps=p.blocks.num_warps, PROLOGUE=prologue, EPILOGUE=epilogue, DGRAD=dgrad, WIDEN=widened(a.dtype),
         SPAN=span_for(p.blocks.m, area_of(a), p.vec, a.dtype) if prologue == "bn_silu_gate" else 0, VEC=p.vec,
-        site=p.site, **p.blocks.constexprs(),
+        site=p.site, **p.blocks.bounds(), **p.blocks.constexprs(),
     )  # fmt: skip
     return y, partial, p
 
@@ -374,10 +287,14 @@ def aot_specs() -> Iterator[L.KernelSpec]:
     images = ("a_ptr", "x_ptr", "joined_ptr", "w_ptr", "y_ptr", "image_ptr")
     for dtype, name in L.STORAGE_DTYPES.items():
         for prologue, epilogue, dgrad in FORMS:
-            sizes = [(k, n) for k in SIZES for n in (40, 72)]
-            chosen = {(blocks_for(k, n, prologue, epilogue, dtype), 8) for k, n in sizes}
-            chosen.add((blocks_for(9, 9, prologue, epilogue, dtype), 1))
-            for blocks, vec in sorted(chosen, key=lambda c: (-c[1], str(c))):
+            form = prologue, epilogue
+            sizes = [(k, n) for k in SIZES for n in (40, 72)] + [(9, 9)]
+            chosen: dict[tuple[Blocks, int], set[tuple[int, int]]] = {}
+            for (k, n), capability in itertools.product(sizes, L.CAPABILITIES):
+                for blocks in selectable(k, n, prologue, epilogue, dtype, capability):
+                    built = replace(blocks, programs=1), vector_width(k, n)  # the compiler does not see programs
+                    chosen.setdefault(built, set()).add(capability)
+            for (blocks, vec), where in sorted(chosen.items(), key=lambda c: (-c[0][1], str(c[0]))):
                 spans = {span_for(blocks.m, area, vec, dtype) for area in (blocks.m, blocks.m - 1, 1)}
                 for span in sorted(spans) if prologue == "bn_silu_gate" else (0,):
                     for without in optional_pointers(prologue, epilogue):
@@ -387,8 +304,10 @@ def aot_specs() -> Iterator[L.KernelSpec]:
                             **blocks.constexprs(),
                         }  # fmt: skip
                         yield L.spec(
-                            _pointwise_kernel, "gemm", name, constexprs, images=images, num_warps=blocks.num_warps
-                        )
+                            _pointwise_kernel, "gemm", name, constexprs, images=images, num_warps=blocks.num_warps,
+                            maxnreg=blocks.maxnreg,
+                            shared_bytes=partial(needs_where, where, shared_bytes, blocks, *form, dtype, span),
+                        )  # fmt: skip
 
 
 def gemm_traffic(

@@ -14,8 +14,11 @@ so in B0 to B7 a wide tile is made at most five times and the narrow one comes o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +28,7 @@ from kernels import launch as L
 from kernels.configs import Site
 from kernels.device import REFERENCE, Gpu
 from kernels.launch import tl
+from kernels.pointwise_blocks import BARRIERS, in_place, needs_where
 from kernels.pointwise_operand import (
     GRADIENTS,
     VECTORS,
@@ -116,7 +120,7 @@ def _sum_splits_kernel(partial_ptr, sum_ptr, splits, size, BLOCK: tl.constexpr):
 @dataclass(frozen=True)
 class Blocks:
     """Steps of `m` rows for a block of `wide` by `narrow` channels; a launch has up to `programs` for each
-    multiprocessor."""
+    multiprocessor. `maxnreg` bounds registers."""
 
     m: int
     wide: int
@@ -124,13 +128,19 @@ class Blocks:
     num_warps: int
     stages: int
     programs: int = 2
+    maxnreg: int | None = None
 
     def constexprs(self) -> dict[str, int]:
         return {"STAGES": self.stages, "BLOCK_M": self.m, "BLOCK_W": self.wide, "BLOCK_N": self.narrow}
 
+    def bounds(self) -> dict[str, Any]:
+        """A launch's bound on registers, if any."""
+        return {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+
 
 def blocks_for(wide: int, narrow: int, dtype: torch.dtype) -> Blocks:
-    """Predicted from registers, not measured: steps of 32 rows stay within one or two images down to 7×7."""
+    """The default. Predicted from registers, not measured: steps of 32 rows stay within one or two images down to
+    7×7."""
     if dtype == torch.float32:
         return Blocks(16, 64, 64, 8, 2)
     if vector_width(wide, narrow) == 1:
@@ -140,10 +150,64 @@ def blocks_for(wide: int, narrow: int, dtype: torch.dtype) -> Blocks:
     return Blocks(32, 64, 64 if narrow > 32 else 32, 4, 3)
 
 
+class Other(NamedTuple):
+    """A configuration to try beside the default in bf16 training, where all channels come in eights, for weights whose
+    narrow side lies in `narrow`."""
+
+    narrow: range
+    blocks: Blocks
+
+
+# Predicted by a model of the machine code, not measured: best first. A line here is all that another one takes.
+OTHERS = (
+    # Two stages leave room for twice the programs, which share the rows out more finely.
+    Other(range(33), Blocks(32, 64, 32, 4, 2, programs=4)),
+    Other(range(33, 65), Blocks(32, 64, 64, 4, 2, programs=4)),
+    # Partials of half as many rows; and columns in halves: half the accumulator.
+    Other(range(65, 2**31), Blocks(64, 64, 128, 8, 2, programs=4)),
+    Other(range(65, 2**31), Blocks(32, 64, 64, 4, 2, programs=4)),
+)
+
+
+def selectable(
+    wide: int, narrow: int, wide_prologue: Prologue, dtype: torch.dtype, capability: tuple[int, int]
+) -> tuple[Blocks, ...]:
+    """The default and the others on cards of that capability, whether or not they fit."""
+    default = blocks_for(wide, narrow, dtype)
+    if capability[0] == 12 and wide_prologue == "bn_silu_grad" and default.num_warps == 8 and dtype != torch.float32:
+        # ptxas otherwise trades a few spilled bytes for one more resident program.
+        default = replace(default, maxnreg=255)
+    if dtype != torch.bfloat16 or vector_width(wide, narrow) == 1 or wide_prologue == "none":
+        return (default,)
+    others = (other.blocks for other in OTHERS if narrow in other.narrow)
+    return default, *(replace(b, maxnreg=default.maxnreg) if b.num_warps == default.num_warps else b for b in others)
+
+
+def shared_bytes(
+    blocks: Blocks, wide: Prologue, narrow: Prologue, dtype: torch.dtype, span: int, capability: tuple[int, int]
+) -> int:
+    """The most shared memory that a block of the launch takes, derived as in `kernels.pointwise_blocks`: what a step
+    loads for each stage, and a tile for each operand on its way to the tensor cores; the result is stored through one
+    of its own when these are free again."""
+    b, size = blocks, dtype.itemsize
+    sides = ((b.wide, wide), (b.narrow, narrow))
+    step = sum(b.m * n * size * (1 + (prologue in GRADIENTS)) for n, prologue in sides)
+    step += 4 * b.m * (narrow == "bn_grad") + 4 * b.wide * (span or b.m) * (wide == "bn_silu_gate")
+    through = b.m * (b.wide + b.narrow) * size
+    return max(step * max(b.stages - 1 + in_place(capability), 1) + through + BARRIERS, 4 * b.wide * b.narrow)
+
+
 @configs.candidates_of("pointwise_wgrad")
 def _candidates(site: Site, gpu: Gpu) -> tuple[Blocks, ...]:
-    *_, wide, narrow, _wide_prologue, _narrow_prologue, dtype = site.sizes
-    return (blocks_for(wide, narrow, getattr(torch, dtype)),)  # type: ignore[arg-type]
+    sizes: tuple[Any, ...] = site.sizes
+    _images, height, width, wide, narrow, wide_prologue, narrow_prologue, name = sizes
+    dtype, vec = getattr(torch, name), vector_width(wide, narrow)
+
+    def needs(b: Blocks) -> int:
+        span = span_for(b.m, height * width, vec, dtype)
+        return shared_bytes(b, wide_prologue, narrow_prologue, dtype, span, gpu.capability)
+
+    return configs.fitting(selectable(wide, narrow, wide_prologue, dtype, gpu.capability), needs, gpu)
 
 
 SUM_BLOCK = 1024
@@ -213,7 +277,7 @@ def wgrad(
         partial, area, rows, split.step, a // vec, b // vec, like=wide, num_warps=blocks.num_warps,
         WIDE=wide_prologue, NARROW=narrow_prologue, WIDE_IS_INPUT=wide_is_input, WIDEN=widened(wide.dtype),
         SPAN=span_for(blocks.m, area, vec, wide.dtype) if gate is not None else 0, VEC=vec, site=split.site,
-        **blocks.constexprs(),
+        **blocks.bounds(), **blocks.constexprs(),
     )  # fmt: skip
     if splits == 1:
         return partial[0]
@@ -238,15 +302,20 @@ def aot_specs() -> Iterator[L.KernelSpec]:
     yield L.spec(_sum_splits_kernel, "small", "fp32", {"BLOCK": SUM_BLOCK})
     images = ("wide_ptr", "wide_x_ptr", "narrow_ptr", "narrow_x_ptr")
     for dtype, name in L.STORAGE_DTYPES.items():
-        chosen = {(blocks_for(96, narrow, dtype), 8) for narrow in (24, 40, 80)} | {(blocks_for(9, 9, dtype), 1)}
         for wide, narrow, wide_is_input in FORMS:
+            sizes = [(96, 24), (96, 40), (96, 80), (9, 9)]
+            chosen: dict[tuple[Blocks, int], set[tuple[int, int]]] = {}
+            for size, capability in itertools.product(sizes, L.CAPABILITIES):
+                for blocks in selectable(*size, wide, dtype, capability):
+                    built = replace(blocks, programs=1), vector_width(*size)  # the compiler does not see programs
+                    chosen.setdefault(built, set()).add(capability)
             used = {
                 "wide_x_ptr": wide == "bn_silu_grad", "wide_coefficients_ptr": wide != "none",
                 "narrow_x_ptr": narrow == "bn_grad", "narrow_coefficients_ptr": narrow != "none",
                 "gate_ptr": wide == "bn_silu_gate", "scale_ptr": narrow == "bn_grad",
             }  # fmt: skip
             absent = {pointer: None for pointer, present in used.items() if not present}
-            for blocks, vec in sorted(chosen, key=lambda c: (-c[1], str(c))):
+            for (blocks, vec), where in sorted(chosen.items(), key=lambda c: (-c[0][1], str(c[0]))):
                 spans = {span_for(blocks.m, area, vec, dtype) for area in (blocks.m, blocks.m - 1, 1)}
                 for span in sorted(spans) if wide == "bn_silu_gate" else (0,):
                     for scaled in ({}, {"scale_ptr": None}) if narrow == "bn_grad" else ({},):
@@ -256,7 +325,8 @@ def aot_specs() -> Iterator[L.KernelSpec]:
                         }  # fmt: skip
                         yield L.spec(
                             _pointwise_wgrad_kernel, "gemm", name, constexprs, images=images,
-                            num_warps=blocks.num_warps,
+                            num_warps=blocks.num_warps, maxnreg=blocks.maxnreg,
+                            shared_bytes=partial(needs_where, where, shared_bytes, blocks, wide, narrow, dtype, span),
                         )  # fmt: skip
 
 

@@ -305,7 +305,7 @@ L.once_differentiable(squeeze_excite_backward_op, "squeeze_excite")
 
 
 def squeeze_vectors(
-    x: Tensor, w_reduce: Tensor, b_reduce: Tensor, w_expand: Tensor, b_expand: Tensor, impl: L.Impl
+    x: Tensor, w_reduce: Tensor, b_reduce: Tensor, w_expand: Tensor, b_expand: Tensor
 ) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
     """The squeeze-and-excite arguments with the shapes they must have, for `launch.check`."""
     if x.dim() != 4 or w_reduce.dim() != 2:
@@ -313,8 +313,6 @@ def squeeze_vectors(
             f"x must be [B, C, H, W] and w_reduce [S, C], got {tuple(x.shape)} and {tuple(w_reduce.shape)}"
         )
     s, c = w_reduce.shape[0], x.shape[1]
-    if impl != "torch" and L.resolve(impl, x) == "triton" and s > E.MAX_SQUEEZE:
-        raise ValueError(f"the Triton kernels squeeze to at most {E.MAX_SQUEEZE} channels, got {s}: pass impl='torch'")
     return {
         "w_reduce": (w_reduce, (s, c)),
         "b_reduce": (b_reduce, (s,)),
@@ -332,8 +330,8 @@ def squeeze_excite(
     fp32, in autocast too. On that path an `x` that is not channels_last is copied first. Raises ValueError or
     TypeError for a wrong shape, dtype or device, RuntimeError where `impl="triton"` cannot run.
     """
-    L.check(x, **squeeze_vectors(x, w_reduce, b_reduce, w_expand, b_expand, impl))
-    if L.resolve(impl, x) == "torch":
+    L.check(x, **squeeze_vectors(x, w_reduce, b_reduce, w_expand, b_expand))
+    if E.resolve(impl, x, w_reduce.shape[0]) == "torch":
         return reference.squeeze_excite(x, w_reduce, b_reduce, w_expand, b_expand)
     return squeeze_excite_op(x, w_reduce, b_reduce, w_expand, b_expand)[0]
 

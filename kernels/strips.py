@@ -85,6 +85,23 @@ class Strips:
     maxnreg: int = 255
 
 
+Candidates = Mapping[tuple[int, int], tuple[Strips, ...]]  # by kernel size and stride, the default first
+
+
+def several(surrounded: bool, vec: int, dtype: torch.dtype) -> bool:
+    """Whether a launch has more than the default to choose from: in bf16 training, where all channels come in
+    eights."""
+    return surrounded and vec > 1 and dtype == torch.bfloat16
+
+
+def strip_candidates(site: Site, found: Candidates) -> tuple[Strips, ...]:
+    """All fit every card: their shared memory, for merging statistics, is a few KiB."""
+    sizes: tuple[Any, ...] = site.sizes
+    _images, channels, *_, k, stride, _norm, surrounded, dtype = sizes
+    many = several(surrounded, L.vector_width(channels), getattr(torch, dtype))
+    return found[k, stride] if many else found[k, stride][:1]
+
+
 def strips_site(
     kernel: str, shape: tuple[int, ...], g: Geometry, dtype: torch.dtype, norm: bool, surrounded: bool
 ) -> Site:
@@ -153,19 +170,24 @@ def strip_specs(
     fn: Any,
     images: Iterable[str],
     modes: Iterable[dict[str, Any]],
-    candidates: Mapping[tuple[int, int], tuple[Strips, ...]],
+    candidates: Candidates,
+    surroundings: str,
 ) -> Iterator[L.KernelSpec]:
-    """Every storage dtype × mode × kernel size and stride × vector width of a kernel that walks strips, the one that
-    holds most registers first, as it stands for all where only one is built."""
+    """Every storage dtype × mode × kernel size and stride × vector width × candidate of a kernel that walks strips, the
+    one that holds most registers first, as it stands for all where only one is built. `surroundings` is the mode's
+    entry that says whether there is more than the convolution."""
     images, modes = tuple(images), tuple(modes)
-    for dtype in L.STORAGE_DTYPES.values():
+    for dtype, name in L.STORAGE_DTYPES.items():
         for mode in modes:
             for k, stride in ((5, 1), *(c for c in CONFIGURATIONS if c != (5, 1))):
-                for config, vec in ((c, v) for c in candidates[k, stride] for v in (8, 1)):
+                built = {(c.columns, c.maxnreg): c for c in reversed(candidates[k, stride])}
+                for config, vec in ((c, v) for c in reversed(built.values()) for v in (8, 1)):
+                    if config != candidates[k, stride][0] and not several(mode[surroundings], vec, dtype):
+                        continue
                     shape = {"K": k, "STRIDE": stride, "COLUMNS": config.columns, "UNITS": units_for(vec)}
                     constexprs = {**mode, **shape, "BLOCK_C": BLOCK_C, "VEC": vec}
                     yield L.spec(
-                        fn, "strips", dtype, constexprs, images=images, num_warps=NUM_WARPS, maxnreg=config.maxnreg
+                        fn, "strips", name, constexprs, images=images, num_warps=NUM_WARPS, maxnreg=config.maxnreg
                     )
 
 

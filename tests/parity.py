@@ -208,6 +208,19 @@ def call(
 
 
 @contextlib.contextmanager
+def candidate(index: int) -> Iterator[None]:
+    """Every launch runs with its candidate of that number, or the last."""
+    choose = configs.choose
+
+    def nth(site: configs.Site, card: device.Gpu) -> Any:
+        found = configs.candidates(site, card)
+        return found[min(index, len(found) - 1)]
+
+    with mock.patch.object(configs, "choose", nth if index else choose):
+        yield
+
+
+@contextlib.contextmanager
 def few_programs(count: int | None) -> Iterator[None]:
     """Every launch whose work can be shared out has `count` programs; None: as many as it chooses."""
     if count is None:

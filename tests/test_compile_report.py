@@ -57,10 +57,10 @@ def test_configurations_keep_the_limits_and_the_baseline(tmp_path: Path, chosen:
     done = report("--json", str(tmp_path / "report.json"), *chosen)
     assert done.returncode == 0, done.stdout + done.stderr
     built = json.loads((tmp_path / "report.json").read_text())
-    assert {r["arch"] for r in built} == ({90} if "--arch" in chosen else {80, 90, 100})
+    assert {r["arch"] for r in built} == ({90} if "--arch" in chosen else set(compile_report.ARCHS))
     assert not any(r["stack"] or r["local_accesses"] for r in built)
     assert {"gemm", "strips"} <= {r["kind"] for r in built}
-    assert {r["hgmma"] for r in built if r["kind"] == "gemm" and r["arch"] == 90 and "16," in r["name"]} == {True}
+    assert {r["hgmma"] for r in built if r["kind"] == "gemm" and r["arch"] == 90 and "fp32" not in r["name"]} == {True}
 
 
 def test_widths_are_read_from_machine_code() -> None:
@@ -100,6 +100,9 @@ def test_occupancy_of_known_launches() -> None:
     # 100 KB of shared memory: two blocks on 228 KB, one on 164 KB.
     assert occupancy(32, 100 * 1024, 8, 90) == 16 / 64
     assert occupancy(32, 100 * 1024, 8, 80) == 8 / 64
+    # 48 warps at most on sm_86 and sm_89: three blocks of 16.
+    assert occupancy(32, 0, 16, 86) == occupancy(32, 0, 16, 89) == 1.0
+    assert occupancy(128, 0, 4, 86) == 16 / 48
 
 
 @pytest.mark.parametrize(
@@ -108,6 +111,9 @@ def test_occupancy_of_known_launches() -> None:
         ({"stack": 8}, "spills"),
         ({"local_accesses": 2}, "spills"),
         ({"shared": 232_449}, "shared memory"),
+        ({"arch": 86, "shared": 101_377}, "101376 exist"),
+        ({"shared": 5000, "shared_bound": 4999}, "bounded by 4999"),
+        ({"arch": 86, "shared": 120_001, "shared_bound": 120_000}, "bounded by 120000"),
         ({"loads": {16: 3, 4: 2}}, "needs 4 loads"),
         ({"loads": {16: 4, 2: 8}}, "none under 4"),
         ({"stores": {8: 8}}, "needs 4 stores"),
@@ -124,15 +130,40 @@ def test_each_limit_is_seen_when_broken(change: dict[str, object], words: str) -
     assert all(words in problem for problem in problems[:1]), problems
 
 
+def test_a_configuration_that_a_card_does_not_choose_is_held_to_its_bound_alone() -> None:
+    large = dataclasses.replace(GOOD, arch=86, shared=115_200, shared_bound=115_328, stack=8, local_accesses=2)
+    assert not large.chosen
+    assert large.problems() == []
+    assert any("spills" in problem for problem in dataclasses.replace(large, arch=80).problems())
+
+
+@dataclasses.dataclass
+class Spec:
+    name: str
+    kind: str = "elementwise"
+    needs: int = 0
+
+    def shared_bytes(self, capability: tuple[int, int]) -> int:
+        return self.needs
+
+
 def test_selection_is_complete_on_one_architecture_and_a_sample_on_the_others() -> None:
     names = ["a[fp32,X=1]", "a[bf16,X=1]", "a[bf16,X=2]", "b[fp32,X=1]"]
-    assert select(names, [80, 90]) == [
-        ("b[fp32,X=1]", 80),
-        ("a[bf16,X=1]", 80),
-        *((name, 90) for name in names),
-    ]
-    assert select(names, [90], quick=True) == [("b[fp32,X=1]", 90), ("a[bf16,X=1]", 90)]
-    assert select(names, [90], ["X=2", "a["]) == [("a[bf16,X=2]", 90)]
+    specs = [Spec(name) for name in names]
+    sample = ["b[fp32,X=1]", "a[bf16,X=1]"]
+    assert select(specs, [86, 90]) == [*((name, 86) for name in sample), *((name, 90) for name in names)]
+    assert select(specs, [90], quick=True) == [(name, 90) for name in sample]
+    assert select(specs, [90], ["X=2", "a["]) == [("a[bf16,X=2]", 90)]
+
+
+def test_products_are_built_where_they_are_near_the_limit_and_once_each_on_sm_80() -> None:
+    specs = [
+        Spec("g[bf16,no_x,SPAN=0,K=1]", "gemm", 40_000), Spec("g[bf16,SPAN=2,K=1]", "gemm", 40_000),
+        Spec("g[fp16,SPAN=0,K=1]", "gemm", 40_000), Spec("g[bf16,SPAN=0,K=2]", "gemm", 60_000),
+    ]  # fmt: skip
+    assert select(specs, [80]) == [("g[bf16,no_x,SPAN=0,K=1]", 80), ("g[bf16,SPAN=0,K=2]", 80)]
+    assert select(specs, [86]) == [("g[bf16,no_x,SPAN=0,K=1]", 86), ("g[bf16,SPAN=0,K=2]", 86)]
+    assert select(specs, [100]) == [("g[bf16,no_x,SPAN=0,K=1]", 100)]
 
 
 def test_baseline_notices_a_change_a_newcomer_and_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

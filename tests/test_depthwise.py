@@ -37,6 +37,7 @@ class Case:
     padding: Padding = "symmetric"
     dtype: torch.dtype = torch.float32
     programs: int | None = None  # else what the kernels choose
+    candidate: int = 0
 
     def __str__(self) -> str:
         parts = [
@@ -46,7 +47,8 @@ class Case:
             self.mode.replace(" ", ""),
             self.padding,
         ]
-        return "-".join([*parts, parity.NAMES[self.dtype], *([f"p{self.programs}"] if self.programs else [])])
+        extra = [f"p{self.programs}"] * bool(self.programs) + [f"candidate{self.candidate}"] * bool(self.candidate)
+        return "-".join([*parts, parity.NAMES[self.dtype], *extra])
 
     @property
     def geometry(self) -> Geometry:
@@ -62,6 +64,7 @@ QUICK = [
     Case(5, 1, (3, 4, 8, 7), programs=1),
     Case(5, 2, (1, 10, 8, 8), padding="same"),
     Case(5, 2, (3, 6, 7, 8)),
+    Case(3, 1, (1, 8, 7, 7), dtype=torch.bfloat16, candidate=1),
 ]
 SLOW = [
     # Programs that walk several tiles, of two blocks of channels; bands of rows, the last one shorter.
@@ -71,6 +74,8 @@ SLOW = [
     Case(3, 2, (1, 8, 36, 5), padding="same", programs=8),
     Case(5, 2, (1, 8, 70, 5), programs=8),
     *(Case(k, s, (1, 144, 7, 7), dtype=torch.float16) for k, s in CONFIGURATIONS),
+    *(Case(k, s, (2, 8, 9, 7), dtype=torch.bfloat16, candidate=1) for k, s in CONFIGURATIONS),
+    Case(5, 1, (2, 8, 9, 7), dtype=torch.bfloat16, candidate=2),
     *(Case(k, s, (3, 10, 15, 8), mode, padding="same")
       for k, s in CONFIGURATIONS for mode in ("block", "expand 1", "alone")),
 ]  # fmt: skip
@@ -170,7 +175,7 @@ def run(case: Case, v: dict[str, Tensor], out_sums: Tensor | None) -> dict[str, 
         var, mean = torch.var_mean(v["y"].double(), (0, 2, 3), correction=0)
         moments = Norm(mean.float(), var.float(), v["out_weight"], v["out_bias"], EPS)
         out = OutNorm(v["y"], v["gate"], v["q"], out_sums.float(), moments)
-    with parity.nan_allocations(), parity.few_programs(case.programs):
+    with parity.nan_allocations(), parity.candidate(case.candidate), parity.few_programs(case.programs):
         y, partial, counts = depthwise.depthwise(v["x"], v["taps"], case.geometry, norm, stats=case.mode != "alone")
         result = {"y": y}
         if partial is not None and counts is not None:

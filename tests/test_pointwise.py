@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.count_kernels import count_traffic
-from kernels import device, pointwise, pointwise_gemm, pointwise_operand, pointwise_wgrad
+from kernels import device, launch, pointwise, pointwise_blocks, pointwise_gemm, pointwise_operand, pointwise_wgrad
 from kernels.conv2d import pointwise_conv2d
 from kernels.tolerance import approximated
 from tests import parity
@@ -35,10 +35,13 @@ class Case:
     width: int
     scaled: bool = True
     walk: bool = False
+    candidate: int = 0
 
     def __str__(self) -> str:
         channels = f"{self.entry}-{self.expanded}-{self.out}"
-        extra = "-walk" * self.walk + "-unscaled" * (not self.scaled)
+        extra = (
+            "-walk" * self.walk + "-unscaled" * (not self.scaled) + f"-candidate{self.candidate}" * bool(self.candidate)
+        )
         return f"{NAMES[self.dtype]}-{self.batch}x{self.height}x{self.width}-{channels}{extra}"
 
     @property
@@ -65,6 +68,7 @@ QUICK = [
     Case(FP16, *SHAPES[2], walk=True),
     Case(FP16, *SHAPES[5]),
     Case(BF16, *SHAPES[5], walk=True),
+    Case(BF16, *SHAPES[5], candidate=1),
 ]
 SLOW = [
     Case(FP32, *SHAPES[2]),
@@ -72,6 +76,8 @@ SLOW = [
     Case(FP16, *SHAPES[6]),
     Case(FP16, *SHAPES[7], walk=True),
     Case(BF16, *SHAPES[2]),
+    # Between them every candidate.
+    *(Case(BF16, *SHAPES[shape], walk=shape == 6, candidate=i) for shape in (2, 6) for i in (1, 2)),
 ]
 FULL = [
     Case(dtype, *shape, scaled=scaled, walk=walk)
@@ -176,7 +182,8 @@ def launched(case: Case, values: dict[str, Tensor]) -> dict[str, Tensor]:
     weight_e, bias_e = v["weight_e"].double(), v["bias_e"].double()
     z = F.batch_norm(e, None, None, weight_e, bias_e, training=True, eps=EPS)
     s = torch.sigmoid(z)
-    with parity.nan_allocations(), parity.few_programs(4 if case.walk else None):
+    programs = parity.few_programs(4 if case.walk else None)
+    with parity.nan_allocations(), parity.candidate(case.candidate), programs:
         norm_d = batch_norm_of("d", v)
         norm_p = batch_norm_of("p", v, v["dy"].double() * v["scale"].double()[:, None, None, None])
         norm_e = batch_norm_of("e", v, v["da1"].double() * (s + z * s * (1 - s)))
@@ -404,36 +411,57 @@ def test_pointwise_kernels_move_the_bytes_that_their_file_states(case: Case) -> 
             assert all(once[name][kernel] <= total for kernel, total in stated[name].items())
 
 
-def test_every_width_selects_a_specified_configuration() -> None:
+def test_every_width_selects_specified_configurations() -> None:
     specs = list(pointwise.aot_specs())
     assert len({spec.name for spec in specs}) == len(specs)
 
-    def constexprs(kernel: Any, dtype: torch.dtype) -> list[dict[str, Any]]:
-        name = f"[{NAMES[dtype]},"
-        return [{**s.constexprs, "warps": s.num_warps} for s in specs if s.fn is kernel and name in s.name]
+    def known(kernel: Any, dtype: torch.dtype) -> set[frozenset[tuple[str, Any]]]:
+        names = ("PROLOGUE", "EPILOGUE", "DGRAD", "WIDE", "NARROW", "SPAN", "VEC", *BLOCK_NAMES)
+        return {
+            frozenset(
+                [(name, s.constexprs[name]) for name in names if name in s.constexprs]
+                + [("warps", s.num_warps), ("maxnreg", s.maxnreg)]
+            )
+            for s in specs
+            if s.fn is kernel and f"[{NAMES[dtype]}," in s.name
+        }
 
-    widths = [*range(1, 64), *range(64, 640, 8), *range(640, 3841, 160)]
+    bounds = (1, 8, 16, 24, 32, 48, 64, 72, 96, 128, 144, 240, 672, 1152, 3840)
+    widths = sorted({max(bound + more, 1) for bound in bounds for more in (-1, 0, 1, 8)})
+    areas = (1, 16, 49, 64, 3136)
     for dtype in NAMES:
-        made = constexprs(pointwise_gemm._pointwise_kernel, dtype)
+        made = known(pointwise_gemm._pointwise_kernel, dtype)
         for prologue, epilogue, dgrad in pointwise_gemm.FORMS:
-            form = {"PROLOGUE": prologue, "EPILOGUE": epilogue, "DGRAD": dgrad}.items()
-            known = [c.items() for c in made if form <= c.items()]
-            for k in widths:
-                for n in (6, 16, 24, 64, 72, 640):
-                    blocks = pointwise_gemm.blocks_for(k, n, prologue, epilogue, dtype)
-                    vec = pointwise_operand.vector_width(k, n)
-                    wanted = {**blocks.constexprs(), "VEC": vec, "warps": blocks.num_warps}
-                    spans = {pointwise_operand.span_for(blocks.m, area, vec, dtype) for area in (1, 16, 49, 64, 3136)}
+            form: dict[str, Any] = {"PROLOGUE": prologue, "EPILOGUE": epilogue, "DGRAD": dgrad}
+            for k, n in ((k, n) for k in widths for n in (6, 16, 24, 64, 72, 640)):
+                vec = pointwise_operand.vector_width(k, n)
+                for blocks in selectable(k, n, prologue, epilogue, dtype):
+                    wanted: dict[str, Any] = {**form, **blocks.constexprs(), "VEC": vec, "warps": blocks.num_warps}
+                    wanted["maxnreg"] = blocks.maxnreg
+                    spans = {pointwise_operand.span_for(blocks.m, area, vec, dtype) for area in areas}
                     for span in spans if prologue == "bn_silu_gate" else (0,):
-                        assert any({**wanted, "SPAN": span}.items() <= c for c in known), (k, n, prologue, epilogue)
-        made = constexprs(pointwise_wgrad._pointwise_wgrad_kernel, dtype)
+                        assert frozenset({**wanted, "SPAN": span}.items()) in made, (k, n, prologue, epilogue)
+        made = known(pointwise_wgrad._pointwise_wgrad_kernel, dtype)
         for wide_prologue, narrow_prologue, _ in pointwise_wgrad.FORMS:
-            prologues: dict[str, Any] = {"WIDE": wide_prologue, "NARROW": narrow_prologue}
-            for wide in (9, 16, 24, 240, 1152):
-                for narrow in widths:
-                    split = pointwise_wgrad.blocks_for(wide, narrow, dtype)
-                    vec = pointwise_operand.vector_width(wide, narrow)
-                    wanted = {**prologues, **split.constexprs(), "VEC": vec, "warps": split.num_warps}
-                    spans = {pointwise_operand.span_for(split.m, area, vec, dtype) for area in (1, 16, 49, 64, 3136)}
+            for wide, narrow in ((wide, narrow) for wide in (9, 16, 24, 240, 1152) for narrow in widths):
+                vec = pointwise_operand.vector_width(wide, narrow)
+                for split in selectable_splits(wide, narrow, wide_prologue, dtype):
+                    wanted = {"WIDE": wide_prologue, "NARROW": narrow_prologue, "VEC": vec}
+                    wanted |= split.constexprs()
+                    wanted |= {"warps": split.num_warps, "maxnreg": split.maxnreg}
+                    spans = {pointwise_operand.span_for(split.m, area, vec, dtype) for area in areas}
                     for span in spans if wide_prologue == "bn_silu_gate" else (0,):
-                        assert any({**wanted, "SPAN": span}.items() <= c.items() for c in made), (wide, narrow)
+                        assert frozenset({**wanted, "SPAN": span}.items()) in made, (wide, narrow)
+
+
+def selectable(*product: Any) -> set[pointwise_blocks.Blocks]:
+    """On any card."""
+    return {b for capability in launch.CAPABILITIES for b in pointwise_blocks.selectable(*(*product, capability))}
+
+
+def selectable_splits(*gradient: Any) -> set[pointwise_wgrad.Blocks]:
+    """On any card."""
+    return {b for capability in launch.CAPABILITIES for b in pointwise_wgrad.selectable(*(*gradient, capability))}
+
+
+BLOCK_NAMES = ("SINGLE", "STAGES", "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_W")
