@@ -69,6 +69,7 @@ QUICK = [
     Case(FP16, *SHAPES[5]),
     Case(BF16, *SHAPES[5], walk=True),
     Case(BF16, *SHAPES[5], candidate=1),
+    Case(BF16, 1, 40, 24, 72, 3, 5, candidate=1),
 ]
 SLOW = [
     Case(FP32, *SHAPES[2]),
@@ -76,7 +77,8 @@ SLOW = [
     Case(FP16, *SHAPES[6]),
     Case(FP16, *SHAPES[7], walk=True),
     Case(BF16, *SHAPES[2]),
-    # Between them every candidate.
+    # Between them and those above every candidate.
+    Case(BF16, 1, 8, 40, 24, 3, 5, candidate=1),
     *(Case(BF16, *SHAPES[shape], walk=shape == 6, candidate=i) for shape in (2, 6) for i in (1, 2)),
 ]
 FULL = [
