@@ -130,12 +130,14 @@ import torch
 from kernels.cpu.build import build
 from kernels.cpu.library import Library, using
 from tests import test_cpu_kernels as cases
-from tests.test_mbconv import inputs, run
+from tests.test_mbconv import call, inputs, run
 import sys
 torch.set_num_threads(2)
 with using(Library(build(sys.argv[1], tuple(sys.argv[2:])))):
     for block in cases.BLOCKS:
         run(block, inputs(block), "native")
+        with torch.no_grad():
+            call(block, inputs(block), "native", training=False)
 print("whole")
 """
 
