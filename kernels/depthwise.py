@@ -344,9 +344,11 @@ def merge_stats(partial: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def aot_specs() -> Iterator[L.KernelSpec]:
-    """A block with expansion, a block without, and the convolution alone: every configuration that they select."""
+    """A block with expansion and one without, in training and in inference (which is the convolution alone where there
+    is no expansion): every configuration that they select."""
     alone = {"STATS": False, "partial_ptr": None, "counts_ptr": None}
-    modes = ({"NORM": True, "STATS": True}, {**NO_INPUT_VECTORS, "STATS": True}, NO_INPUT_VECTORS | alone)
+    norm = {"NORM": True}
+    modes = (norm | {"STATS": True}, NO_INPUT_VECTORS | {"STATS": True}, norm | alone, NO_INPUT_VECTORS | alone)
     yield from strip_specs(_depthwise_kernel, ["x_ptr", "y_ptr"], modes, CANDIDATES, "STATS")
     yield L.spec(_merge_counted_stats_kernel, "small", "fp32", dict(MERGE), num_warps=NUM_WARPS)
 

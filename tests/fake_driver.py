@@ -26,7 +26,7 @@ from triton.runtime import driver
 
 from kernels import all_specs, bn_drop_connect_add, bn_silu, bn_silu_squeeze_excite, launch
 from kernels.device import Gpu, pretend
-from kernels.mbconv import ConvNorm, Excite, mbconv_training
+from kernels.mbconv import ConvNorm, Excite, mbconv, mbconv_training
 from tests.fake_cuda import CUDA, fake_cuda
 
 LARGEST_I32 = 2**31 - 1
@@ -154,7 +154,7 @@ WIDE = ((112, 672, 112, 3, 1, 8), (112, 672, 112, 3, 1, 8))  # the second makes 
 
 
 def train_blocks(blocks: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> None:
-    """Forward and backward of each; where two follow each other alike, the second joins the first."""
+    """Forward, backward and inference of each; where two follow each other alike, the second joins the first."""
     pending: Any = None
     for c_in, channels, c_out, k, stride, side in blocks:
         x: Any = torch.empty(2, c_in, side, side, device=CUDA, dtype=dtype).to(memory_format=torch.channels_last)
@@ -168,6 +168,9 @@ def train_blocks(blocks: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> Non
         pending = y if joins else None
         if not joins:
             y.float().sum().backward()
+        with torch.no_grad():
+            plain = torch.empty(2, c_in, side, side, device=CUDA, dtype=dtype).to(memory_format=torch.channels_last)
+            mbconv(plain, expand, depthwise, excite, project, training=False, impl="triton", **options, **common)
 
 
 def _layers(c_in: int, channels: int, c_out: int, k: int) -> tuple[ConvNorm | None, ConvNorm, Excite, ConvNorm]:
