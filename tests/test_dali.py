@@ -21,6 +21,7 @@ from data_pipeline.augment import IMAGENET_STD
 from data_pipeline.dali import DaliLoader
 from data_pipeline.dali_options import DaliOptions
 from data_pipeline.loader import Loader, Plan
+from data_pipeline.prefetch import SideStream
 from data_pipeline.probe import BASELINE, CMYK, PROGRESSIVE
 from data_pipeline.tar import TarMember
 from tests.batches import one_sentence, same, write_photos
@@ -240,7 +241,7 @@ def on_a_gpu(index: Index, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> DaliLo
     stream = SimpleNamespace(cuda_stream=99)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
     made = DaliLoader(plan_of(index), "cuda", 1, DaliOptions())
-    made.device, made._pipe = torch.device("meta"), pipe
+    made.device, made._pipe, made._beside = torch.device("meta"), pipe, SideStream(torch.device("cpu"))
     return made
 
 

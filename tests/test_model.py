@@ -71,7 +71,7 @@ def test_config_rebuilds_the_model() -> None:
         ({"bn_eps": 0.0}, "bn_eps must be positive"),
         ({"bn_momentum": 1.5}, r"bn_momentum must be in \[0, 1\]"),
         ({"padding": "valid"}, "choose one of symmetric, same"),
-        ({"kernels": "cuda"}, "choose one of auto, triton, triton-ops, torch"),
+        ({"kernels": "cuda"}, "choose one of auto, triton, triton-ops, native, torch"),
     ],
 )
 def test_config_out_of_range(change: dict[str, Any], message: str) -> None:
