@@ -1,10 +1,9 @@
 """What the compiler makes of each kernel, without a GPU: `python -m bench.compile_report`.
 
-Builds every configuration that a launch can select for sm_90; for sm_80 every one of the matrix products and strips,
-once where they differ only in what they are given, and without fp16, which differs from bf16 in conversions; for sm_86,
-sm_89, sm_100 and sm_120 one of each kernel and the products that may take half of the card's shared memory or more. It
-reads registers, stack, shared memory and access widths from the machine code, and ends with status 1 where a limit is
-broken:
+Builds every configuration that a launch can select for sm_90; for sm_80 every matrix product, and every strip once
+where they differ only in what they are given; for sm_86, sm_89, sm_100 and sm_120 one of each kernel and the products
+that may take half of the card's shared memory or more. It reads registers, stack, shared memory and access widths from
+the machine code, and ends with status 1 where a limit is broken:
 
 - nothing spills: no stack frame, no local loads or stores;
 - shared memory within what one block may have, and within the bound by which a card's configurations are chosen;
@@ -16,7 +15,8 @@ broken:
 - images are addressed by 64-bit offsets.
 
 `bench/compile_baseline.json` holds registers and shared memory as one Triton version made them; for that version they
-must still be the same.
+must still be the same. `--changed` builds only what is not known from there (`bench.compile_baseline`), and one of each
+kernel for sm_90, to see that this machine's compiler makes what is stored.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ from typing import Any
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+from bench import compile_baseline
+from bench.compile_baseline import Entry
 from kernels.device import SHARED_MEMORY
 
-BASELINE = Path(__file__).with_name("compile_baseline.json")
 FULL_ARCH = 90
 GEMM_ARCH = 80
 ARCHS = (80, 86, 89, 90, 100, 120)
@@ -276,7 +277,7 @@ def select(
         if arch == FULL_ARCH and not quick:
             found = here
         elif arch == GEMM_ARCH and not quick:
-            found += several
+            found += [spec for spec in here if spec.kind == "gemm"] + several
         elif not quick:
             found += [spec for spec in several if 2 * (bounds[spec.name] or 0) > SHARED_MEMORY[arch]]
         chosen += [(name, arch) for name in dict.fromkeys(spec.name for spec in found)]
@@ -291,36 +292,35 @@ def build(tasks: Sequence[tuple[str, int]], processes: int = 2) -> list[Report]:
         return list(pool.map(_compile, tasks, chunksize=4))
 
 
-def against_baseline(reports: Sequence[Report], triton_version: str, *, complete: bool) -> list[str]:
-    """Sentences about what differs from the stored figures; none where they are of another Triton version."""
-    if not BASELINE.exists():
-        return [f"{BASELINE.name} is missing: make it with --update-baseline."]
-    stored = json.loads(BASELINE.read_text())
-    if stored["triton"] != triton_version:
-        return []
-    now = {_key(r): [r.registers, r.shared] for r in reports}
-    known: dict[str, list[int]] = stored["configurations"]
-    found = [
-        f"{key}: registers, shared bytes {known[key]} in the baseline, {value} now."
-        for key, value in now.items()
-        if key in known and known[key] != value
-    ]
-    found += [f"{key} is not in the baseline." for key in now if key not in known]
-    if complete:
-        found += [f"{key} is in the baseline but no longer selectable." for key in known if key not in now]
-    if found:
-        found.append("If the change is meant, store it: python -m bench.compile_report --update-baseline")
+@functools.cache
+def _rules() -> str:
+    """The source of this file: what a configuration is held to, and how its figures are read."""
+    return compile_baseline.plain(Path(__file__).read_text())
+
+
+def keys(tasks: Iterable[tuple[str, int]]) -> dict[str, str]:
+    """{"sm_90 kernel[…]": key} of what is built, as the baseline names it."""
+    return {f"sm_{arch} {name}": compile_baseline.key_of(_specs()[name], arch, _rules()) for name, arch in tasks}
+
+
+def changed(
+    tasks: Sequence[tuple[str, int]], triton_version: str, always: Iterable[tuple[str, int]] = ()
+) -> list[tuple[str, int]]:
+    """Those of `tasks` whose figures do not follow from the baseline, and those of `always`."""
+    version, stored = compile_baseline.load()
+    known = {name: entry.key for name, entry in stored.items()} if version == triton_version else {}
+    now = keys(tasks)
+    kept = set(always)
+    return [task for task in tasks if task in kept or known.get(name := f"sm_{task[1]} {task[0]}") != now[name]]
+
+
+def entries(reports: Iterable[Report]) -> dict[str, Entry]:
+    """What the baseline stores of them; without a key where a limit is broken."""
+    found = {}
+    for r in reports:
+        (name, key), = keys([(r.name, r.arch)]).items()  # fmt: skip
+        found[name] = Entry(r.registers, r.shared, "" if r.problems() else key)
     return found
-
-
-def _key(report: Report) -> str:
-    return f"sm_{report.arch} {report.name}"
-
-
-def write_baseline(reports: Sequence[Report], triton_version: str) -> None:
-    configurations = {_key(r): [r.registers, r.shared] for r in reports}
-    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(configurations.items()))
-    BASELINE.write_text(f'{{"triton": {json.dumps(triton_version)}, "configurations": {{\n{lines}\n}}}}\n')
 
 
 def table(reports: Sequence[Report]) -> str:
@@ -350,29 +350,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHS), choices=ARCHS)
     parser.add_argument("--only", nargs="+", default=[], help="configurations whose name contains all of these")
     parser.add_argument("--quick", action="store_true", help="one configuration of each kernel on each architecture")
+    parser.add_argument("--changed", action="store_true", help="what is not known from the baseline, and a sample")
     parser.add_argument("--json", type=Path, help="write every configuration's figures to this file")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--update-baseline", action="store_true", help="store what was built as the new baseline")
     options = parser.parse_args(arguments)
-    complete = not options.only and not options.quick and set(options.arch) == set(ARCHS)
-    if options.update_baseline and not complete:
+    whole = not options.only and not options.quick and set(options.arch) == set(ARCHS)
+    if options.update_baseline and not whole:
         parser.error("--update-baseline needs every configuration: leave out --arch, --only and --quick.")
 
     import triton
 
+    version = triton.__version__
     specs = _specs()
-    tasks = select(specs.values(), options.arch, options.only, quick=options.quick)
+    every = tasks = select(specs.values(), options.arch, options.only, quick=options.quick)
     if not tasks:
         parser.error(f"no configuration contains {' and '.join(options.only)}.")
+    if options.changed:
+        tasks = changed(every, version, select(specs.values(), [FULL_ARCH], options.only, quick=True))
     reports = build(tasks, options.processes)
-    print(f"triton {triton.__version__}, {len(reports)} builds of {len(specs)} configurations\n")
+    print(f"triton {version}, {len(reports)} builds of {len(specs)} configurations\n")
     print(table(reports))
     if options.json:
         options.json.write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n")
+    built = entries(reports)
+    stored_version, stored = compile_baseline.load()
+    if options.changed and stored_version == version:
+        built = {name: stored[name] for name in keys(every) if name in stored and name not in built} | built
     if options.update_baseline:
-        write_baseline(reports, triton.__version__)
+        compile_baseline.write(built, version)
     problems = [problem for r in reports for problem in r.problems()]
-    problems += against_baseline(reports, triton.__version__, complete=complete)
+    problems += compile_baseline.differences(built, version, complete=whole)
     print(f"\n{len(problems)} problems" + "".join(f"\n  {problem}" for problem in problems))
     return 1 if problems else 0
 

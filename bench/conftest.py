@@ -13,6 +13,7 @@ import torch
 
 from bench.machine import photos_folder
 from fastnet.allocator import keep_memory
+from fastnet.device import pick_device
 
 _LINES = pytest.StashKey[list[str]]()
 
@@ -25,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return pick_device("auto")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -38,6 +38,7 @@ from bench.proof_parity import parity
 from bench.proof_pipeline import END_TO_END, LOADERS
 from bench.proof_steps import CHECK, INFERENCE, STEPS_B0_B1, STEPS_LARGE, inference, steps
 from bench.stages import Stage, run_part
+from fastnet.device import pick_device
 
 B0, B1 = STEPS_B0_B1
 MODES = (
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of the results (default: bench/results/<gpu>)")
     parser.add_argument("--resume", action="store_true", help="continue the newest results that fit")
     options = parser.parse_args(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device("auto")
     # One place for everything compiled, so that a later call finds it.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHES / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(CACHES / "triton"))

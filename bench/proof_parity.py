@@ -37,7 +37,7 @@ CONVOLUTIONS = "not (traffic or opcheck or one_sentence)"
 GPU_TESTS = (
     Suite("test_mbconv.py", names=BLOCKS), Suite("test_mbconv.py", "slow and not full", BLOCKS),
     Suite("test_pointwise.py", names=PRODUCTS), Suite("test_depthwise.py", names=CONVOLUTIONS),
-    Suite("test_kernels_on_gpu.py"),
+    Suite("test_kernels_on_gpu.py"), Suite("test_tuning_on_gpu.py"),
 )  # fmt: skip
 CPU_TESTS = (Suite("test_drop_connect.py", names="fp16"),)
 

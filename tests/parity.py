@@ -122,12 +122,14 @@ QUICK = {torch.float32: SHAPES[:4], torch.float16: SHAPES[:2], torch.bfloat16: S
 
 
 def cases(op: str) -> list[Any]:
-    """Parameters for pytest: one quick case of each dtype, more of them marked wide, the rest of the product slow."""
+    """Parameters for pytest: one quick case of each dtype, more of them marked wide, the rest of the product slow; what
+    is absent is left out at two shapes, at the others in full."""
     modes: tuple[Any, ...] = ("train", "eval") if op.startswith("bn") else ("plain",)
     optional = [name for name in ("residual", "scale") if name in ARGUMENTS[op]]
     if op == "drop_connect_add":
         optional.remove("residual")
     made = []
+    full = set()
     for dtype, quick in QUICK.items():
         for mode in modes:
             for i, (shape, squeeze) in enumerate(SHAPES):
@@ -139,11 +141,13 @@ def cases(op: str) -> list[Any]:
                         (replace(case, shape=WALK, walk=True), fast and mode != "eval" and dtype == torch.float32)
                     )
                 made += [(replace(case, absent=(name,)), fast and i == 0 and mode != "eval") for name in optional]
+                full |= {replace(case, absent=(name,)) for name in optional if i > 1}
     found: Counter[torch.dtype] = Counter()
     parameters = []
     for case, fast in made:
         found[case.dtype] += fast
-        marks = pytest.mark.slow if not fast else pytest.mark.wide if found[case.dtype] > 1 else ()
+        slow = pytest.mark.full if case in full else pytest.mark.slow
+        marks = slow if not fast else pytest.mark.wide if found[case.dtype] > 1 else ()
         parameters.append(pytest.param(case, id=str(case), marks=marks))
     return parameters
 

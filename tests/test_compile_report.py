@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import compile_report
+from bench import compile_baseline, compile_report
+from bench.compile_baseline import Entry, differences
 from bench.compile_report import Report, access_widths, loops, occupancy, select, wide_share
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,18 +40,10 @@ def report(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@pytest.mark.slow
-def test_one_configuration_of_an_elementwise_kernel_keeps_the_limits() -> None:
-    done = report("--quick", "--arch", "90", "--only", "bn_silu_fwd", "--processes", "1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "0 problems" in done.stdout
-
-
 @pytest.mark.parametrize(
     "chosen",
     [
-        pytest.param(["--quick"], marks=pytest.mark.slow, id="each kernel"),
-        pytest.param(["--arch", "90", "--only", "[bf16", "VEC=8"], marks=pytest.mark.slow, id="bf16"),
+        pytest.param(["--changed"], marks=pytest.mark.slow, id="changed, and one of each kernel"),
         pytest.param([], marks=pytest.mark.full, id="all"),
     ],
 )
@@ -57,7 +51,7 @@ def test_configurations_keep_the_limits_and_the_baseline(tmp_path: Path, chosen:
     done = report("--json", str(tmp_path / "report.json"), *chosen)
     assert done.returncode == 0, done.stdout + done.stderr
     built = json.loads((tmp_path / "report.json").read_text())
-    assert {r["arch"] for r in built} == ({90} if "--arch" in chosen else set(compile_report.ARCHS))
+    assert {r["arch"] for r in built} >= ({90} if "--changed" in chosen else set(compile_report.ARCHS))
     assert not any(r["stack"] or r["local_accesses"] for r in built)
     assert {"gemm", "strips"} <= {r["kind"] for r in built}
     assert {r["hgmma"] for r in built if r["kind"] == "gemm" and r["arch"] == 90 and "fp32" not in r["name"]} == {True}
@@ -156,29 +150,63 @@ def test_selection_is_complete_on_one_architecture_and_a_sample_on_the_others() 
     assert select(specs, [90], ["X=2", "a["]) == [("a[bf16,X=2]", 90)]
 
 
-def test_products_are_built_where_they_are_near_the_limit_and_once_each_on_sm_80() -> None:
+def test_products_are_built_where_they_are_near_the_limit_and_all_of_them_on_sm_80() -> None:
     specs = [
         Spec("g[bf16,no_x,SPAN=0,K=1]", "gemm", 40_000), Spec("g[bf16,SPAN=2,K=1]", "gemm", 40_000),
         Spec("g[fp16,SPAN=0,K=1]", "gemm", 40_000), Spec("g[bf16,SPAN=0,K=2]", "gemm", 60_000),
     ]  # fmt: skip
-    assert select(specs, [80]) == [("g[bf16,no_x,SPAN=0,K=1]", 80), ("g[bf16,SPAN=0,K=2]", 80)]
+    assert sorted(select(specs, [80])) == sorted((spec.name, 80) for spec in specs)
     assert select(specs, [86]) == [("g[bf16,no_x,SPAN=0,K=1]", 86), ("g[bf16,SPAN=0,K=2]", 86)]
     assert select(specs, [100]) == [("g[bf16,no_x,SPAN=0,K=1]", 100)]
 
 
 def test_baseline_notices_a_change_a_newcomer_and_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_report, "BASELINE", tmp_path / "baseline.json")
-    assert "missing" in compile_report.against_baseline([GOOD], "3.9.0", complete=True)[0]
-    other = dataclasses.replace(GOOD, name="other")
-    compile_report.write_baseline([GOOD, other], "3.9.0")
-    assert compile_report.against_baseline([GOOD, other], "3.9.0", complete=True) == []
-    heavier = dataclasses.replace(GOOD, registers=90)
-    assert "[80, 1024]" in compile_report.against_baseline([heavier], "3.9.0", complete=False)[0]
-    assert compile_report.against_baseline([heavier], "3.6.0", complete=False) == []
-    new = dataclasses.replace(GOOD, name="new")
-    found = compile_report.against_baseline([GOOD, new], "3.9.0", complete=True)
-    assert [line.split()[1] for line in found[:2]] == ["new", "other"]
+    monkeypatch.setattr(compile_baseline, "BASELINE", tmp_path / "baseline.json")
+    one = Entry(80, 1024, "a")
+    assert "missing" in differences({"k": one}, "3.9.0", complete=True)[0]
+    compile_baseline.write({"k": one, "other": one}, "3.9.0")
+    assert differences({"k": one, "other": one._replace(key="b")}, "3.9.0", complete=True) == []
+    heavier = {"k": Entry(90, 1024, "a")}
+    assert "[80, 1024]" in differences(heavier, "3.9.0", complete=False)[0]
+    assert differences(heavier, "3.6.0", complete=False) == []
+    found = differences({"k": one, "new": one}, "3.9.0", complete=True)
+    assert [line.split()[0] for line in found[:2]] == ["new", "other"]
     assert "--update-baseline" in found[2]
+
+
+def test_only_what_the_baseline_does_not_know_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_baseline, "BASELINE", tmp_path / "baseline.json")
+    tasks = [("a", 80), ("b", 90), ("c", 90)]
+    monkeypatch.setattr(compile_report, "keys", lambda tasks: {f"sm_{arch} {name}": name for name, arch in tasks})
+    assert compile_report.changed(tasks, "3.9.0") == tasks
+    broken = dataclasses.replace(GOOD, name="c", stack=8)
+    built = compile_report.entries([dataclasses.replace(GOOD, name="a", arch=80), broken])
+    assert built == {"sm_80 a": Entry(80, 1024, "a"), "sm_90 c": Entry(80, 1024, "")}
+    compile_baseline.write(built | {"sm_90 b": Entry(80, 1024, "of an older source")}, "3.9.0")
+    assert compile_report.changed(tasks, "3.9.0") == tasks[1:]
+    assert compile_report.changed(tasks, "3.9.0", always=[("a", 80)]) == tasks
+    assert compile_report.changed(tasks, "3.6.0") == tasks
+
+
+def test_a_key_follows_the_source_of_all_that_a_kernel_calls_and_not_its_comments(tmp_path: Path) -> None:
+    def of(helper: str, kernel: str = "x + SIZE", size: int = 2) -> str:
+        path = tmp_path / f"k{len(list(tmp_path.iterdir()))}.py"
+        path.write_text(
+            f"SIZE = {size}\nclass Jit:\n    def __init__(self, fn): self.fn = fn\n    def __call__(self): ...\n"
+            f"@Jit\ndef helper(x):\n    {helper}\n@Jit\ndef kernel(x):\n    helper({kernel})\n"
+        )
+        spec = importlib.util.spec_from_file_location("k", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return compile_baseline.source_of(module.kernel)
+
+    plain = of("return x * 2")
+    assert of("return (x   * 2)  # twice") == plain
+    assert of("return x * 3") != plain
+    assert of("return x * 2", "x - SIZE") != plain
+    assert of("return x * 2", size=3) != plain
 
 
 def test_interpreting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -270,8 +270,9 @@ def chained(blocks: tuple[Block, ...], *, join: bool) -> dict[str, Tensor]:
     return results | {f"d{name}": gradient for name, gradient in zip(["x", *leaves], gradients, strict=True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, *(pytest.param(t, marks=pytest.mark.slow) for t in NAMES if t != torch.float32)]
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)], ids=NAMES.get
 )
 def test_a_join_that_the_next_block_does_changes_no_bit(dtype: torch.dtype) -> None:
     """Left without a residual, with one that its own block made, and with one that the block before left."""

@@ -36,8 +36,9 @@ class Course(NamedTuple):
     statistics: Tensor
 
 
-def course(kernels: str, dtype: torch.dtype, device: torch.device, steps: int) -> Course:
-    """Train from one state, on one sequence of batches and drop-connect scales."""
+def course(kernels: str, dtype: torch.dtype, device: torch.device, steps: int, turn: int = 0) -> Course:
+    """Train from one state, on one sequence of batches and drop-connect scales; `turn` rotates the images of a batch,
+    which changes the order of the sums alone."""
     torch.manual_seed(3)
     config = replace(SMALL, kernels=kernels)  # type: ignore[arg-type]
     model = EfficientNet(config).to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -48,6 +49,8 @@ def course(kernels: str, dtype: torch.dtype, device: torch.device, steps: int) -
         images = torch.randn(4, 3, 8, 8, generator=generator).to(device, dtype, memory_format=torch.channels_last)
         labels = torch.randint(5, (4,), generator=generator).to(device)
         scales = (torch.rand(len(model.blocks), 4, generator=generator) < 0.7).float() / 0.7
+        images = images.roll(turn, 0).contiguous(memory_format=torch.channels_last)
+        labels, scales = labels.roll(turn, 0), scales.roll(turn, 1)
         loss = F.cross_entropy(model(images, scales.to(device)), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -62,10 +65,11 @@ def course(kernels: str, dtype: torch.dtype, device: torch.device, steps: int) -
 @pytest.mark.parametrize(
     ("kernels", "steps"),
     [
-        ("triton", 10),
-        ("triton-ops", 8),
+        ("triton", 4),
+        ("triton-ops", 4),
         pytest.param("native", 20, marks=NATIVE.marks),
         pytest.param("triton-ops", 20, marks=pytest.mark.full),
+        pytest.param("triton", 20, marks=pytest.mark.full),
         pytest.param("triton", 200, marks=pytest.mark.full),
         pytest.param("native", 200, marks=[*NATIVE.marks, pytest.mark.full]),
     ],
@@ -76,13 +80,16 @@ def test_training_stays_as_close_to_fp64_as_pytorch_does(
     monkeypatch.setattr(model_file, "STAGES", STAGES)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     oracle = course("torch", torch.float64, device, steps)
-    pytorch = course("torch", torch.float32, device, steps)
-    triton = course(kernels, torch.float32, device, steps)
+    # Steps multiply a rounding, so that where it falls decides the error of a course: PyTorch's is the largest over the
+    # orders of a batch's images, which are one course but for roundings (and differ from CPU to CPU like them).
+    pytorch = [course("torch", torch.float32, device, steps, turn) for turn in range(4)]
+    ours = course(kernels, torch.float32, device, steps)
     assert oracle.losses[-1] < oracle.losses[0]
-    assert all(torch.isfinite(part).all() for part in triton)
-    for name, exact, theirs, ours in zip(Course._fields, oracle, pytorch, triton, strict=True):
-        allowed = 2 * (theirs - exact).abs().max() + torch.finfo(torch.float32).eps * exact.abs().max()
-        assert (ours - exact).abs().max() <= allowed, name
+    assert all(torch.isfinite(part).all() for part in ours)
+    for name, exact, found, *theirs in zip(Course._fields, oracle, ours, *pytorch, strict=True):
+        error = max((part - exact).abs().max() for part in theirs)
+        allowed = 2 * error + torch.finfo(torch.float32).eps * exact.abs().max()
+        assert (found - exact).abs().max() <= allowed, name
 
 
 @pytest.mark.slow

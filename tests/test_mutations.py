@@ -25,8 +25,13 @@ def test_text_that_is_not_there_once_is_an_error() -> None:
             mutation.apply(source)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("file", sorted({m.tests[0] for m in MUTATIONS}))
+FILES = sorted({m.tests[0] for m in MUTATIONS})
+
+
+# One file shows that a copy is whole; that the tests pass is seen where they are.
+@pytest.mark.parametrize(
+    "file", [pytest.param(f, marks=getattr(pytest.mark, "full" if i else "slow")) for i, f in enumerate(FILES)]
+)
 def test_unbroken_copy_passes(file: str, tmp_path: Path) -> None:
     """All at once that mutations ask of a file: starting pytest takes as long as most of it."""
     selections = sorted({selection for tested, _, selection in (m.tests for m in MUTATIONS) if tested == file})
