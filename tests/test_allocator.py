@@ -67,6 +67,7 @@ def child(program: str, mode: str) -> Any:
     return json.loads(found.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @GLIBC
 def test_blocks_that_come_again_take_no_page_faults_and_imports_change_nothing() -> None:
     pages = (8 + 40 + 3 + 64) << 20 >> 12

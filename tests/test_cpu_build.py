@@ -78,6 +78,7 @@ def test_a_torn_or_changed_library_is_not_loaded_but_made_anew(fake: Path, damag
     assert whole.stem.endswith(builds._digest(whole))
 
 
+@pytest.mark.slow
 def test_two_processes_that_build_at_once_compile_once(fake: Path) -> None:
     (fake / "c++").write_text(FAKE.replace("while", "sleep 0.2\nwhile", 1))
     program = "from kernels.cpu.build import build; print(build('plain'))"

@@ -31,7 +31,7 @@ def library(level: Level) -> Library:
     return Library(build(level, POISON))
 
 
-@pytest.fixture(params=LEVELS, autouse=True)
+@pytest.fixture(params=[LEVELS[0], *(pytest.param(x, marks=pytest.mark.slow) for x in LEVELS[1:])], autouse=True)
 def level(request: pytest.FixtureRequest) -> Iterator[Level]:
     with using(library(request.param)):
         yield request.param
