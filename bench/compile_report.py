@@ -5,7 +5,8 @@ where they differ only in what they are given; for sm_86, sm_89, sm_100 and sm_1
 that may take half of the card's shared memory or more. It reads registers, stack, shared memory and access widths from
 the machine code, and ends with status 1 where a limit is broken:
 
-- nothing spills: no stack frame, no local loads or stores;
+- nothing spills inside a loop: no local loads or stores there, and a stack of at most STACK bytes for what a program
+  keeps across one;
 - shared memory within what one block may have, and within the bound by which a card's configurations are chosen;
 - where a row starts on 16 bytes (VEC > 1), a kernel that walks images makes as many 16-byte accesses as a thread's
   share of each image's tile needs, and stores nothing of an image in narrower ones; no access anywhere is narrower
@@ -51,6 +52,7 @@ SHARED_PER_SM = {arch: SHARED_MEMORY[arch] + 1024 for arch in ARCHS}
 WARPS_PER_SM = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 BLOCKS_PER_SM = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
 REGISTERS_PER_SM = 65_536
+STACK = 16  # bytes a thread
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Report:
     registers: int
     stack: int
     local_accesses: int
+    """Within loops."""
     shared: int
     num_warps: int
     occupancy: float
@@ -84,7 +87,7 @@ class Report:
 
     @property
     def spills(self) -> bool:
-        return bool(self.stack or self.local_accesses)
+        return bool(self.stack > STACK or self.local_accesses)
 
     def problems(self) -> list[str]:
         """Sentences about the limits that this configuration breaks."""
@@ -95,7 +98,7 @@ class Report:
         if not self.chosen:
             return found
         if self.spills:
-            found.append(f"{where} spills: stack {self.stack} bytes, {self.local_accesses} local accesses.")
+            found.append(f"{where} spills: stack {self.stack} bytes, {self.local_accesses} local accesses in loops.")
         if self.shared > SHARED_MEMORY[self.arch]:
             found.append(f"{where} wants {self.shared} bytes of shared memory, {SHARED_MEMORY[self.arch]} exist.")
         if self.wide_needed is not None:
@@ -181,10 +184,10 @@ def _compile(task: tuple[str, int]) -> Report:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         sass = _cuobjdump(cubin, "-res-usage", "-sass")
-    widths = images = access_widths(sass)
+    images, inside = access_widths(sass), access_widths(loops(sass))
     hgmma = None
     if spec.kind == "gemm":
-        images = access_widths(loops(sass))
+        images = inside
         half = any(kind in ("*fp16", "*bf16") for kind in spec.signature.values())
         hgmma = "HGMMA" in sass if arch == 90 and half else None
     registers = max(int(n) for n in re.findall(r"REG:(\d+)", sass))
@@ -196,7 +199,7 @@ def _compile(task: tuple[str, int]) -> Report:
         kind=spec.kind,
         registers=registers,
         stack=stack,
-        local_accesses=sum(widths["LDL"].values()) + sum(widths["STL"].values()),
+        local_accesses=sum(inside["LDL"].values()) + sum(inside["STL"].values()),
         shared=shared,
         num_warps=spec.num_warps,
         occupancy=occupancy(registers, shared, spec.num_warps, arch),
