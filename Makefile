@@ -24,8 +24,9 @@ install: .venv/installed  ## Create .venv with the locked versions and this proj
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --no-index -e .
 	@touch $@
 
-train: install  ## Train B0 on the generated sample (minutes on two cores) and print what it learnt.
-	$(BIN)/python -m fastnet.train --recipe quick
+train: install  ## Train B0 on the generated sample (minutes on two cores), print what it learnt, and hold it to that.
+	@out=runs/sample-$$(date +%Y%m%d-%H%M%S); $(BIN)/python -m fastnet.train --recipe quick --out $$out \
+		&& $(BIN)/python -m fastnet.evaluate $$out --no-report --expect-reported
 
 test: install  ## The tests that continuous integration runs.
 	$(BIN)/python -m pytest tests -m "not full" $(SPREAD)

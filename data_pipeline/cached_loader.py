@@ -1,4 +1,5 @@
-"""The loader on cached pixels: threads crop, resize and finish one image at a time, from a `PixelStore`.
+"""The loader on cached pixels: threads crop, resize and finish one image at a time, from a `PixelStore`; an image that
+has no place there is decoded, as without a cache.
 
 torch resizes 8-bit channels_last pixels with antialiasing in vector instructions and without the interpreter's lock, so
 threads suffice; one image's pixels stay in a core's cache until they are written to the batch.
@@ -21,6 +22,7 @@ from data_pipeline.finish import Finish
 from data_pipeline.loader import Batch, Loader, Plan, Step
 from data_pipeline.pixel_store import one_thread_each
 from data_pipeline.prefetch import staging
+from data_pipeline.torch_loader import reason_of, view
 
 AHEAD = 3  # batches under way at once
 _ROWS = 8  # images a job
@@ -34,6 +36,7 @@ class CachedLoader(Loader):
     ) -> None:
         super().__init__(plan, device, workers)
         self.backend = f"cached ({cache.kind})"
+        cache.check(split, plan)
         self.store, bad = cache.store(split, max(1, workers))
         self._pool: ThreadPoolExecutor | None = None
         self.quarantine(bad)
@@ -76,21 +79,31 @@ class _UnderWay:
     @torch.inference_mode()  # which is a thread's own, and the consumer's may have made `rows`
     def _fill(self, rows: range) -> dict[int, str]:
         """Write these rows; the images that could not be read."""
-        plan = self.loader.plan
         bad: dict[int, str] = {}
         for row in rows:
             try:
-                pixels = self.loader.store.ensure(int(self.step.indices[row]))
+                seen = self._view(row)
             except BadFiles as found:
                 bad |= found.reasons
                 continue
-            flip = bool(self.step.params.flips[row])
-            view = resized(pixels, self.boxes[row], plan.resolution, plan.margin, flip)
             if self.finish is None:
-                self.rows[row] = view
+                self.rows[row] = seen
             else:
-                self.finish.image(row, view, self.rows[row])
+                self.finish.image(row, seen, self.rows[row])
         return bad
+
+    def _view(self, row: int) -> Tensor:
+        """[side, side, 3] 8-bit pixels, flipped."""
+        index, params = int(self.step.indices[row]), self.step.params
+        store, plan, flip = self.loader.store, self.loader.plan, bool(params.flips[row])
+        if index < store.count:
+            pixels = store.ensure(index)
+            return resized(pixels, self.boxes[row], plan.resolution, store.margin(plan.margin), flip)
+        try:
+            seen = view(plan.split, index, params.windows[row], plan.resolution, plan.margin)
+        except (RuntimeError, OSError) as error:
+            raise BadFiles({index: reason_of(error)}) from None
+        return (seen.flip(-1) if flip else seen).permute(1, 2, 0)
 
     def batch(self) -> Batch:
         bad: dict[int, str] = {}
@@ -113,10 +126,10 @@ def resized(pixels: Tensor, box: Sequence[int], side: int, margin: int, flip: bo
     that is `margin` pixels larger on each side; that is cut off, and what is left mirrored."""
     x, y, width, height = box
     whole = side + 2 * margin
-    view = pixels[y : y + height, x : x + width].permute(2, 0, 1)[None]
+    cut = pixels[y : y + height, x : x + width].permute(2, 0, 1)[None]
     if (height, width) != (whole, whole):
         # A whole copy first: torch reads crops of channels_last pixels slowly.
-        view = view.contiguous(memory_format=torch.channels_last)
-        view = interpolate(view, (whole, whole), mode="bilinear", antialias=True)
-    view = view[:, :, margin : margin + side, margin : margin + side]
-    return (view.flip(-1) if flip else view)[0].permute(1, 2, 0)
+        cut = cut.contiguous(memory_format=torch.channels_last)
+        cut = interpolate(cut, (whole, whole), mode="bilinear", antialias=True)
+    cut = cut[:, :, margin : margin + side, margin : margin + side]
+    return (cut.flip(-1) if flip else cut)[0].permute(1, 2, 0)

@@ -141,7 +141,7 @@ class DeviceLoader(Loader):
             sizes,
             parameters,
             resolution=side,
-            margin=plan.margin,
+            margin=host.margin(plan.margin),
             dtype=torch.float32 if fused else torch.uint8,
         )
         return Batch(images, labels) if fused else self._batch(images, step)

@@ -24,10 +24,9 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
 from data_pipeline.probe import Probe, scan_files
-from data_pipeline.sample import make_sample, user_cache_folder
+from data_pipeline.sample import SAMPLE, make_sample, user_cache_folder
 from data_pipeline.tar import Sample, TarMember, contents, file_of, find_shards, order, read_shard
 
-SAMPLE = "sample"
 NAME = "food-101"  # the official archive's folder
 _SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp"}
 _CACHE_VERSION = 2

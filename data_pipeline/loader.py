@@ -326,6 +326,7 @@ def _make(
     if cache is not None and cache.kind == "gpu":
         from data_pipeline.device_augment import DeviceLoader
 
+        cache.check(split, plan)
         return DeviceLoader(plan, device, workers, cache.device_store(split, device))
     if cache is not None and cache.kind != "none":
         from data_pipeline.cached_loader import CachedLoader

@@ -23,7 +23,8 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from data_pipeline.errors import DataError
-from data_pipeline.food101 import NAME, SAMPLE
+from data_pipeline.food101 import NAME
+from data_pipeline.sample import SAMPLE
 
 _TRIES, _TIMEOUT, _BLOCK = 5, 30, 1 << 20
 _EXTRACTED = 1.05  # bytes of the folder for each byte of the archive: photos do not compress

@@ -18,6 +18,8 @@ from PIL import Image
 
 from data_pipeline.errors import DataError
 
+SAMPLE = "sample"  # what --data calls it
+
 # Part of the folder's name: raise it when a change below alters a pixel.
 VERSION = 2
 TRAIN_PER_CLASS, VAL_PER_CLASS = 150, 30

@@ -16,6 +16,7 @@ from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms.v2 import functional as F
 
 from data_pipeline.errors import BadFiles, DataError
+from data_pipeline.food101 import Split
 from data_pipeline.loader import Batch, Loader, Plan, Step
 from data_pipeline.tar import TarMember
 
@@ -47,15 +48,12 @@ class _Batches(Dataset[_Prepared]):
         pixels = torch.empty(len(step.indices), side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         for row, index in enumerate(step.indices):
             try:
-                orientation = int(split.orientations[index])
-                box = step.params.windows[row]
-                view = window(split.paths[index], orientation, split.sizes[index], box, (side + 2 * margin,) * 2)
+                seen = view(split, int(index), step.params.windows[row], side, margin)
             except (RuntimeError, OSError) as error:
                 # Handed over, not raised: DataLoader would wrap the sentence in the worker's traceback.
                 bad[int(index)] = reason_of(error)
                 continue
-            view = view[:, margin : margin + side, margin : margin + side]
-            pixels[row] = view.flip(-1) if step.params.flips[row] else view
+            pixels[row] = seen.flip(-1) if step.params.flips[row] else seen
         return _Prepared(pixels, step, bad)
 
 
@@ -64,8 +62,31 @@ def reason_of(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
+def view(split: Split, index: int, box: NDArray[np.int32], side: int, margin: int) -> Tensor:
+    """[3, side, side] uint8: `box` (x, y, width, height) of the upright image, resized with antialiasing to a square
+    that is `margin` pixels larger on each side, which are cut off.
+
+    Raises:
+        RuntimeError: as `window`.
+    """
+    whole = side + 2 * margin
+    found = window(split.paths[index], int(split.orientations[index]), split.sizes[index], box, (whole, whole))
+    return found[:, margin : margin + side, margin : margin + side]
+
+
 def window(path: str, orientation: int, size: NDArray[np.int32], box: NDArray[np.int32], to: tuple[int, int]) -> Tensor:
     """[3, H, W] uint8: `box` (x, y, width, height) of the upright image, resized with antialiasing to (width, height).
+
+    Raises:
+        RuntimeError: as `decoded`.
+    """
+    x, y, width, height = box.tolist()
+    image = decoded(path, orientation, size)
+    return F.resize(image[:, y : y + height, x : x + width], [to[1], to[0]], antialias=True)
+
+
+def decoded(path: str, orientation: int, size: NDArray[np.int32]) -> Tensor:
+    """[3, H, W] uint8: the upright image.
 
     Raises:
         RuntimeError: the file cannot be decoded, or its `size` (width, height) is another one now.
@@ -73,8 +94,7 @@ def window(path: str, orientation: int, size: NDArray[np.int32], box: NDArray[np
     image = upright(decode_image(_bytes_of(path), mode=ImageReadMode.RGB), orientation)
     if image.shape[2] != size[0] or image.shape[1] != size[1]:
         raise RuntimeError(f"it was {size[0]} x {size[1]} pixels and is {image.shape[2]} x {image.shape[1]} now")
-    x, y, width, height = box.tolist()
-    return F.resize(image[:, y : y + height, x : x + width], [to[1], to[0]], antialias=True)
+    return image
 
 
 def _bytes_of(path: str) -> Tensor:

@@ -28,6 +28,8 @@ def build_cache(config: TrainConfig, index: Index, resolution: int, device: torc
         config.data.cache,
         index,
         resolution,
+        augmentation=config.augment,
+        side=config.data.cache_side,
         device=device,
         memory=ranks.shared_memory if ranks.size > 1 else None,
         agree=ranks.decide,

@@ -120,6 +120,16 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], d
     return weights, training, metadata
 
 
+def notes_of(path: Path) -> dict[str, Any]:
+    """What stands in the header of a file that `save_checkpoint` wrote; nothing where another wrote it."""
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get("fastnet", "{}")
+        return dict(json.loads(text))
+    except (SafetensorError, OSError, ValueError):
+        return {}
+
+
 def _complete_format_1(training: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Format 1 kept the loss scale as numbers, and did not count steps that were left out."""
     scaler = metadata.pop("scaler", None) or {"scale": 2.0**16, "_growth_tracker": 0}

@@ -55,9 +55,12 @@ class DataOptions:
     workers: int | None = None
     """Worker threads (DALI, cache) or processes (torch). Default: the cores, at most 16; on a CPU half of them."""
     cache: Literal["none", "disk", "ram", "gpu", "auto"] = "none"
-    """Decode each image once, to the short side that the largest crop needs, and augment from there: kept in RAM, on
-    the GPU, or in a file that later runs find again; processes of one machine share RAM and file. auto takes the first
-    of gpu, ram and disk that fits, and says so."""
+    """Decode each image once: training photos to --cache-side, validation to the view that the model sees; kept in
+    RAM, on the GPU, or in a file that later runs find again; processes of one machine share RAM and file. auto takes
+    the first of gpu, ram and disk that fits; what does not fit is replaced, in words: RAM may keep a part."""
+    cache_side: int | None = None
+    """Short side in pixels to which --cache shrinks training photos. Default: 2 x --resolution over the root of the
+    smallest --scale, from which every crop is as sharp as from the photo."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +213,7 @@ class TrainConfig:
             ("--dropout", self.model.dropout, 0, 0.999),
             ("--drop-connect-rate", self.model.drop_connect_rate, 0, 0.999),
             ("--workers", self.data.workers, 0, 1024),
+            ("--cache-side", self.data.cache_side, 16, 16384),
             ("--epochs", self.optimizer.epochs, 1, 1e6),
             ("--batch-size", self.optimizer.batch_size, 2, 1e6),
             ("--grad-accum-steps", self.optimizer.grad_accum_steps, 1, 1e6),

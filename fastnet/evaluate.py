@@ -11,6 +11,9 @@ from fastnet.config import Variant
 from fastnet.errors import UserError, run_command
 from fastnet.predict import check_numbers
 
+# Top-1 in percent and loss by which precision and kernels may move an evaluation, and a loader's rounding.
+TOP1_APART, LOSS_APART = 0.1, 0.005
+
 if TYPE_CHECKING:
     from data_pipeline import Index
     from fastnet.predictions import Predictions, Tta
@@ -48,6 +51,7 @@ def evaluate(
     report: bool = True,
     out: str | None = None,
     json: bool = False,
+    expect_reported: bool = False,
     checkpoint: Literal["best", "last"] = "best",
     variant: Variant | None = None,
     weights_style: Literal["fastnet", "torchvision", "timm", "timm_tf"] | None = None,
@@ -73,6 +77,7 @@ def evaluate(
         report: Write report.html and its pictures; --no-report prints the numbers alone.
         out: Folder of the report; default: report/ in the run's folder.
         json: Print the numbers, also of each class, as JSON.
+        expect_reported: Fail where top-1 or loss are not those that the run reported of these weights.
         checkpoint: Which weights of a run.
         variant: Which of the published weights imagenet means; with a file, what it must hold.
         weights_style: Whose names the file uses, when the file itself does not tell.
@@ -122,6 +127,8 @@ def evaluate(
         workers=pick_workers(workers, where),
     )
     _print_json(scores) if json else _print_numbers(scores)
+    if expect_reported:
+        _compare(scores, trained.path)
     if folder is not None:
         from fastnet.report import write_report
 
@@ -132,6 +139,21 @@ def evaluate(
     elif report and not json:
         print("for a report, name a folder with --out")
     return 0
+
+
+def _compare(scores: Scores, path: Path) -> None:
+    """UserError where a run reported other numbers of the weights in `path`, beyond what a kernel choice rounds."""
+    from fastnet.checkpoint import notes_of
+
+    reported = notes_of(path)
+    if not {"top1", "loss"} <= reported.keys():
+        raise UserError(f"{path} does not tell what its run reported: leave out --expect-reported.", exit_status=2)
+    top1, loss = reported["top1"], reported["loss"]
+    if abs(scores.top1 - top1) > TOP1_APART + 100 / scores.images or abs(scores.loss - loss) > LOSS_APART:
+        raise UserError(
+            f"the run reported top-1 {top1:.2f} % and loss {loss:.4f} of {path}, not {scores.top1:.2f} % and "
+            f"{scores.loss:.4f}: evaluate it on its own data and view, or report this as an error of fastnet."
+        )
 
 
 def _report_folder(trained: Trained, out: str | None) -> Path | None:

@@ -83,10 +83,21 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
         default=default,
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    config = _absolute(config)
     if folder is not None:
-        _refuse_changes(default, config, folder)
+        _refuse_changes(_absolute(default), config, folder)
         return replace(config, run=replace(config.run, resume=str(folder), out=str(folder)))
     return replace(config, run=replace(config.run, resume=None))
+
+
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """With the data set's place from the root on, so that the run can be continued and evaluated from anywhere."""
+    from data_pipeline.sample import SAMPLE
+
+    data = config.data.data
+    if data == SAMPLE:
+        return config
+    return replace(config, data=replace(config.data, data=os.path.abspath(os.path.expanduser(data))))
 
 
 def _our_name(argument: str) -> str:

@@ -409,7 +409,7 @@ class Trainer:
     def _keep(self, model: EfficientNet, values: dict[str, Any]) -> None:
         """Write what belongs to the best: best.safetensors, and of several checkpoint-<epoch>.safetensors."""
         progress, hist = self.progress, self.config.run.checkpoint_hist
-        notes = {key: values[key] for key in ("weights", "epoch", "top1")}
+        notes = {key: values[key] for key in ("weights", "epoch", "top1", "loss")}
         common: dict[str, Any] = dict(classes=self.index.classes, resolution=self.resolution, notes=notes)
         if values["top1"] > progress.best_top1:
             progress.best_top1, progress.best_epoch = values["top1"], values["epoch"]

@@ -65,6 +65,7 @@ def conclude(trainer: Trainer) -> None:
     rows = {
         "top-1": f"{best['top1']:.2f} %{averaged}",
         "top-5": f"{best['top5']:.2f} %",
+        "loss": f"{best['loss']:.4f}",
         "best epoch": f"{best['epoch']} of 0-{trainer.config.optimizer.epochs - 1}",
         "training time": format_seconds(progress.train_seconds),
         "throughput": f"{rate:.0f} images/s" if rate else "not measured",

@@ -38,7 +38,7 @@ def write_photos(root: Path, each: int = 6) -> Path:
 def make(index: Index, kind: Any, folder: Path, split: Any = "train", **changes: Any) -> Loader:
     settings: dict[str, Any] = dict(resolution=24, batch_size=5, seed=3, workers=2, augmentation=None)
     settings |= changes
-    pixels = choose_cache(kind, index, settings["resolution"], cache_dir=folder)
+    pixels = choose_cache(kind, index, settings["resolution"], cache_dir=folder, side=settings.pop("cache_side", None))
     return make_loader(index, split, train=split == "train", cache=pixels, **settings)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,10 @@ from torch import Tensor
 
 from data_pipeline import DataError, Index, build_index, cache
 from data_pipeline.cache import disk_store
-from data_pipeline.pixel_store import PixelStore
+from data_pipeline.pixel_store import Photos, PixelStore, Views
 from tests.batches import everything, make, one_sentence, picture, same, write_photos
+
+PHOTOS = Photos(170)  # what training at 24 pixels needs
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +39,22 @@ def test_the_second_run_decodes_nothing(index: Index, tmp_path: Path, monkeypatc
     assert {path.name for path in folder.iterdir()} == {"pixels.bin", "index.json"}
 
 
-def test_each_resolution_and_split_has_its_own(index: Index, tmp_path: Path) -> None:
-    for split in ("train", "val"):
-        for resolution in (24, 32):
-            disk_store(index, split, resolution, 1, tmp_path)
-    assert len([path for path in (tmp_path / "pixels").iterdir() if path.is_dir()]) == 4
+def test_each_content_and_split_has_its_own(index: Index, tmp_path: Path) -> None:
+    for split, contents in (("train", (PHOTOS, Photos(32))), ("val", (Views(24), Views(32), Views(24, 1.0)))):
+        for content in contents:
+            disk_store(index, split, content, 1, tmp_path)
+    assert len([path for path in (tmp_path / "pixels").iterdir() if path.is_dir()]) == 5
+
+
+def test_files_of_the_first_version_are_not_read(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold too few pixels. Its signature, at its own place and at the present one."""
+    first = {"version": 1, "content": index.content, "split": "train", "short_side": 28}
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_signature", lambda *_: first)
+        disk_store(index, "train", PHOTOS, 1, tmp_path)
+    folder = cache.cache_folder(index, "train", PHOTOS, tmp_path)
+    shutil.copytree(folder, folder.with_name(folder.name.replace("photos-170", "28")))
+    assert _rebuilt(index, tmp_path, monkeypatch) == 12
 
 
 def _rebuilt(index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -52,14 +66,14 @@ def _rebuilt(index: Index, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int
         decode(self, at, out)
 
     monkeypatch.setattr(PixelStore, "decode", watched)
-    store, bad = disk_store(index, "train", 24, 2, folder)
+    store, bad = disk_store(index, "train", PHOTOS, 2, folder)
     assert bad == {}
     assert store.complete(1) == {}
     return len(decoded)
 
 
 def test_another_version_is_replaced(index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    disk_store(index, "train", 24, 1, tmp_path)
+    disk_store(index, "train", PHOTOS, 1, tmp_path)
     monkeypatch.setattr(cache, "VERSION", cache.VERSION + 1)
     assert _rebuilt(index, tmp_path, monkeypatch) == 12
     assert _rebuilt(index, tmp_path, monkeypatch) == 0
@@ -68,7 +82,7 @@ def test_another_version_is_replaced(index: Index, tmp_path: Path, monkeypatch: 
 def test_changed_photos_are_decoded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_photos(tmp_path / "photos")
     index = build_index(root, cache_dir=tmp_path)
-    disk_store(index, "train", 24, 1, tmp_path)
+    disk_store(index, "train", PHOTOS, 1, tmp_path)
     again = build_index(root, cache_dir=tmp_path)
     assert again.content == index.content
     changed = root / "train" / "a" / "0.jpg"
@@ -84,7 +98,7 @@ def test_a_damaged_cache_is_built_anew(
     index: Index, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = everything(make(index, "disk", tmp_path))
-    folder = cache.cache_folder(index, "train", 24, tmp_path)
+    folder = cache.cache_folder(index, "train", PHOTOS, tmp_path)
     if damage == "index garbage":
         (folder / "index.json").write_bytes(b"\xff{")
     elif damage == "index edited":
@@ -103,7 +117,7 @@ def test_flipped_bits_are_found_and_mended(index: Index, tmp_path: Path, caplog:
     made: Any = make(index, "disk", tmp_path)
     at = int(made.plan.order(0)[3])
     first = everything(made)
-    folder = cache.cache_folder(index, "train", 24, tmp_path)
+    folder = cache.cache_folder(index, "train", PHOTOS, tmp_path)
     content = bytearray((folder / "pixels.bin").read_bytes())
     content[int(made.store.offsets[at]) + 5] ^= 0x10
     (folder / "pixels.bin").write_bytes(content)
@@ -146,30 +160,30 @@ def test_a_full_disk_is_said_and_leaves_nothing(index: Index, tmp_path: Path, mo
         with monkeypatch.context() as patch:
             patch.setattr(os, act, full)
             with pytest.raises(DataError) as caught:
-                disk_store(index, "train", 24, 1, tmp_path)
+                disk_store(index, "train", PHOTOS, 1, tmp_path)
         one_sentence(caught.value, "disk is full", "MB", "--cache ram", str(tmp_path))
         assert [path.name for path in (tmp_path / "pixels").iterdir() if path.is_dir()] == []
-    assert disk_store(index, "train", 24, 1, tmp_path)
+    assert disk_store(index, "train", PHOTOS, 1, tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_said_and_a_finished_cache_there_is_read(
     index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk_store(index, "train", 24, 1, tmp_path)
+    disk_store(index, "train", PHOTOS, 1, tmp_path)
 
     def refused(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "mkdir", refused)  # the superuser may write anywhere
-    assert disk_store(index, "train", 24, 1, tmp_path)[0].total > 0
+    assert disk_store(index, "train", PHOTOS, 1, tmp_path)[0].total > 0
     with pytest.raises(DataError) as caught:
-        disk_store(index, "val", 24, 1, tmp_path)
+        disk_store(index, "val", Views(24), 1, tmp_path)
     one_sentence(caught.value, "Permission denied", "XDG_CACHE_HOME", str(tmp_path))
 
 
 def test_files_without_write_permission_are_enough(index: Index, tmp_path: Path) -> None:
     first = everything(make(index, "disk", tmp_path))
-    folder = cache.cache_folder(index, "train", 24, tmp_path)
+    folder = cache.cache_folder(index, "train", PHOTOS, tmp_path)
     for path in (*folder.iterdir(), folder, folder.parent):
         path.chmod(0o555 if path.is_dir() else 0o444)
     try:
@@ -187,7 +201,7 @@ def endlessly(self, at, out):
     print("decoding", flush=True)
     time.sleep(600)
 cache.PixelStore.decode = endlessly
-cache.disk_store(index, "train", 24, 1, sys.argv[2])
+cache.disk_store(index, "train", cache.Photos(170), 1, sys.argv[2])
 """
 
 
@@ -198,10 +212,10 @@ def test_killed_while_it_is_written(index: Index, tmp_path: Path) -> None:
         assert builder.stdout is not None
         assert builder.stdout.readline() == "decoding\n"
         builder.send_signal(signal.SIGKILL)
-    folder = cache.cache_folder(index, "train", 24, tmp_path)
+    folder = cache.cache_folder(index, "train", PHOTOS, tmp_path)
     assert not folder.exists()
     assert folder.with_name(f".{folder.name}.tmp").exists()
-    store, _ = disk_store(index, "train", 24, 1, tmp_path)
+    store, _ = disk_store(index, "train", PHOTOS, 1, tmp_path)
     assert store.complete(1) == {}
     assert {path.name for path in folder.parent.iterdir() if path.is_dir()} == {folder.name}
 
@@ -220,7 +234,7 @@ def test_two_runs_building_one_cache_at_once(
 
     monkeypatch.setattr(PixelStore, "decode", slowly)
     with ThreadPoolExecutor(2) as pool:
-        stores = list(pool.map(lambda _: disk_store(index, "train", 24, 1, tmp_path)[0], range(2)))
+        stores = list(pool.map(lambda _: disk_store(index, "train", PHOTOS, 1, tmp_path)[0], range(2)))
     assert sorted(decoded) == list(range(12))
     assert all(store.complete(1) == {} for store in stores)
     assert torch.equal(stores[0].buffer, stores[1].buffer)

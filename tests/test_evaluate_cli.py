@@ -11,10 +11,14 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from fastnet import checkpoint
 from fastnet.errors import UserError
 from fastnet.evaluate import evaluate, evaluate_run
+from fastnet.train import parse_arguments
 from fastnet.trained import data_of, load_trained
+from fastnet.trainer import Trainer
 from tests.runs import CLASSES, make_pictures, make_run
 
 
@@ -97,6 +101,35 @@ def test_one_sentence_each(run: Path, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="does not exist"):
         evaluate(str(tmp_path / "absent"))
+
+
+@pytest.mark.slow
+def test_a_run_reports_what_evaluate_says_of_it_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Validated from a cache, and started with a --data that only its own folder knows."""
+    make_pictures(tmp_path / "photos", 16)
+    monkeypatch.chdir(tmp_path)
+    flags = "--recipe quick --data photos --resolution 32 --epochs 1 --batch-size 8 --cache ram --workers 1 --out run"
+    config = parse_arguments([*flags.split(), "--reestimate-bn", "0", "--device", "cpu"])
+    assert Trainer(config, tmp_path / "run", Console(quiet=True)).run() == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run = tmp_path / "run"
+    assert evaluate(str(run), report=False, expect_reported=True, workers=0, device="cpu") == 0
+    assert "(48 images)" in capsys.readouterr().out
+    for given in ([], ["--data", str(tmp_path / "photos")]):
+        assert parse_arguments(["--resume", str(run), *given]).data.data == str(tmp_path / "photos")
+    with pytest.raises(UserError, match=r"--data .*elsewhere/photos differs from"):
+        parse_arguments(["--resume", str(run), "--data", "photos"])
+    monkeypatch.setattr(checkpoint, "notes_of", lambda path: {"top1": 90.0, "loss": 0.3})
+    with pytest.raises(UserError, match=r"the run reported top-1 90.00 % and loss 0.3000 of .*, not"):
+        evaluate(str(run), report=False, expect_reported=True, workers=0, device="cpu")
+
+
+def test_weights_that_tell_no_result_cannot_be_compared(run: Path) -> None:
+    with pytest.raises(UserError, match="does not tell what its run reported"):
+        evaluate(str(run), report=False, expect_reported=True, workers=0)
 
 
 @pytest.mark.parametrize("command", ["evaluate", "export", "predict", "summary"])

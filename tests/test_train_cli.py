@@ -43,7 +43,7 @@ def test_flags_are_flat_and_reach_their_place() -> None:
     )
     assert config.model.variant == "b3"
     assert config.peak_lr() == 0.5
-    assert config.data.data == "x"
+    assert config.data.data == os.path.abspath("x")  # the run can be continued from any folder
     assert config.run.amp == "bf16"
     assert config.augment.hue == 9
     assert config.data.loader == "torch"
