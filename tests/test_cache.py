@@ -131,6 +131,7 @@ def test_resized_is_torchvisions_resize() -> None:
     from torchvision.transforms.v2 import functional as F
 
     pixels = torch.randint(0, 256, (50, 70, 3), dtype=torch.uint8)
+    scratch = torch.empty(50 * 70 * 3, dtype=torch.uint8)
     for box in ([3, 4, 60, 40], [0, 0, 70, 50], [69, 49, 1, 1], [10, 0, 1, 50], [5, 5, 18, 18]):
         x, y, width, height = box
         for margin in (0, 1):
@@ -138,7 +139,7 @@ def test_resized_is_torchvisions_resize() -> None:
             whole = F.resize(cut, [16 + 2 * margin] * 2, antialias=True)[:, margin : margin + 16, margin : margin + 16]
             for flip in (False, True):
                 expected = whole.flip(-1) if flip else whole
-                assert torch.equal(resized(pixels, box, 16, margin, flip), expected.permute(1, 2, 0))
+                assert torch.equal(resized(pixels, box, 16, margin, flip, scratch), expected.permute(1, 2, 0))
 
 
 # --- the choice -----------------------------------------------------------------------------------------------------
