@@ -118,13 +118,14 @@ def command(row: Row, budget: Budget, seed: int, data: Path, starts: Path, out: 
             "--variant", row.start, "--data", str(data), "--resolution", str(budget.resolution),
             "--epochs", str(budget.epochs), "--seed", str(seed), "--out", str(out), *row.settings,
         ]  # fmt: skip
+    settings = row.settings if isinstance(row.settings, dict) else {}
     model = {"b0": "tf_efficientnet_b0", "lite0": "tf_efficientnet_lite0"}[row.start]
     given = dict(data=str(data), weights=str(weights), model=model, resolution=budget.resolution, epochs=budget.epochs)
     return [
         sys.executable,
         "-m",
         "bench.accuracy_peers",
-        json.dumps({"by": row.by, "seed": seed, **given, **dict(row.settings)}),
+        json.dumps({"by": row.by, "seed": seed, **given, **settings}),
     ]
 
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from data_pipeline import Augmentation, DataError, Index, build_index, cache, make_loader
 from data_pipeline.cache import choose_cache, disk_store
 from data_pipeline.cached_loader import CachedLoader, resized
-from data_pipeline.pixel_store import Photos, PixelStore, Views, stored_bytes, training_side
+from data_pipeline.pixel_store import Content, Photos, PixelStore, Views, stored_bytes, training_side
 from tests.batches import everything, make, same, write_photos
 
 
@@ -145,7 +145,7 @@ def test_resized_is_torchvisions_resize() -> None:
 # --- the choice -----------------------------------------------------------------------------------------------------
 
 
-CONTENTS = {"train": Photos(170), "val": Views(24)}  # at 24 pixels: every photo in full
+CONTENTS: dict[str, Content] = {"train": Photos(170), "val": Views(24)}  # at 24 pixels: every photo in full
 
 
 def room(monkeypatch: pytest.MonkeyPatch, memory: float, disk: float) -> None:

@@ -24,7 +24,7 @@ from data_pipeline import (
 from data_pipeline.augment import IMAGENET_STD, rectangles_in_pixels
 from data_pipeline.cache import PixelCache, disk_store
 from data_pipeline.loader import Loader
-from data_pipeline.pixel_store import Photos, PixelStore, Views, stored_bytes
+from data_pipeline.pixel_store import Content, Photos, PixelStore, Views, stored_bytes
 from kernels.augment import augment
 from tests.batches import everything, same, write_photos
 
@@ -158,12 +158,12 @@ def test_without_a_gpu_the_flag_is_refused(index: Index) -> None:
 def test_what_does_not_fit_goes_to_ram_in_words_and_auto_takes_the_first_that_fits(
     index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    contents = {"train": Photos(170), "val": Views(24)}
+    contents: dict[str, Content] = {"train": Photos(170), "val": Views(24)}
     need = sum(stored_bytes(index.splits[name], content) for name, content in contents.items())
     for free, fits in ((need / cache.GPU_SHARE + 1, True), (need / cache.GPU_SHARE - 1, False)):
         monkeypatch.setattr(cache, "gpu_memory", lambda device, free=free: int(free))
         for asked in ("auto", "gpu"):
-            found = choose_cache(asked, index, 24, device="cuda", cache_dir=tmp_path)  # type: ignore[arg-type]
+            found = choose_cache(asked, index, 24, device="cuda", cache_dir=tmp_path)
             assert found.kind == ("gpu" if fits else "ram")
             for words in (f"{need / 1e6:.1f} MB", f"{free / 1e6:.1f} MB are free", "60%"):
                 assert words in found.reason
