@@ -205,7 +205,7 @@ def rows_of(quick: bool, tried: Sequence[str]) -> list[Row]:
         return [Row(flags, settings=tuple(shlex.split(flags))) for flags in tried]
     rows = [*METHODS, same_settings(Row("timm, fastnet's settings", "timm"), FINETUNE), *WAYS[:2]]
     if not quick:
-        rows += [*WAYS[2:], *(dataclasses.replace(row, start="lite0") for row in METHODS)]
+        rows += WAYS[2:]
     return rows
 
 
