@@ -87,9 +87,10 @@ def test_b0_starts_as_lite0_does() -> None:
 
     def stem(state: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
         out = torch.nn.functional.conv2d(images, state["conv_stem.weight"], stride=2)
-        return torch.nn.functional.batch_norm(
-            out, *(state[f"bn1.{name}"] for name in ("running_mean", "running_var", "weight", "bias")), eps=1e-3
+        mean, variance, weight, bias = (
+            state[f"bn1.{name}"] for name in ("running_mean", "running_var", "weight", "bias")
         )
+        return torch.nn.functional.batch_norm(out, mean, variance, weight, bias, eps=1e-3)
 
     torch.testing.assert_close(stem(b0, (pixels - mean) / std), stem(lite, (pixels - 0.5) / 0.5), rtol=1e-4, atol=1e-4)
     assert torch.equal(b0["blocks.3.1.conv_dw.weight"], lite["blocks.3.1.conv_dw.weight"])
