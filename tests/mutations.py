@@ -43,7 +43,7 @@ class Mutation:
 BN_SILU = ("tests/test_batch_norm_silu.py", "-k", "test_bn_silu and fp32")
 STATISTICS = ("tests/test_batch_norm_silu.py", "-k", "statistics")
 SQUEEZE = ("tests/test_squeeze_excite.py", "-k", "fp32")
-DROP = ("tests/test_drop_connect.py", "-k", "fp32")
+DROP = ("tests/test_drop_connect.py", "-k", "bn_drop_connect_add and fp32 and train")
 DEPTHWISE = ("tests/test_depthwise.py", "-k", "sums and k3-s1-1x10")
 POINTWISE = ("tests/test_pointwise.py", "-k", "test_pointwise and 22-6 and (forward or dgrad or wgrad)")
 

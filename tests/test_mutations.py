@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,8 +41,18 @@ def test_unbroken_copy_passes(file: str, tmp_path: Path) -> None:
     assert status == 0, summary
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name.replace(" ", "-"))
+def one_a_selection() -> list[Any]:
+    """Each mutation once; of those that the same tests are to see, the first is slow and the others full."""
+    seen = set()
+    parameters = []
+    for m in MUTATIONS:
+        mark = pytest.mark.full if m.tests in seen else pytest.mark.slow
+        seen.add(m.tests)
+        parameters.append(pytest.param(m, id=m.name.replace(" ", "-"), marks=mark))
+    return parameters
+
+
+@pytest.mark.parametrize("mutation", one_a_selection())
 def test_mutation_is_seen(mutation: Mutation) -> None:
     alive, summary = survives(mutation)
     assert not alive, summary
