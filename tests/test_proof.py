@@ -341,7 +341,7 @@ def test_readme_table_is_made_from_the_newest_results(tmp_path: Path) -> None:
         readme.replaced("no markers", "new")
 
 
-@pytest.mark.slow
+@pytest.mark.full  # test_proof_alone.py runs it where there is less
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU this would be the proof itself")
 def test_first_part_runs_to_its_end_on_a_cpu(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -138,11 +138,16 @@ def test_parity_with_the_error_that_a_gpus_sigmoid_may_have(name: str, error: in
 
 @interpreted
 @pytest.mark.slow
-def test_the_rule_needs_the_approximations_term() -> None:
+def test_the_term_is_what_approximations_do_to_a_result() -> None:
+    """More than a rounding, which the rule has already, and no more than the term; on any CPU, as PyTorch's own error
+    is no part of it."""
+    plain = [OUTCOMES[str(GATE)](seed) for seed in range(parity.DRAWS)]
     with interpreter.approximate_sigmoid("low"):
-        errors = tolerance.worst(OUTCOMES[str(GATE)](seed).errors("y") for seed in range(parity.DRAWS))
+        moved = [OUTCOMES[str(GATE)](seed) for seed in range(parity.DRAWS)]
+    errors = tolerance.worst(outcome.errors("y") for outcome in moved)
     assert errors.right
-    assert not errors._replace(approximation=0.0).right
+    shift = max(float((a.kernel["y"] - b.kernel["y"]).abs().max()) for a, b in zip(plain, moved, strict=True))
+    assert errors.rounding < shift <= errors.approximation + errors.rounding
 
 
 @interpreted
