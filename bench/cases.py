@@ -11,8 +11,9 @@ from torch import Tensor
 import kernels
 from bench.launches import Launch
 from bench.shapes import OPS, OpShape, largest
+from fastnet.arch import BlockShape, Kernels
 from fastnet.layers import BatchNorm, MBConv
-from fastnet.model import BlockShape, Kernels, ModelConfig
+from fastnet.model import ModelConfig
 from kernels import reference
 from kernels.mbconv_traffic import Block
 from kernels.tolerance import Errors, approximated, measure, most_wrong, worst

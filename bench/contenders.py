@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from bench.measure import sample, synchronise
 from bench.shapes import activations
+from fastnet.arch import Kernels
 from fastnet.config import OptimizerOptions
 from fastnet.graph import CudaRecorder
-from fastnet.model import Kernels, efficientnet
+from fastnet.model import efficientnet
 from fastnet.optim import make_optimizer
 from fastnet.scaling import architecture
 from fastnet.step import Amp, TrainStep

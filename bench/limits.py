@@ -17,6 +17,7 @@ import torch
 
 from bench.launches import describe
 from bench.shapes import model_blocks
+from fastnet.scaling import SCALED
 from kernels import depthwise, depthwise_backward, mbconv_traffic
 from kernels.device import REFERENCE, Gpu
 from kernels.launch import cdiv
@@ -166,7 +167,7 @@ def report(variant: str, resolution: int, batch: int, of: Rates = H200) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.limits", description=__doc__.partition("\n")[0])
-    parser.add_argument("--variant", default="b0", choices=[f"b{i}" for i in range(8)])
+    parser.add_argument("--variant", default="b0", choices=SCALED)
     parser.add_argument("--resolution", type=int, default=224)
     parser.add_argument("--batch", type=int, default=128)
     options = parser.parse_args(arguments)

@@ -15,7 +15,7 @@ from bench.machine import gpu_state
 from bench.measure import ColdCache, peak_memory, sample, summarise
 from bench.shapes import model_blocks
 from bench.stages import Case, Context, Stage, attempt, free_memory, not_correct, verdict
-from fastnet.model import Kernels
+from fastnet.arch import Kernels
 from kernels import mbconv_traffic
 from kernels.launch import INTERPRETED
 from kernels.mbconv_traffic import Block

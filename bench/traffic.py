@@ -23,6 +23,7 @@ import torch
 from bench.contenders import OURS, TORCHVISION, available_peers, build
 from bench.count_dispatch import step_bytes
 from bench.shapes import OpShape, activations, model_blocks, model_shapes
+from fastnet.scaling import SCALED
 from kernels import batch_norm_silu, batch_norm_silu_squeeze_excite, drop_connect, mbconv_traffic
 
 DTYPE = torch.bfloat16
@@ -144,7 +145,7 @@ def report(work: Work) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.traffic", description=__doc__.partition("\n")[0])
-    parser.add_argument("--variant", default="b0", choices=[f"b{i}" for i in range(8)])
+    parser.add_argument("--variant", default="b0", choices=SCALED)
     parser.add_argument("--resolution", type=int, default=224)
     parser.add_argument("--batch", type=int, default=128)
     options = parser.parse_args(arguments)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+import math
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fastnet.model import EfficientNet, block_shapes, stage_repeats
+from fastnet.layers import BatchNorm
+from fastnet.model import EfficientNet
 
 
 class FeatureInfo(NamedTuple):
@@ -23,30 +24,30 @@ class FeatureExtractor(nn.Module):
     stage at each stride, after its batch norm and residual (timm's `features_only=True`).
 
     It shares the model's parameters, holds stem and blocks alone, and is in the mode that they are in; in training the
-    blocks drop as the model's do. `feature_info` describes the maps in the same order.
+    blocks drop and count their batches as the model's do. `feature_info` describes the maps in the same order.
     """
 
     def __init__(self, model: EfficientNet) -> None:
         super().__init__()
         self.stem, self.blocks = model.stem, model.blocks
         # Not a submodule: head and classifier stay out of parameters() and state_dict().
-        self._draw = model.draw_drop_scales
-        self._drops = model.config.drop_connect_rate > 0
-        last: dict[int, tuple[int, FeatureInfo]] = {}  # by stride, the last stage wins
+        self._trunk = model.trunk
         stride = 2
-        ends = list(accumulate(stage_repeats(model.config.depth)))
-        shapes = block_shapes(model.config.width, model.config.depth)
-        for stage, (first, end) in enumerate(zip([0, *ends], ends, strict=False), start=2):
-            stride *= shapes[first].stride
-            last[stride] = end - 1, FeatureInfo(shapes[end - 1].out_channels, stride, stage)
-        self._taps = {block for block, _ in last.values()}
-        self.feature_info = [info for _, info in last.values()]
+        last: dict[int, FeatureInfo] = {}  # by stride, the last stage wins
+        for stage, blocks in model.network.by_stage.items():
+            stride *= math.prod(block.shape.stride for block in blocks)
+            last[stride] = FeatureInfo(blocks[-1].shape.out_channels, stride, stage)
+        self.feature_info = list(last.values())
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        scales = self._draw(images.shape[0], images.device) if self.stem.training and self._drops else None
-        x, maps = self.stem(images), []
-        for i, block in enumerate(self.blocks):
-            x = block(x, scales[i] if scales is not None and block.has_residual else None)
-            if i in self._taps:
-                maps.append(x)
+        norms = [module for module in self.modules() if isinstance(module, BatchNorm)]
+        maps: list[Tensor] = []
+
+        def keep(stage: int, x: Tensor) -> Tensor:
+            maps.append(x)
+            return x
+
+        training = any(norm.training for norm in norms)
+        stages = [info.stage for info in self.feature_info]
+        self._trunk(images, norms=norms if training else (), tap=keep, stages=stages)
         return maps

@@ -10,16 +10,15 @@ import torch
 
 from data_pipeline import Index, Loader, PixelCache, choose_cache, make_loader
 from fastnet.config import TrainConfig
+from fastnet.create import create_model
 from fastnet.device import check_kernels, pick_workers
 from fastnet.distributed import Division, Ranks, sync_batch_norm
 from fastnet.ema import ModelEma
 from fastnet.errors import UserError
 from fastnet.gradients import GradientAllReduce
-from fastnet.model import EfficientNet, ModelConfig, efficientnet
+from fastnet.model import EfficientNet, ModelConfig
 from fastnet.optim import freeze_stages, make_optimizer
-from fastnet.pretrained import pretrained_file
 from fastnet.step import Amp, TrainStep
-from fastnet.weights import load_weights
 
 
 def build_cache(config: TrainConfig, index: Index, resolution: int, device: torch.device, ranks: Ranks) -> PixelCache:
@@ -89,57 +88,30 @@ def build_model(
     saved: what a continued run's checkpoint holds, which will fill the weights; --pretrained is then not read again.
     """
     options = config.model
-    check_kernels(options.kernels, device, say)
+    check_kernels(options.kernels, device, say, variant=options.variant)
     torch.manual_seed(config.run.seed)
-    if saved is not None:
-        model = EfficientNet(saved)
-    elif options.pretrained:
-        model = _pretrained(config, classes, say)
-    else:
-        model = efficientnet(
+    model = EfficientNet(saved) if saved is not None else _created(config, classes, say)
+    freeze_stages(model, config.optimizer.freeze_stages)
+    return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _created(config: TrainConfig, classes: int, say: Callable[[str], None]) -> EfficientNet:
+    options = config.model
+    try:
+        return create_model(
             options.variant,
+            options.pretrained,
             num_classes=classes,
+            weights_style=options.weights_style,
+            say=say,
             scaling=options.scaling,
             dropout=options.dropout,
             drop_connect_rate=options.drop_connect_rate,
             padding=options.padding,
             kernels=options.kernels,
         )
-    freeze_stages(model, config.optimizer.freeze_stages)
-    return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def _pretrained(config: TrainConfig, classes: int, say: Callable[[str], None]) -> EfficientNet:
-    options = config.model
-    assert options.pretrained is not None
-    try:
-        file = pretrained_file(options.pretrained, options.variant)
-        loaded = load_weights(file, style=options.weights_style)
     except (ValueError, OSError) as error:
         raise UserError(f"--pretrained {options.pretrained}: {error}") from error
-    source = loaded.config
-    if (source.variant, source.scaling) != (options.variant, options.scaling):
-        raise UserError(
-            f"--pretrained {options.pretrained} holds a {source.variant} ({source.scaling} scaling): "
-            f"train it with --variant {source.variant} --scaling {source.scaling}."
-        )
-    model = efficientnet(
-        options.variant,
-        num_classes=classes,
-        scaling=options.scaling,
-        dropout=options.dropout,
-        drop_connect_rate=options.drop_connect_rate,
-        padding=source.padding,
-        bn_eps=source.bn_eps,
-        bn_momentum=source.bn_momentum,
-        kernels=options.kernels,
-    )
-    state = dict(loaded.state_dict)
-    if source.num_classes != classes:
-        say(f"new classifier: {options.pretrained} knows {source.num_classes} classes, the data has {classes}")
-        state |= {k: v for k, v in model.state_dict().items() if k.startswith("classifier.")}
-    model.load_state_dict(state)
-    return model
 
 
 def build_step(

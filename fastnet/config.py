@@ -14,20 +14,19 @@ from typing import Any, Literal, get_type_hints
 
 from data_pipeline.augment import Augmentation
 from data_pipeline.dali_options import DaliOptions
+from fastnet.arch import EFFICIENTNET, Kernels, Padding, Scaling, Style, Variant
 from fastnet.errors import UserError
-
-Variant = Literal["b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7"]
 
 
 @dataclass(frozen=True)
 class ModelOptions:
     variant: Variant = "b0"
     """EfficientNet variant."""
-    scaling: Literal["published", "compound"] = "published"
+    scaling: Scaling = "published"
     """Width and depth: the published coefficients, or the pure powers alpha^phi and beta^phi of the paper's eq. 3."""
     resolution: int | None = None
     """Image side in pixels. Default: gamma^phi of the variant from base 200 (b0 200, b1 232, b4 352, b7 536)."""
-    padding: Literal["symmetric", "same"] = "symmetric"
+    padding: Padding = "symmetric"
     """Convolution padding: symmetric (torchvision, timm efficientnet_*) or TensorFlow's SAME (tf_efficientnet_*)."""
     dropout: float | None = None
     """Dropout before the classifier. Default: the variant's, 0.2 (b0) to 0.5 (b7)."""
@@ -36,9 +35,9 @@ class ModelOptions:
     pretrained: str | None = None
     """Weights to start from: imagenet (torchvision's published file of the variant, fetched once), or a .safetensors or
     .pth file of fastnet, torchvision or timm. Sets the padding, BN eps and momentum that they were trained with."""
-    weights_style: Literal["fastnet", "torchvision", "timm", "timm_tf"] | None = None
+    weights_style: Style | None = None
     """Where --pretrained comes from, when the file itself does not tell."""
-    kernels: Literal["auto", "triton", "triton-ops", "native", "torch"] = "auto"
+    kernels: Kernels = "auto"
     """How MBConv runs: triton is one fused block and never falls back, triton-ops fuses between torch's convolutions,
     native is the fused block in C++ for a CPU, compiled at first use; it never falls back either; torch is plain; auto
     is torch on a CPU and on a GPU below compute capability 8.0, and elsewhere triton, but for blocks that --tune finds
@@ -224,7 +223,7 @@ class TrainConfig:
             ("--betas", min(self.optimizer.betas), 0, 0.999999),
             ("--betas", max(self.optimizer.betas), 0, 0.999999),
             ("--layer-decay", self.optimizer.layer_decay, 1e-3, 1),
-            ("--freeze-stages", self.optimizer.freeze_stages, 0, 7),
+            ("--freeze-stages", self.optimizer.freeze_stages, 0, len(EFFICIENTNET.stages)),
             ("--warmup-lr", self.optimizer.warmup_lr, 0, 1e3),
             ("--min-lr", self.optimizer.min_lr, 0, 1e3),
             ("--warmup-epochs", self.optimizer.warmup_epochs, 0, 1e6),

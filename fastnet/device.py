@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from fastnet.arch import Kernels, family
 from fastnet.errors import UserError
-from fastnet.model import Kernels
 from fastnet.step import Amp
 from kernels import launch
 from kernels.cpu.library import library
@@ -53,9 +53,15 @@ def pick_amp(name: str, device: torch.device) -> Amp:
     return name  # type: ignore[return-value]
 
 
-def check_kernels(kernels: Kernels, device: torch.device, say: Callable[[str], None] = tell) -> None:
-    """Tells `say` where "auto" leaves a GPU to PyTorch; UserError where Triton is asked for and cannot run, or the C++
-    kernels, which are compiled here if they have not been."""
+def check_kernels(
+    kernels: Kernels, device: torch.device, say: Callable[[str], None] = tell, *, variant: str = "b0"
+) -> None:
+    """Tells `say` where "auto" leaves a GPU, or any choice a variant, to PyTorch; UserError where Triton is
+    asked for and cannot run, or the C++ kernels, which are compiled here if they have not been."""
+    if not family(variant).has_kernels:
+        if kernels != "torch" and (kernels != "auto" or is_gpu(device)):
+            say(f"computing {variant} with PyTorch alone: the kernels are for SiLU with squeeze-and-excitation.")
+        return
     if kernels == "native":
         try:
             resolve_block("native", torch.empty(0, device=device))

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from fastnet.config import Variant
+from fastnet.arch import Kernels, Style, Variant
+from fastnet.commands import parse
 from fastnet.errors import UserError, run_command
 from fastnet.predict import check_numbers
 
@@ -54,7 +55,7 @@ def evaluate(
     expect_reported: bool = False,
     checkpoint: Literal["best", "last"] = "best",
     variant: Variant | None = None,
-    weights_style: Literal["fastnet", "torchvision", "timm", "timm_tf"] | None = None,
+    weights_style: Style | None = None,
     resolution: int | None = None,
     crop_fraction: float | None = None,
     tta: Literal["off", "hflip", "five", "ten"] = "off",
@@ -66,7 +67,7 @@ def evaluate(
     workers: int | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto",
-    kernels: Literal["auto", "triton", "triton-ops", "native", "torch"] = "auto",
+    kernels: Kernels = "auto",
 ) -> int:
     """Evaluate a run, or a file of weights, on the validation split: top-1, top-5, macro F1, AUC, calibration; and a
     report with curves, confusion matrix, the worst predictions and Grad-CAM.
@@ -189,9 +190,7 @@ def _print_numbers(scores: Scores) -> None:
 
 
 def main() -> None:
-    import tyro
-
-    sys.exit(run_command(lambda: tyro.cli(evaluate, prog="python -m fastnet.evaluate")))
+    sys.exit(run_command(lambda: parse(evaluate, prog="python -m fastnet.evaluate")))
 
 
 if __name__ == "__main__":

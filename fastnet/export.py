@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastnet.config import Variant
+from fastnet.arch import EFFICIENTNET, Style, Variant
+from fastnet.commands import parse
 from fastnet.errors import UserError, run_command
 
 if TYPE_CHECKING:
@@ -208,6 +209,8 @@ def _timm_name(config: ModelConfig) -> str:
 def _check_expressible(config: ModelConfig, to: Target) -> None:
     if config.scaling != "published":
         raise UserError(f"{to} has no model with {config.scaling} scaling: use --to onnx or --to pt2.")
+    if to == "torchvision" and config.network.family is not EFFICIENTNET:
+        raise UserError(f"torchvision has no {config.variant}: use --to timm, onnx or pt2.")
     if to == "torchvision" and config.padding == "same":
         raise UserError('torchvision has no "same" padding: use --to timm, onnx or pt2.')
 
@@ -236,7 +239,7 @@ def export(
     data: str | None = None,
     checkpoint: Literal["best", "last"] = "best",
     variant: Variant | None = None,
-    weights_style: Literal["fastnet", "torchvision", "timm", "timm_tf"] | None = None,
+    weights_style: Style | None = None,
     resolution: int | None = None,
 ) -> int:
     """Write a run, or a file of weights, for other programs, and verify it there against the original.
@@ -276,9 +279,7 @@ def export(
 
 
 def main() -> None:
-    import tyro
-
-    sys.exit(run_command(lambda: tyro.cli(export, prog="python -m fastnet.export")))
+    sys.exit(run_command(lambda: parse(export, prog="python -m fastnet.export")))
 
 
 if __name__ == "__main__":

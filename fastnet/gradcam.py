@@ -10,7 +10,6 @@ there are only a mean and the classifier, so there the map is the class activati
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -18,26 +17,24 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastnet.model import EfficientNet, stage_repeats
-
-LAST_STAGE = 9
+from fastnet.model import EfficientNet
 
 
 def grad_cam(
-    model: EfficientNet, images: Tensor, classes: Tensor | None = None, *, stages: Sequence[int] = (LAST_STAGE,)
+    model: EfficientNet, images: Tensor, classes: Tensor | None = None, *, stages: Sequence[int] | None = None
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """images [B, 3, R, R] -> (logits [B, num_classes], {stage: maps [B, h, w], 0 or more}).
 
     classes [B] int64: what each map is of; None: what the model predicts. stages: rows of the paper's table 1, 1 (the
-    stem) to 9 (the head's convolution). Works in evaluation mode with any `kernels`, and keeps no gradient.
+    stem) to 9 (the head's convolution); None: that. Works in evaluation mode with any `kernels`, and keeps no gradient.
     Raises ValueError for another mode or stage.
     """
     if model.training:
         raise ValueError("Grad-CAM explains a model in evaluation mode: call model.eval() first.")
-    if not stages or not all(1 <= stage <= LAST_STAGE for stage in stages):
-        raise ValueError(f"stages must be numbers from 1 (the stem) to {LAST_STAGE} (the head), got {list(stages)}.")
-    ends = list(accumulate(stage_repeats(model.config.depth)))
-    after_block = {end: stage for stage, end in enumerate(ends, start=2)}
+    last = model.network.last_stage
+    stages = (last,) if stages is None else stages
+    if not stages or not all(1 <= stage <= last for stage in stages):
+        raise ValueError(f"stages must be numbers from 1 (the stem) to {last} (the head), got {list(stages)}.")
     maps: dict[int, Tensor] = {}
 
     def reach(stage: int, x: Tensor) -> Tensor:
@@ -49,13 +46,8 @@ def grad_cam(
         return maps[stage]
 
     with torch.inference_mode(False), torch.no_grad():
-        x = reach(1, model.stem(images))
-        for number, block in enumerate(model.blocks, start=1):
-            x = block(x)
-            if number in after_block:
-                x = reach(after_block[number], x)
-        x = reach(LAST_STAGE, model.head(x))
-        logits = model.classifier(model.dropout(x.mean((2, 3))))
+        x = model.head(model.trunk(images, tap=reach, stages=stages))
+        logits = model.forward_head(reach(last, x))
         of = logits.argmax(1) if classes is None else classes
         # Images do not meet in evaluation mode: one backward pass gives each its own gradients.
         gradients = torch.autograd.grad(logits.gather(1, of[:, None]).sum(), list(maps.values()))

@@ -14,16 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastnet.arch import Activation, BlockShape, Kernels, Padding
 from fastnet.forms import Form, chosen
-from kernels import ConvNorm, Excite, bn_drop_connect_add, bn_silu, bn_silu_squeeze_excite, mbconv
+from kernels import ConvNorm, Excite, bn_drop_connect_add, bn_silu, bn_silu_squeeze_excite, mbconv, reference
 from kernels.excite import MAX_SQUEEZE
 from kernels.launch import Impl, resolve
 from kernels.mbconv import BlockImpl, Unjoined, mbconv_training
 
 if TYPE_CHECKING:
-    from fastnet.model import BlockShape, Kernels, ModelConfig, Padding
+    from fastnet.model import ModelConfig
 
-SE_RATIO = 4
 UNFUSED = (
     "kernels={!r} can't fuse a block whose batch norms are frozen while gradients flow through it: such blocks run "
     "convolution by convolution, as with 'triton-ops'"
@@ -107,6 +107,12 @@ class BatchNorm(nn.Module):
         return self.weight, self.bias, self.running_mean, self.running_var
 
     @property
+    def is_16_bit(self) -> bool:
+        """After `model.half()` or `model.bfloat16()`: PyTorch computes it as any model, unless kernels were insisted
+        on."""
+        return self.weight.dtype in (torch.float16, torch.bfloat16) and self.impl in ("auto", "torch")
+
+    @property
     def options(self) -> dict[str, Any]:
         return {
             "training": self.training,
@@ -131,7 +137,7 @@ class SqueezeExcite(nn.Module):
 
 
 class ConvBNAct(nn.Module):
-    """Convolution, batch norm, SiLU, and squeeze-and-excitation where one is given."""
+    """Convolution, batch norm, activation, and squeeze-and-excitation where one is given (with SiLU)."""
 
     def __init__(
         self,
@@ -142,12 +148,14 @@ class ConvBNAct(nn.Module):
         *,
         stride: int = 1,
         groups: int = 1,
+        activation: Activation = "silu",
         alone: bool = False,
     ) -> None:
         """alone: not a part of a block, so that what is measured of it counts (`forms`)."""
         super().__init__()
         self.conv = Conv2d(in_channels, out_channels, kernel_size, stride, groups, config.padding)
         self.bn = BatchNorm(out_channels, config)
+        self.activation = activation
         self.alone = alone
 
     @property
@@ -167,9 +175,25 @@ class ConvBNAct(nn.Module):
             form = chosen(self.kind, x, x.shape[2], x.shape[3], self.bn.training)
         if form == "torch":
             options["impl"] = "torch"
+        if self.activation == "relu6":
+            return F.relu6(_bn_add(self.bn, x))
+        if self.bn.is_16_bit:
+            del options["impl"]
+            if se is None:
+                return reference.bn_silu(x, *self.bn.tensors, **options)
+            return reference.bn_silu_squeeze_excite(x, *self.bn.tensors, *se.tensors, **options)
         if se is None:
             return bn_silu(x, *self.bn.tensors, **options)
         return bn_silu_squeeze_excite(x, *self.bn.tensors, *se.tensors, **options)
+
+
+def _bn_add(bn: BatchNorm, x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """Batch norm, times scale [B], plus the residual."""
+    options = bn.options
+    if bn.is_16_bit:
+        del options["impl"]
+        return reference.bn_drop_connect_add(x, residual, scale, *bn.tensors, **options)
+    return bn_drop_connect_add(x, residual, scale, *bn.tensors, **options)
 
 
 class Project(nn.Module):
@@ -185,22 +209,27 @@ class Project(nn.Module):
         return ConvNorm(self.conv.weight, *self.bn.tensors)
 
     def forward(self, x: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
-        return bn_drop_connect_add(self.conv(x), residual, scale, *self.bn.tensors, **self.bn.options)
+        return _bn_add(self.bn, self.conv(x), residual, scale)
 
 
 class MBConv(nn.Module):
     """Expand 1×1 → depthwise k×k → squeeze-and-excite → project 1×1, + input where the shape allows.
 
-    Paper, section 4. The squeeze is a quarter of the block's input channels (not of the expanded), unrounded.
+    Paper, section 4.
     """
 
     def __init__(self, shape: BlockShape, config: ModelConfig) -> None:
         super().__init__()
         self.shape = shape
-        expanded = shape.in_channels * shape.expand_ratio
-        self.expand = ConvBNAct(shape.in_channels, expanded, 1, config) if shape.expand_ratio != 1 else None
-        self.depthwise = ConvBNAct(expanded, expanded, shape.kernel_size, config, stride=shape.stride, groups=expanded)
-        self.se = SqueezeExcite(expanded, max(1, shape.in_channels // SE_RATIO))
+        expanded = shape.expanded
+        act = shape.activation
+        self.expand = (
+            ConvBNAct(shape.in_channels, expanded, 1, config, activation=act) if shape.expand_ratio != 1 else None
+        )
+        self.depthwise = ConvBNAct(
+            expanded, expanded, shape.kernel_size, config, stride=shape.stride, groups=expanded, activation=act
+        )
+        self.se = SqueezeExcite(expanded, shape.squeezed) if shape.squeezed else None
         self.project = Project(expanded, shape.out_channels, config)
         self.has_residual = shape.has_residual
         self.padding = config.padding
@@ -217,26 +246,33 @@ class MBConv(nn.Module):
         bn = self.project.bn
         if not bn.training:
             scale = None  # nothing is dropped from a frozen block
-        layers = (
-            None if self.expand is None else self.expand.layer, self.depthwise.layer, self.se.tensors,
-            self.project.layer,
-        )  # fmt: skip
-        options: Any = {"stride": self.shape.stride, "padding": self.padding, "residual": self.has_residual}
-        options |= {"momentum": bn.momentum, "eps": bn.eps, "group": bn.group}
         if isinstance(x, Unjoined) or not join:
-            return mbconv_training(x, *layers, scale, **options, join=join, native=self.kernels == "native")
+            native = self.kernels == "native"
+            return mbconv_training(x, *self._layers, scale, **self._options, join=join, native=native)
         form = self.form(x, x.shape[2], x.shape[3]) if form is None else form
         if form != "triton-ops":
             impl: BlockImpl = bn.impl if form == "triton" else form
-            return mbconv(x, *layers, scale, **options, training=bn.training, impl=impl)
+            return mbconv(x, *self._layers, scale, **self._options, training=bn.training, impl=impl)
         h = x if self.expand is None else self.expand(x)
         h = self.depthwise(h, self.se)
         return self.project(h, x if self.has_residual else None, scale)
 
     @property
+    def _layers(self) -> tuple[ConvNorm | None, ConvNorm, Excite, ConvNorm]:
+        assert self.se is not None
+        expand = None if self.expand is None else self.expand.layer
+        return expand, self.depthwise.layer, self.se.tensors, self.project.layer
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        bn = self.project.bn
+        options = {"stride": self.shape.stride, "padding": self.padding, "residual": self.has_residual}
+        return options | {"momentum": bn.momentum, "eps": bn.eps, "group": bn.group}
+
+    @property
     def kind(self) -> tuple[int | str, ...]:
         """What tells this kind of block from others (`forms.Place`)."""
-        return ("block", *self.shape, self.padding)
+        return ("block", *self.shape[:5], self.padding)
 
     def form(self, x: Tensor, height: int, width: int) -> Form:
         """How the block is computed on inputs of that size, on the device and of the dtype of x: as one ("triton",
@@ -245,7 +281,9 @@ class MBConv(nn.Module):
         As one only in our kernels, and with every norm in training, or none of them and nothing to differentiate.
         """
         if self.kernels != "native" and (
-            self.kernels in ("torch", "triton-ops") or resolve(self.project.bn.impl, x) == "torch"
+            self.kernels in ("torch", "triton-ops")
+            or self.project.bn.is_16_bit
+            or resolve(self.project.bn.impl, x) == "torch"
         ):
             return "triton-ops"
         norms = [part.bn.training for part in (self.expand, self.depthwise, self.project) if part is not None]
@@ -257,7 +295,7 @@ class MBConv(nn.Module):
         if self.kernels == "triton" or self.kernels == "native":
             return self.kernels
         # The operations have a remedy of their own for what the fused kernels can't hold.
-        if self.se.reduce.out_features > MAX_SQUEEZE:
+        if self.shape.squeezed > MAX_SQUEEZE:
             return "triton-ops"
         return chosen(self.kind, x, height, width, training)
 

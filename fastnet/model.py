@@ -8,77 +8,21 @@ reaches a block as a tensor, so that equal blocks share one compiled graph.
 
 import math
 import types
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from fastnet.arch import Kernels, Network, Padding, Scaling, family, scaled
 from fastnet.layers import BatchNorm, ConvBNAct, MBConv, SqueezeExcite
-from fastnet.scaling import Architecture, Scaling, architecture, round_filters, round_repeats
-
-Padding = Literal["symmetric", "same"]
-Kernels = Literal["auto", "triton", "triton-ops", "native", "torch"]
-
-
-class Stage(NamedTuple):
-    """One row of the paper's table 1, before scaling."""
-
-    expand_ratio: int
-    kernel_size: int
-    stride: int
-    channels: int
-    repeats: int
-
-
-STAGES = (
-    Stage(1, 3, 1, 16, 1),
-    Stage(6, 3, 2, 24, 2),
-    Stage(6, 5, 2, 40, 2),
-    Stage(6, 3, 2, 80, 3),
-    Stage(6, 5, 1, 112, 3),
-    Stage(6, 5, 2, 192, 4),
-    Stage(6, 3, 1, 320, 1),
-)
-STEM_CHANNELS = 32
-HEAD_CHANNELS = 1280
-
-
-class BlockShape(NamedTuple):
-    """What tells one MBConv from another; equal shapes share a compiled graph."""
-
-    in_channels: int
-    out_channels: int
-    kernel_size: int
-    stride: int
-    expand_ratio: int
-
-    @property
-    def has_residual(self) -> bool:
-        return self.stride == 1 and self.in_channels == self.out_channels
-
-
-def stage_repeats(depth: float) -> tuple[int, ...]:
-    """Number of blocks in each of the seven stages."""
-    return tuple(round_repeats(stage.repeats, depth) for stage in STAGES)
-
-
-def block_shapes(width: float, depth: float) -> tuple[BlockShape, ...]:
-    """Every MBConv from stem to head."""
-    shapes, channels = [], round_filters(STEM_CHANNELS, width)
-    for stage, repeats in zip(STAGES, stage_repeats(depth), strict=True):
-        for i in range(repeats):
-            out_channels = round_filters(stage.channels, width)
-            stride = stage.stride if i == 0 else 1
-            shapes.append(BlockShape(channels, out_channels, stage.kernel_size, stride, stage.expand_ratio))
-            channels = out_channels
-    return tuple(shapes)
+from fastnet.scaling import Architecture, architecture
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that rebuilds a model: ``EfficientNet(ModelConfig(**dataclasses.asdict(config)))``.
+    """Everything that rebuilds a model: ``EfficientNet(ModelConfig(**config.to_dict()))``.
 
     bn_momentum is torch's: running = (1 − momentum)·running + momentum·batch (TF's 0.99 is 0.01 here).
     padding: "symmetric" is k // 2 on every side; "same" is TF's, which puts an odd pixel right and below.
@@ -93,6 +37,7 @@ class ModelConfig:
     width: float = 1.0
     depth: float = 1.0
     num_classes: int = 101
+    in_chans: int = 3
     dropout: float = 0.2
     drop_connect_rate: float = 0.2
     bn_eps: float = 1e-3
@@ -100,9 +45,19 @@ class ModelConfig:
     padding: Padding = "symmetric"
     kernels: Kernels = "auto"
 
+    @property
+    def network(self) -> Network:
+        return scaled(family(self.variant), self.width, self.depth)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For a file: `ModelConfig(**…)` of it is this one. What every earlier file is silent about is left out."""
+        values = asdict(self)
+        return values if self.in_chans != 3 else {name: v for name, v in values.items() if name != "in_chans"}
+
     def __post_init__(self) -> None:
-        if self.num_classes < 1:
-            raise ValueError(f"num_classes must be 1 or more, got {self.num_classes}.")
+        for name in ("num_classes", "in_chans"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
         for name in ("dropout", "drop_connect_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
@@ -123,14 +78,15 @@ class EfficientNet(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
-        shapes = block_shapes(config.width, config.depth)
-        self.stem = ConvBNAct(3, round_filters(STEM_CHANNELS, config.width), 3, config, stride=2, alone=True)
-        self.blocks = nn.ModuleList(MBConv(shape, config) for shape in shapes)
-        features = round_filters(HEAD_CHANNELS, config.width)
-        self.head = ConvBNAct(shapes[-1].out_channels, features, 1, config, alone=True)
+        self.config, self.network = config, config.network
+        shapes, family = [block.shape for block in self.network.blocks], self.network.family
+        layers = config if family.has_kernels else replace(config, kernels="torch")
+        alone: Any = {"activation": family.activation, "alone": True}
+        self.stem = ConvBNAct(config.in_chans, self.network.stem, 3, layers, stride=2, **alone)
+        self.blocks = nn.ModuleList(MBConv(shape, layers) for shape in shapes)
+        self.head = ConvBNAct(shapes[-1].out_channels, self.network.head, 1, layers, **alone)
         self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(features, config.num_classes)
+        self.classifier = nn.Linear(self.network.head, config.num_classes)
         # Linear decay (Huang et al. 2016) as the reference implementation counts it: rate·i/N from i = 0.
         survival = [
             1 - config.drop_connect_rate * i / len(shapes) if shape.has_residual else 1.0
@@ -152,6 +108,9 @@ class EfficientNet(nn.Module):
                 for linear in (module.reduce, module.expand):
                     nn.init.normal_(linear.weight, std=math.sqrt(2 / linear.out_features))
                     nn.init.zeros_(linear.bias)
+        self._reset_classifier()
+
+    def _reset_classifier(self) -> None:
         bound = 1 / math.sqrt(self.classifier.out_features)
         nn.init.uniform_(self.classifier.weight, -bound, bound)
         nn.init.zeros_(self.classifier.bias)
@@ -177,10 +136,44 @@ class EfficientNet(nn.Module):
         drop_scales [num_blocks, B] are used in training only, and only for the blocks that can drop; drawn
         here when None. Raises ValueError where their shape does not fit.
         """
+        norms = self.batch_norms() if self.training else ()
+        return self.classify(self.trunk(images, drop_scales, norms=norms))
+
+    def trunk(
+        self,
+        images: Tensor,
+        drop_scales: Tensor | None = None,
+        *,
+        norms: Iterable[BatchNorm] = (),
+        tap: Callable[[int, Tensor], Tensor] | None = None,
+        stages: Collection[int] = (),
+    ) -> Tensor:
+        """images [B, 3, R, R] → the last block's output [B, C, ceil(R/32), ceil(R/32)]: the one way through the blocks.
+
+        norms: those in training, whose batches are counted; without any, nothing is dropped. tap: called with each of
+        `stages` (1 is the stem) and its output, returns what to go on with.
+        """
+        scales = self._count_and_draw(images, drop_scales, list(norms))
+        x = self.stem(images)
+        if tap is not None and 1 in stages:
+            x = tap(1, x)
+        blocks = list(self._mbconvs())
+        tapped = {} if tap is None else {i: stage for i, stage in self.network.ends.items() if stage in stages}
+        for i, (block, following, scale) in enumerate(zip(blocks, [*blocks[1:], None], scales, strict=True)):
+            join = following is None or i in tapped or not block.leaves_its_join_to(following, x)
+            x = block(x, scale, join=join)
+            if tap is not None and i in tapped:
+                x = tap(tapped[i], x)
+        return x
+
+    def _count_and_draw(
+        self, images: Tensor, drop_scales: Tensor | None, norms: list[BatchNorm]
+    ) -> Sequence[Tensor | None]:
+        """Each block's row of `drop_scales`, or None for a block that is not to drop."""
         scales: list[Tensor | None] = [None] * len(self.blocks)
-        if self.training:
+        if norms:
             # One launch for all layers. The kernels do not count, and only other libraries' files read it.
-            torch._foreach_add_([bn.num_batches_tracked for bn in self.batch_norms()], 1)
+            torch._foreach_add_([bn.num_batches_tracked for bn in norms], 1)
             if any(self.droppable):
                 if drop_scales is None:
                     drop_scales = self.draw_drop_scales(images.shape[0], images.device)
@@ -192,16 +185,32 @@ class EfficientNet(nn.Module):
                 # The kernels compute in fp32, and in fp64 for a model that was moved there.
                 rows = drop_scales.to(torch.promote_types(self.survival_prob.dtype, torch.float32)).unbind()
                 scales = [row if can else None for row, can in zip(rows, self.droppable, strict=True)]
-        x = self.stem(images)
-        blocks = list(self._mbconvs())
-        for block, following, scale in zip(blocks, [*blocks[1:], None], scales, strict=True):
-            join = following is None or not block.leaves_its_join_to(following, x)
-            x = block(x, scale, join=join)
-        return self.classify(x)
+        return scales
 
     def classify(self, x: Tensor) -> Tensor:
         """Last feature map [B, C, H, W] → logits [B, num_classes]: head, mean, dropout, classifier."""
-        return self.classifier(self.dropout(self.head(x).mean((2, 3))))
+        return self.forward_head(self.head(x))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """images [B, 3, R, R] → what the head's convolution makes of them, [B, head, ceil(R/32), ceil(R/32)]."""
+        norms = self.batch_norms() if self.training else ()
+        return self.head(self.trunk(images, norms=norms))
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """What `forward_features` gives → logits [B, num_classes]: mean, dropout, classifier. With pre_logits the mean
+        with dropout, [B, head]."""
+        pooled = self.dropout(features.mean((2, 3)))
+        return pooled if pre_logits else self.classifier(pooled)
+
+    def get_classifier(self) -> nn.Linear:
+        return self.classifier
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new classifier for so many classes, freshly initialised; the rest of the model stays."""
+        self.config = replace(self.config, num_classes=num_classes)
+        old = self.classifier.weight
+        self.classifier = nn.Linear(self.network.head, num_classes, device=old.device, dtype=old.dtype)
+        self._reset_classifier()
 
     def compile_regions(self, **options: Any) -> int:
         """Compile stem, blocks and classification one by one, in place; returns the number of programs.
@@ -243,6 +252,7 @@ def efficientnet(
     variant: str | Architecture = "b0",
     *,
     num_classes: int = 101,
+    in_chans: int = 3,
     scaling: Scaling = "published",
     dropout: float | None = None,
     drop_connect_rate: float | None = None,
@@ -253,8 +263,8 @@ def efficientnet(
 ) -> EfficientNet:
     """A freshly initialised EfficientNet; None takes the variant's own rate.
 
-    ``variant`` is "b0" … "b7", or an Architecture such as ``CompoundScaler(1.5).architecture()``, which brings
-    its own scaling. Raises ValueError for unknown names and values out of range.
+    ``variant`` is "b0", "lite4" and so on, or an Architecture such as ``CompoundScaler(1.5).architecture()``, which
+    brings its own scaling. Raises ValueError for unknown names and values out of range.
     """
     arch = variant if isinstance(variant, Architecture) else architecture(variant, scaling)
     return EfficientNet(
@@ -264,6 +274,7 @@ def efficientnet(
             width=arch.width,
             depth=arch.depth,
             num_classes=num_classes,
+            in_chans=in_chans,
             dropout=arch.dropout if dropout is None else dropout,
             drop_connect_rate=arch.drop_connect_rate if drop_connect_rate is None else drop_connect_rate,
             bn_eps=bn_eps,
@@ -272,10 +283,3 @@ def efficientnet(
             kernels=kernels,
         )
     )
-
-
-def count_parameters(width: float, depth: float, num_classes: int = 1000) -> int:
-    """Trainable parameters of the model scaled so; built on the meta device, where nothing is allocated."""
-    with torch.device("meta"):
-        model = EfficientNet(ModelConfig(width=width, depth=depth, num_classes=num_classes))
-    return sum(p.numel() for p in model.parameters())

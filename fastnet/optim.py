@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastnet.config import OptimizerOptions
 from fastnet.errors import UserError
-from fastnet.model import EfficientNet, stage_repeats
+from fastnet.model import EfficientNet
 
 
 class RMSprop(torch.optim.Optimizer):
@@ -157,14 +157,14 @@ def clear(tensors: list[Tensor], skip: Tensor) -> None:
 
 
 def freeze_stages(model: EfficientNet, stages: int) -> None:
-    """Freeze the stem and the first `stages` of the seven stages; 0 freezes nothing.
+    """Freeze the stem and the first `stages` stages of blocks; 0 freezes nothing.
 
     Frozen parameters take no gradient, frozen batch norms keep their statistics, whatever `train()` is told, and frozen
     blocks are never dropped.
     """
     if not stages:
         return
-    blocks = sum(stage_repeats(model.config.depth)[:stages])
+    blocks = sum(block.stage < stages + 2 for block in model.network.blocks)
     frozen = [model.stem, *list(model.blocks)[:blocks]]
     for module in frozen:
         module.requires_grad_(False).eval()

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastnet.config import Variant
+from fastnet.arch import EFFICIENTNET, Kernels, Style, Variant
+from fastnet.commands import parse
 from fastnet.errors import UserError, run_command
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def predict(
     gradcam_stages: tuple[int, ...] = (4, 6, 9),
     out: str = "gradcam",
     variant: Variant | None = None,
-    weights_style: Literal["fastnet", "torchvision", "timm", "timm_tf"] | None = None,
+    weights_style: Style | None = None,
     resolution: int | None = None,
     crop_fraction: float | None = None,
     tta: Literal["off", "hflip", "five", "ten"] = "off",
@@ -113,7 +114,7 @@ def predict(
     workers: int = 0,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     amp: Literal["auto", "bf16", "fp16", "off"] = "off",
-    kernels: Literal["auto", "triton", "triton-ops", "native", "torch"] = "auto",
+    kernels: Kernels = "auto",
 ) -> int:
     """Name the most probable classes of each image. A file that cannot be read is said so, and the rest go on (exit
     status 1 at the end).
@@ -176,8 +177,9 @@ def check_numbers(*, top: int = 1, batch_size: int = 1, workers: int = 0, gradca
     for flag, value, low in (("--top", top, 1), ("--batch-size", batch_size, 1), ("--workers", workers, 0)):
         if value < low:
             raise UserError(f"{flag} {value} must be {low} or more.", exit_status=2)
-    if not gradcam_stages or not all(1 <= stage <= 9 for stage in gradcam_stages):
-        raise UserError("--gradcam-stages must be numbers from 1 (the stem) to 9 (the head).", exit_status=2)
+    last = len(EFFICIENTNET.stages) + 2
+    if not gradcam_stages or not all(1 <= stage <= last for stage in gradcam_stages):
+        raise UserError(f"--gradcam-stages must be numbers from 1 (the stem) to {last} (the head).", exit_status=2)
 
 
 def _print_json(results: list[dict[str, Any]]) -> None:
@@ -196,9 +198,7 @@ def _print_lines(results: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    import tyro
-
-    sys.exit(run_command(lambda: tyro.cli(predict, prog="python -m fastnet.predict")))
+    sys.exit(run_command(lambda: parse(predict, prog="python -m fastnet.predict")))
 
 
 if __name__ == "__main__":

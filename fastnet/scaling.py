@@ -10,25 +10,16 @@ parameter counts as a Markdown table.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
-Scaling = Literal["published", "compound"]
+from fastnet.arch import EFFICIENTNET, VARIANTS, Network, Scaling, coefficients, family, scaled
 
 BASE_RESOLUTION = 200  # Food-101's longest side is 512: 200·gamma^phi stays below it up to B6.
 BASE_OFFICIAL_RESOLUTION = 224
 RESOLUTION_GAMMA = 1.15
 
-# variant: (width, depth, resolution), the reference implementation's `efficientnet_params`.
-PUBLISHED: dict[str, tuple[float, float, int]] = {
-    "b0": (1.0, 1.0, 224),
-    "b1": (1.0, 1.1, 240),
-    "b2": (1.1, 1.2, 260),
-    "b3": (1.2, 1.4, 300),
-    "b4": (1.4, 1.8, 380),
-    "b5": (1.6, 2.2, 456),
-    "b6": (1.8, 2.6, 528),
-    "b7": (2.0, 3.1, 600),
-}
+SCALED = tuple(variant for variant in VARIANTS if family(variant) is EFFICIENTNET)
+"""B0–B7 in order: the models of phi = 0 … 7."""
 # variant: (depth, width) as often quoted from the rule; not what the published weights have.
 QUOTED: dict[str, tuple[float, float]] = {
     "b1": (1.1, 1.1),
@@ -42,9 +33,9 @@ QUOTED: dict[str, tuple[float, float]] = {
 class Architecture:
     """What scaling decides about a model.
 
-    name: "b0" … "b7", or "phi=1.5".
+    name: a variant's, or "phi=1.5".
     width, depth: multipliers of B0's channels and repeats.
-    resolution: side in pixels on Food-101, round8(200·1.15^phi).
+    resolution: side in pixels on Food-101: round8(200·1.15^phi) for B0–B7, the published one for others.
     official_resolution: side in pixels of the published ImageNet training.
     dropout, drop_connect_rate: probabilities in [0, 1).
     """
@@ -58,21 +49,9 @@ class Architecture:
     drop_connect_rate: float
     scaling: Scaling = "published"
 
-
-def round_filters(filters: float, width: float, divisor: int = 8) -> int:
-    """Channels after width scaling: the nearest multiple of ``divisor``, but not more than 10 % below."""
-    if filters <= 0 or width <= 0 or divisor <= 0:
-        raise ValueError(f"filters, width and divisor must be positive, got {filters}, {width} and {divisor}.")
-    scaled = filters * width
-    rounded = max(divisor, int(scaled + divisor / 2) // divisor * divisor)
-    return rounded + divisor if rounded < 0.9 * scaled else rounded
-
-
-def round_repeats(repeats: int, depth: float) -> int:
-    """Blocks in a stage after depth scaling: rounded up."""
-    if repeats <= 0 or depth <= 0:
-        raise ValueError(f"repeats and depth must be positive, got {repeats} and {depth}.")
-    return math.ceil(repeats * depth)
+    @property
+    def network(self) -> Network:
+        return scaled(family(self.name), self.width, self.depth)
 
 
 def round_resolution(resolution: float, multiple: int = 8) -> int:
@@ -141,41 +120,42 @@ def _drop_rate(phi: float) -> float:
 
 
 def architecture(variant: str = "b0", scaling: Scaling = "published") -> Architecture:
-    """B0–B7 by name: the published coefficients, or ("compound") the pure powers with phi = 0 … 7."""
-    if variant not in PUBLISHED:
-        raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(PUBLISHED)}.")
+    """A variant by name: the published coefficients, or ("compound", for B0–B7) the pure powers with phi = 0 … 7."""
+    published = coefficients(variant)
     if scaling not in get_args(Scaling):
         raise ValueError(f"unknown scaling {scaling!r}: choose one of {', '.join(get_args(Scaling))}.")
-    phi = int(variant[1:])
-    width, depth, official_resolution = PUBLISHED[variant]
-    scaler = CompoundScaler(phi, gamma=RESOLUTION_GAMMA)
-    if scaling == "compound":
-        width, depth = scaler.width, scaler.depth
+    width, depth, resolution = published.width, published.depth, published.resolution
+    if variant in SCALED:
+        scaler = CompoundScaler(SCALED.index(variant), gamma=RESOLUTION_GAMMA)
+        resolution = scaler.resolution()
+        if scaling == "compound":
+            width, depth = scaler.width, scaler.depth
+    elif scaling == "compound":
+        raise ValueError(f"{variant} has published coefficients only: leave out --scaling compound.")
     return Architecture(
         name=variant,
         width=width,
         depth=depth,
-        resolution=scaler.resolution(),
-        official_resolution=official_resolution,
-        dropout=_drop_rate(phi),
-        drop_connect_rate=_drop_rate(phi),
+        resolution=resolution,
+        official_resolution=published.resolution,
+        dropout=published.dropout,
+        drop_connect_rate=published.drop_connect_rate,
         scaling=scaling,
     )
 
 
 def markdown_table(num_classes: int = 1000) -> str:
     """Width, depth and parameters of the published, the pure and the quoted coefficients, as Markdown."""
-    from fastnet.model import count_parameters  # here, so that scaling stays importable without the model
 
     def cell(width: float, depth: float) -> str:
-        return f"{depth:.2f} / {width:.2f} | {count_parameters(width, depth, num_classes) / 1e6:.2f} M"
+        return f"{depth:.2f} / {width:.2f} | {scaled(EFFICIENTNET, width, depth).parameters(num_classes) / 1e6:.2f} M"
 
     lines = [
         "| | published (used): depth / width | parameters | alpha^phi / beta^phi (`--scaling compound`) "
         "| parameters | often quoted: depth / width | parameters |",
         "|---|---|---|---|---|---|---|",
     ]
-    for variant in PUBLISHED:
+    for variant in SCALED:
         published, compound = architecture(variant), architecture(variant, "compound")
         quoted = "– | –"
         if variant in QUOTED:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-from fastnet.config import Variant
+from fastnet.arch import Scaling, StageCost, Variant
+from fastnet.commands import parse
 from fastnet.errors import UserError, run_command
-from fastnet.scaling import Architecture, architecture, round_filters
+from fastnet.scaling import Architecture, architecture
 
 if TYPE_CHECKING:
     from kernels.mbconv_traffic import Block
@@ -27,28 +28,18 @@ CLASS_COUNTS = (101, 1000)
 
 
 @dataclass(frozen=True)
-class StageSummary:
-    """One row of the paper's table 1. resolution: side of the output in pixels; layers: blocks or convolutions."""
-
-    stage: int
-    operator: str
-    resolution: int
-    channels: int
-    layers: int
-    parameters: int
-    macs: int
-    activations: int
-    byte_passes: float
+class StageSummary(StageCost):
+    byte_passes: float | None
 
 
 @dataclass(frozen=True)
 class Totals:
-    """byte_passes: without the classifier, which moves next to nothing."""
+    """byte_passes: without the classifier, which moves next to nothing; None for a model that has no fused blocks."""
 
     parameters: int
     macs: int
     activations: int
-    byte_passes: float
+    byte_passes: float | None
 
 
 @dataclass(frozen=True)
@@ -66,42 +57,41 @@ class ModelSummary:
 
 def training_blocks(arch: Architecture, resolution: int, images: int) -> list[Block]:
     """Every MBConv of the model in order on `images` images, as it stands in training."""
-    from fastnet.layers import SE_RATIO
-    from fastnet.model import block_shapes
     from kernels.mbconv_traffic import Block
 
     side = -(-resolution // 2)  # behind the stem
     blocks = []
-    for i, shape in enumerate(block_shapes(arch.width, arch.depth)):
+    for block in arch.network.blocks:
+        shape = block.shape
         blocks.append(
             Block(
                 images=images,
                 in_channels=shape.in_channels,
-                channels=shape.in_channels * shape.expand_ratio,
+                channels=shape.expanded,
                 out_channels=shape.out_channels,
-                squeezed=max(1, shape.in_channels // SE_RATIO),
+                squeezed=shape.squeezed,
                 height=side,
                 width=side,
                 kernel_size=shape.kernel_size,
                 stride=shape.stride,
                 expands=shape.expand_ratio != 1,
                 residual=shape.has_residual,
-                scaled=shape.has_residual and i > 0,
+                scaled=shape.has_residual and block.index > 0,
             )
         )
         side = -(-side // shape.stride)
     return blocks
 
 
-def _stage_bytes(arch: Architecture, resolution: int, stem: int, head: int) -> list[int]:
+def _stage_bytes(arch: Architecture, resolution: int) -> list[int]:
     """Bytes of each of the nine stages in a training step, of COUNTED_IMAGES images in bf16."""
     import torch
 
-    from fastnet.model import stage_repeats
     from kernels import batch_norm_silu, mbconv_traffic
 
     dtype, images = torch.bfloat16, COUNTED_IMAGES
-    blocks = training_blocks(arch, resolution, images)
+    blocks, network = training_blocks(arch, resolution, images), arch.network
+    stem, head = network.stem, network.head
 
     def norm(channels: int, side: int) -> int:
         return sum(batch_norm_silu.traffic((images, channels, side, side), dtype).values())
@@ -115,87 +105,29 @@ def _stage_bytes(arch: Architecture, resolution: int, stem: int, head: int) -> l
         sum(count for launches in steps.values() for count in launches.values())
         for steps in mbconv_traffic.model(blocks, dtype, from_memory=True)
     ]
-    for repeats in stage_repeats(arch.depth):
-        found.append(sum(moved[:repeats]))
-        moved = moved[repeats:]
+    found += [sum(moved[block.index] for block in stage) for stage in network.by_stage.values()]
     return [*found, norm(head, last) + 2 * images * 3 * (head_in + head_out)]
 
 
-def summarise(
-    variant: str | Architecture, scaling: Literal["published", "compound"] = "published", resolution: int = 0
-) -> ModelSummary:
+def summarise(variant: str | Architecture, scaling: Scaling = "published", resolution: int = 0) -> ModelSummary:
     """Count it all; resolution 0 is the variant's own on Food-101. Nothing is allocated or run.
 
-    variant: "b0" … "b7", or an Architecture such as ``CompoundScaler(1.5).architecture()``, which brings its scaling.
+    variant: a name, or an Architecture such as ``CompoundScaler(1.5).architecture()``, which brings its scaling.
     """
-    import torch
-
-    from fastnet.layers import SE_RATIO
-    from fastnet.model import (
-        HEAD_CHANNELS,
-        STAGES,
-        STEM_CHANNELS,
-        EfficientNet,
-        ModelConfig,
-        block_shapes,
-        stage_repeats,
-    )
-
     arch = variant if isinstance(variant, Architecture) else architecture(variant, scaling)
     resolution = resolution or arch.resolution
-    with torch.device("meta"):
-        model = EfficientNet(ModelConfig(width=arch.width, depth=arch.depth))
-
-    def parameters(*modules: torch.nn.Module) -> int:
-        return sum(p.numel() for module in modules for p in module.parameters())
-
-    side = -(-resolution // 2)
-    stem, head = round_filters(STEM_CHANNELS, arch.width), round_filters(HEAD_CHANNELS, arch.width)
-    stages = [
-        StageSummary(
-            1, "Conv3x3", side, stem, 1, parameters(model.stem), 27 * stem * side * side, stem * side * side, 0.0
-        )
-    ]
-    shapes = list(zip(block_shapes(arch.width, arch.depth), model.blocks, strict=True))
-    for number, (row, repeats) in enumerate(zip(STAGES, stage_repeats(arch.depth), strict=True), start=2):
-        macs = activations = 0
-        blocks, shapes = shapes[:repeats], shapes[repeats:]
-        for shape, _ in blocks:
-            expanded, squeezed = shape.in_channels * shape.expand_ratio, max(1, shape.in_channels // SE_RATIO)
-            if shape.expand_ratio != 1:
-                macs += shape.in_channels * expanded * side * side
-                activations += expanded * side * side
-            side = -(-side // shape.stride)
-            macs += expanded * side * side * (shape.kernel_size**2 + shape.out_channels) + 2 * expanded * squeezed
-            activations += (expanded + shape.out_channels) * side * side + squeezed + expanded
-        stages.append(
-            StageSummary(
-                number,
-                f"MBConv{row.expand_ratio}, k{row.kernel_size}x{row.kernel_size}",
-                side,
-                blocks[-1][0].out_channels,
-                repeats,
-                parameters(*(module for _, module in blocks)),
-                macs,
-                activations,
-                0.0,
-            )
-        )
-    before = stages[-1].channels
-    stages.append(
-        StageSummary(
-            9, "Conv1x1", side, head, 1, parameters(model.head), before * head * side * side, head * side * side, 0.0
-        )
-    )
-    one = 2 * COUNTED_IMAGES * sum(stage.activations for stage in stages)
-    moved = _stage_bytes(arch, resolution, stem, head)
-    stages = [replace(stage, byte_passes=count / one) for stage, count in zip(stages, moved, strict=True)]
+    costs, head = arch.network.costs(resolution), arch.network.head
+    one = 2 * COUNTED_IMAGES * sum(cost.activations for cost in costs)
+    passes: list[float] | list[None] = [None] * len(costs)
+    if arch.network.family.has_kernels:
+        passes = [count / one for count in _stage_bytes(arch, resolution)]
+    stages = [StageSummary(**asdict(cost), byte_passes=some) for cost, some in zip(costs, passes, strict=True)]
     totals = {
         classes: Totals(
-            sum(stage.parameters for stage in stages) + (head + 1) * classes,
+            arch.network.parameters(classes),
             sum(stage.macs for stage in stages) + head * classes,
             sum(stage.activations for stage in stages) + classes,
-            sum(stage.byte_passes for stage in stages),
+            sum(map(float, filter(None, passes))) or None,
         )
         for classes in CLASS_COUNTS
     }
@@ -204,7 +136,7 @@ def summarise(
 
 def summary(
     variant: Variant = "b0",
-    scaling: Literal["published", "compound"] = "published",
+    scaling: Scaling = "published",
     resolution: int | None = None,
     json: bool = False,
 ) -> int:
@@ -250,7 +182,7 @@ def _print_table(found: ModelSummary) -> None:
             f"{stage.parameters:,}",
             f"{stage.macs / 1e6:,.1f} M",
             f"{stage.activations / 1e6:,.2f} M",
-            f"{stage.byte_passes:.2f}",
+            _two_digits(stage.byte_passes),
         )
     table.add_section()
     for classes, total in found.totals.items():
@@ -263,15 +195,17 @@ def _print_table(found: ModelSummary) -> None:
             f"{total.parameters:,}",
             f"{total.macs / 1e6:,.1f} M",
             f"{total.activations / 1e6:,.2f} M",
-            f"{total.byte_passes:.2f}",
+            _two_digits(total.byte_passes),
         )
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def main() -> None:
-    import tyro
+def _two_digits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
-    sys.exit(run_command(lambda: tyro.cli(summary, prog="python -m fastnet.summary")))
+
+def main() -> None:
+    sys.exit(run_command(lambda: parse(summary, prog="python -m fastnet.summary")))
 
 
 if __name__ == "__main__":

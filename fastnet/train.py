@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastnet.commands import parse
 from fastnet.config import RECIPES, TrainConfig, processes, read_config
 from fastnet.errors import UserError, run_command
 
@@ -75,7 +76,7 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
     folder = find_resumed(known.resume, known.out)
     if folder is not None:
         default = read_config(folder / "config.json")
-    config: TrainConfig = tyro.cli(
+    config: TrainConfig = parse(
         TrainConfig,
         prog="python -m fastnet.train",
         description="Train EfficientNet on Food-101, on a folder of images, or on a generated sample.",

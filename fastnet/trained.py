@@ -10,13 +10,14 @@ import torch
 
 from data_pipeline import Index, build_index
 from data_pipeline.augment import CROP_FRACTION
+from fastnet.arch import Kernels, Style
 from fastnet.config import TrainConfig, read_config
 from fastnet.device import check_kernels
 from fastnet.errors import UserError
-from fastnet.model import EfficientNet, Kernels
+from fastnet.model import EfficientNet
 from fastnet.pretrained import IMAGENET, imagenet_file, published
 from fastnet.scaling import architecture
-from fastnet.weights import LoadedWeights, Style, load_weights
+from fastnet.weights import LoadedWeights, load_weights
 
 RunFile = Literal["best", "last"]
 
@@ -109,7 +110,7 @@ def load_trained(
 
 
 def _build(loaded: LoadedWeights, device: torch.device, kernels: Kernels) -> EfficientNet:
-    check_kernels(kernels, device)
+    check_kernels(kernels, device, variant=loaded.config.variant)
     model = EfficientNet(replace(loaded.config, kernels=kernels))
     model.load_state_dict(loaded.state_dict)
     return model.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]

@@ -120,7 +120,7 @@ class Trainer:
         training["sums"] = self.sums.total
         metadata = {
             "progress": dataclasses.asdict(self.progress),
-            "model": dataclasses.asdict(self.model.config),
+            "model": self.model.config.to_dict(),
             "classes": list(self.index.classes),
             "resolution": self.resolution,
             "data_fingerprint": self.index.fingerprint,

@@ -7,32 +7,31 @@ here. What the numbers mean differs too, so it travels with them:
 |---|---|---|---|
 | torchvision | efficientnet_b0–b4 | symmetric | 1e-5, 0.1 |
 | torchvision | efficientnet_b5–b7 | symmetric | 1e-3, 0.01 |
-| timm | efficientnet_b* | symmetric | 1e-5, 0.1 |
-| timm_tf | tf_efficientnet_b* (also AdvProp, Noisy Student) | same | 1e-3, 0.1 |
+| timm | efficientnet_b*, efficientnet_lite* | symmetric | 1e-5, 0.1 |
+| timm_tf | tf_efficientnet_b* (also AdvProp, Noisy Student), tf_efficientnet_lite* | same | 1e-3, 0.1 |
+
+| efficientnet_pytorch | that package's efficientnet-b*, and efficientnet-lite* | same | 1e-3, 0.01 |
 
 These are the values of the modules that each library builds.
 """
 
-import dataclasses
 import json
 import pickle
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastnet.arch import VARIANTS, Block, Network, Padding, Scaling, Style
 from fastnet.checkpoint import load_checkpoint, save_checkpoint
-from fastnet.model import STAGES, EfficientNet, ModelConfig, Padding, block_shapes, stage_repeats
-from fastnet.scaling import PUBLISHED, Architecture, Scaling, architecture
-
-Style = Literal["fastnet", "torchvision", "timm", "timm_tf"]
+from fastnet.model import EfficientNet, ModelConfig
+from fastnet.scaling import SCALED, Architecture, architecture
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def load_weights(path: str | Path, *, style: Style | None = None) -> LoadedWeigh
     try:
         found = _detect_style(state, header, path, style)
         if found != "fastnet":
-            return from_torchvision(state) if found == "torchvision" else from_timm(state, found)
+            return _from_foreign(state, found)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     # A whole checkpoint will do as well: its optimizer and the like stay behind.
@@ -93,7 +92,7 @@ def save_weights(
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"weights are saved as .safetensors, not as {path.name}: change the file's suffix.")
-    metadata: dict[str, Any] = {"model": dataclasses.asdict(model.config), **(notes or {})}
+    metadata: dict[str, Any] = {"model": model.config.to_dict(), **(notes or {})}
     if classes is not None:
         metadata["classes"] = list(classes)
     if resolution is not None:
@@ -103,18 +102,17 @@ def save_weights(
 
 def from_torchvision(state_dict: Mapping[str, Tensor]) -> LoadedWeights:
     """torchvision's efficientnet_b* in fastnet's names. Raises ValueError where keys or shapes are no such model's."""
-    stage_of_block = re.compile(r"features\.([1-7])\.(\d+)\.block\.")
-    return _from_foreign(state_dict, "torchvision", stage_of_block, first_stage=1)
+    return _from_foreign(state_dict, "torchvision")
 
 
 def from_timm(state_dict: Mapping[str, Tensor], style: Style) -> LoadedWeights:
-    """timm's efficientnet_b* (style "timm") or tf_efficientnet_b* ("timm_tf") in fastnet's names.
+    """timm's efficientnet_* (style "timm") or tf_efficientnet_* ("timm_tf") in fastnet's names.
 
     Raises ValueError where keys or shapes are no such model's.
     """
     if style not in ("timm", "timm_tf"):
         raise ValueError(f"style must be 'timm' or 'timm_tf' for timm's weights, not {style!r}.")
-    return _from_foreign(state_dict, style, re.compile(r"blocks\.([0-6])\.(\d+)\."), first_stage=0)
+    return _from_foreign(state_dict, style)
 
 
 def to_torchvision(model: EfficientNet) -> dict[str, Tensor]:
@@ -127,7 +125,7 @@ def to_torchvision(model: EfficientNet) -> dict[str, Tensor]:
 
 
 def to_timm(model: EfficientNet) -> dict[str, Tensor]:
-    """The model's tensors under timm's names: tf_efficientnet_b* for padding "same", efficientnet_b* otherwise.
+    """The model's tensors under timm's names: tf_efficientnet_* for padding "same", efficientnet_* otherwise.
 
     Build that with ``bn_eps=…, bn_momentum=…`` where the config's values are not its own.
     """
@@ -137,28 +135,8 @@ def to_timm(model: EfficientNet) -> dict[str, Tensor]:
 # --- names -----------------------------------------------------------------------------------------------------
 
 
-def _module_names(style: Style, repeats: tuple[int, ...]) -> dict[str, str]:
-    """fastnet's module names → the other library's, for a model with so many blocks in each stage."""
-    torchvision = style == "torchvision"
-    names = (
-        {"stem.conv": "features.0.0", "stem.bn": "features.0.1", "head.conv": "features.8.0"}
-        | {"head.bn": "features.8.1", "classifier": "classifier.1"}
-        if torchvision
-        else {"stem.conv": "conv_stem", "stem.bn": "bn1", "head.conv": "conv_head", "head.bn": "bn2"}
-        | {"classifier": "classifier"}
-    )
-    block = 0
-    for stage, (row, repeat) in enumerate(zip(STAGES, repeats, strict=True)):
-        inside = (_torchvision_block if torchvision else _timm_block)(row.expand_ratio != 1)
-        for i in range(repeat):
-            prefix = f"features.{stage + 1}.{i}.block" if torchvision else f"blocks.{stage}.{i}"
-            names |= {f"blocks.{block}.{ours}": f"{prefix}.{theirs}" for ours, theirs in inside.items()}
-            block += 1
-    return names
-
-
-def _torchvision_block(expands: bool) -> dict[str, str]:
-    parts = (["expand"] if expands else []) + ["depthwise", "se", "project"]
+def _torchvision_block(block: Block) -> dict[str, str]:
+    parts = ["expand"] * (block.shape.expand_ratio != 1) + ["depthwise", "se", "project"]
     names: dict[str, str] = {}
     for i, part in enumerate(parts):
         leaves = (("reduce", "fc1"), ("expand", "fc2")) if part == "se" else (("conv", "0"), ("bn", "1"))
@@ -166,13 +144,56 @@ def _torchvision_block(expands: bool) -> dict[str, str]:
     return names
 
 
-def _timm_block(expands: bool) -> dict[str, str]:
+def _timm_block(block: Block) -> dict[str, str]:
     convs = {"expand": "conv_pw", "depthwise": "conv_dw", "project": "conv_pwl"}
-    if not expands:
+    if block.shape.expand_ratio == 1:
         convs = {"depthwise": "conv_dw", "project": "conv_pw"}
-    names = {"se.reduce": "se.conv_reduce", "se.expand": "se.conv_expand"}
+    names = {"se.reduce": "se.conv_reduce", "se.expand": "se.conv_expand"} if block.shape.squeeze_excite else {}
     for i, (part, conv) in enumerate(convs.items(), start=1):
         names |= {f"{part}.conv": conv, f"{part}.bn": f"bn{i}"}
+    return names
+
+
+def _efficientnet_pytorch_block(block: Block) -> dict[str, str]:
+    names = {"se.reduce": "_se_reduce", "se.expand": "_se_expand"} if block.shape.squeeze_excite else {}
+    for i, part in enumerate(("expand", "depthwise", "project")):
+        if part != "expand" or block.shape.expand_ratio != 1:
+            names |= {f"{part}.conv": f"_{part}_conv", f"{part}.bn": f"_bn{i}"}
+    return names
+
+
+class _Names(NamedTuple):
+    """A library's modules: stem and head with their norms and the classifier, a block's name, and what is in it."""
+
+    ends: str
+    block: str
+    inside: Callable[[Block], dict[str, str]]
+
+
+_TIMM = _Names("conv_stem bn1 conv_head bn2 classifier", "blocks.{from_0}.{i}", _timm_block)
+_NAMES: dict[Style, _Names] = {
+    "torchvision": _Names(
+        "features.0.0 features.0.1 features.{last}.0 features.{last}.1 classifier.1",
+        "features.{from_1}.{i}.block",
+        _torchvision_block,
+    ),
+    "timm": _TIMM,
+    "timm_tf": _TIMM,
+    "efficientnet_pytorch": _Names(
+        "_conv_stem _bn0 _conv_head _bn1 _fc", "_blocks.{index}", _efficientnet_pytorch_block
+    ),
+}
+
+
+def _module_names(style: Style, network: Network) -> dict[str, str]:
+    """fastnet's module names → the other library's."""
+    ends, name, inside = _NAMES[style]
+    theirs = ends.format(last=network.last_stage - 1).split()
+    names = dict(zip(("stem.conv", "stem.bn", "head.conv", "head.bn", "classifier"), theirs, strict=True))
+    for stage, blocks in network.by_stage.items():
+        for i, block in enumerate(blocks):
+            outer = name.format(from_1=stage - 1, from_0=stage - 2, i=i, index=block.index)
+            names |= {f"blocks.{block.index}.{ours}": f"{outer}.{inner}" for ours, inner in inside(block).items()}
     return names
 
 
@@ -184,7 +205,7 @@ def _is_se_matrix(name: str) -> bool:
 
 
 def _to_foreign(model: EfficientNet, style: Style) -> dict[str, Tensor]:
-    names = _module_names(style, stage_repeats(model.config.depth))
+    names = _module_names(style, model.network)
     state = {}
     for name, value in model.state_dict().items():
         module, leaf = name.rsplit(".", 1)
@@ -192,23 +213,20 @@ def _to_foreign(model: EfficientNet, style: Style) -> dict[str, Tensor]:
     return state
 
 
-def _from_foreign(
-    state_dict: Mapping[str, Tensor], style: Style, stage_of_block: re.Pattern[str], *, first_stage: int
-) -> LoadedWeights:
-    blocks = {match.groups() for key in state_dict if (match := stage_of_block.match(key))}
-    counts = Counter(int(stage) - first_stage for stage, _ in blocks)
-    repeats = tuple(counts[stage] for stage in range(len(STAGES)))
-    ours_of = {theirs: ours for ours, theirs in _module_names(style, repeats).items()}
+def _from_foreign(state_dict: Mapping[str, Tensor], style: Style) -> LoadedWeights:
+    arch = _recognise(state_dict, style)
+    ours_of = {theirs: ours for ours, theirs in _module_names(style, arch.network).items()}
     renamed = {}
     for key, value in state_dict.items():
         module, _, leaf = key.rpartition(".")
         if module not in ours_of:
-            raise ValueError(f"{key} belongs to no {style} EfficientNet B0–B7: check the file or --weights-style.")
+            raise ValueError(
+                f"{key} belongs to no {style} EfficientNet {arch.name}: check the file or --weights-style."
+            )
         name = f"{ours_of[module]}.{leaf}"
         renamed[name] = value.flatten(1) if _is_se_matrix(name) else value
     if "classifier.weight" not in renamed:
         raise ValueError("it holds no classifier.weight: a headless or truncated file cannot be loaded.")
-    arch = _recognise(renamed, repeats)
     padding, bn_eps, bn_momentum = _semantics(style, arch.name)
     config = ModelConfig(
         variant=arch.name,
@@ -229,25 +247,34 @@ def _semantics(style: Style, variant: str) -> tuple[Padding, float, float]:
     """(padding, BN eps, BN momentum): the table at the top."""
     if style == "timm_tf":
         return "same", 1e-3, 0.1
+    if style == "efficientnet_pytorch":
+        return "same", 1e-3, 0.01
     if style == "torchvision" and variant in ("b5", "b6", "b7"):
         return "symmetric", 1e-3, 0.01
     return "symmetric", 1e-5, 0.1
 
 
-def _recognise(state: Mapping[str, Tensor], repeats: tuple[int, ...]) -> Architecture:
-    """The variant whose blocks have these output channels; within one scaling no two agree in all of them."""
-    channels = [
-        state[name].shape[0] if (name := f"blocks.{i}.project.conv.weight") in state else 0 for i in range(sum(repeats))
-    ]
+def _recognise(state: Mapping[str, Tensor], style: Style) -> Architecture:
+    """The variant whose stages and blocks' output channels these are; within one scaling no two agree in all."""
+    block = re.compile(r"features\.\d+\.\d+\.block\.|_?blocks\.(\d+\.(?=\d))?\d+\.")
+    count = len({match[0] for key in state if (match := block.match(key))})
     for scaling in get_args(Scaling):
-        for variant in PUBLISHED:
+        for variant in VARIANTS if scaling == "published" else SCALED:
             arch = architecture(variant, scaling)
-            expected = [shape.out_channels for shape in block_shapes(arch.width, arch.depth)]
-            if stage_repeats(arch.depth) == repeats and expected == channels:
+            if count == len(arch.network.blocks) and _fits(state, style, arch.network):
                 return arch
     raise ValueError(
-        f"its {sum(repeats)} blocks in stages of {list(repeats)} are no EfficientNet B0–B7: check that the file is "
-        "whole and of that family."
+        f"its {count} blocks are no EfficientNet B0–B7 or Lite0–Lite4: check that the file is whole and of that family."
+    )
+
+
+def _fits(state: Mapping[str, Tensor], style: Style, network: Network) -> bool:
+    names = _module_names(style, network)
+    projections = [state.get(f"{names[f'blocks.{block.index}.project.conv']}.weight") for block in network.blocks]
+    channels = [0 if weight is None else weight.shape[0] for weight in projections]
+    squeezes = f"{names.get('blocks.0.se.reduce')}.weight" in state
+    return (
+        channels == [block.shape.out_channels for block in network.blocks] and squeezes == network.family.squeeze_excite
     )
 
 
@@ -309,6 +336,8 @@ def _detect_style(state: Mapping[str, Tensor], header: Mapping[str, str], path: 
         possible = ("torchvision",)
     elif "conv_stem.weight" in state:
         possible = ("timm", "timm_tf")
+    elif "_conv_stem.weight" in state:
+        possible = ("efficientnet_pytorch",)
     elif "stem.conv.weight" in state:
         raise ValueError(
             "it has fastnet's names but no model configuration: save it with fastnet.weights.save_weights."
@@ -316,7 +345,8 @@ def _detect_style(state: Mapping[str, Tensor], header: Mapping[str, str], path: 
     else:
         first = next(iter(state), "nothing")
         raise ValueError(
-            f"its keys ({first}, …) are not those of a fastnet, torchvision or timm EfficientNet: choose another file."
+            f"its keys ({first}, …) are not those of an EfficientNet of fastnet, torchvision, timm or "
+            "efficientnet_pytorch: choose another file."
         )
     if asked is not None:
         if asked not in possible:
@@ -328,7 +358,7 @@ def _detect_style(state: Mapping[str, Tensor], header: Mapping[str, str], path: 
         return possible[0]
     # The header of a timm export may name the architecture; then the nearest name on the path, as in timm's own cache.
     for text in (*header.values(), *reversed(path.absolute().parts)):
-        if match := re.search(r"(tf_)?efficientnet_b[0-7]", text):
+        if match := re.search(r"(tf_)?efficientnet_(b[0-7]|lite[0-4])", text):
             return "timm_tf" if match[1] else "timm"
     raise ValueError(
         "timm's efficientnet_* and tf_efficientnet_* have the same keys and nothing here tells which these are: "

@@ -17,6 +17,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from tests.networks import NARROW
+
 # By a run on its way, at seconds each.
 IMPORTED_LATE = (
     "torch._inductor", "torch.distributed.fsdp", "torchvision.transforms.v2", "matplotlib.backends.backend_agg",
@@ -56,22 +58,13 @@ def wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def shrink() -> None:
-    """From here on a model has two blocks, and trains on one thread."""
-    import torch
-
-    from fastnet import model
-    from fastnet.model import Stage
-
-    torch.set_num_threads(1)
-    model.STAGES = (Stage(1, 3, 1, 8, 1), Stage(2, 3, 2, 16, 2))  # type: ignore[assignment]
-
-
 def prepare() -> None:
     """What every run would import."""
     for late in IMPORTED_LATE:
         import_module(late)
-    shrink()
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def watch(event: str, log: str) -> None:
@@ -134,7 +127,7 @@ def once(event: str, log: str, flags: list[str]) -> int:
     from fastnet import train
 
     watch(event, log)
-    sys.argv = ["train", *flags]
+    sys.argv = ["train", "--variant", NARROW, *flags]
     train.main()
     return 0
 
@@ -182,7 +175,9 @@ class Server:
 
 def main() -> None:
     if sys.argv[1] != "serve":
-        shrink()
+        import torch
+
+        torch.set_num_threads(1)
         sys.exit(once(sys.argv[1], sys.argv[2], sys.argv[3:]))
     prepare()
     for line in sys.stdin:

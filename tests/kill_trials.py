@@ -35,6 +35,7 @@ from PIL import Image
 from data_pipeline.loader import dali_installed
 from fastnet.config import FOOD101, TrainConfig
 from tests.forked import fork, prepare, wait
+from tests.networks import NARROW
 
 PHASES = ("starting", "training", "saving", "evaluating", "ending")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
@@ -54,7 +55,7 @@ class Case(NamedTuple):
     def config(self, data: Path) -> TrainConfig:
         config = replace(
             FOOD101,
-            model=replace(FOOD101.model, resolution=32),
+            model=replace(FOOD101.model, variant=NARROW, resolution=32),
             data=replace(FOOD101.data, data=str(data), loader=self.loader, cache=self.cache, workers=self.workers),  # type: ignore[arg-type]
             optimizer=replace(FOOD101.optimizer, epochs=2, batch_size=4, lr=0.02, warmup_epochs=1.0),
             ema=replace(FOOD101.ema, model_ema=True, model_ema_decay=0.8),

@@ -8,7 +8,9 @@ import torch
 
 from fastnet import FeatureExtractor
 from fastnet.model import efficientnet
+from fastnet.optim import freeze_stages
 from fastnet.weights import to_timm
+from tests.networks import THREE_BLOCKS
 from tests.runs import settle
 
 
@@ -55,3 +57,24 @@ def test_trains_without_the_head_and_drops_as_the_model_does() -> None:
     first.square().mean().backward()
     assert all(p.grad is not None for p in extractor.parameters())
     assert model.classifier.weight.grad is None
+
+
+def test_with_frozen_stages_it_drops_and_counts_as_the_model_does() -> None:
+    model = efficientnet(THREE_BLOCKS, num_classes=3, drop_connect_rate=0.9, kernels="torch")
+    freeze_stages(model, 1)
+    extractor = FeatureExtractor(model).train()
+    x = torch.randn(8, 3, 16, 16)
+    torch.manual_seed(1)
+    found = extractor(x)[-1]
+    torch.manual_seed(1)
+    scales = model.draw_drop_scales(8)
+    assert (scales[2] == 0).any()
+    expected = model.stem(x)
+    for block, scale in zip(model.blocks, [None, None, scales[2]], strict=True):
+        expected = block(expected, scale)
+    assert torch.equal(found, expected)
+    counts = {name: int(v) for name, v in model.state_dict().items() if name.endswith("num_batches_tracked")}
+    assert {name: count for name, count in counts.items() if count != 1} == {"head.bn.num_batches_tracked": 0}
+    model.eval()
+    assert not torch.equal(extractor(x)[-1], expected)
+    assert all(model.state_dict()[name] == count for name, count in counts.items())

@@ -12,11 +12,11 @@ import torch
 
 from fastnet import device as rules
 from fastnet.errors import UserError
-from fastnet.model import Stage
 from fastnet.train import main as train
 from kernels import device as cards
 from kernels import launch
 from kernels.nvidia import Findings, explain, find
+from tests.networks import KINDS, variant
 from tests.runs import make_pictures
 
 CPU = torch.device("cpu")
@@ -156,13 +156,11 @@ def test_a_gpu_below_the_kernels_trains_on_pytorch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # CPUs are slow in fp16: four blocks instead of sixteen.
-    stages = Stage(1, 3, 1, 16, 1), Stage(6, 3, 2, 24, 2), Stage(6, 5, 2, 40, 1)
-    monkeypatch.setattr("fastnet.model.STAGES", stages)
-    monkeypatch.setattr("fastnet.model.HEAD_CHANNELS", 64)
+    name = variant("small-head", *KINDS, head=64)
     monkeypatch.setattr("kernels.launch.launch", lambda kernel, *_, **__: pytest.fail(f"{kernel} is launched"))
     data, out = make_pictures(tmp_path / "data", 4), tmp_path / "run"
-    command = f"train --recipe quick --data {data} --out {out} --epochs 4 --batch-size 4 --workers 0 --resolution 32"
-    monkeypatch.setattr("sys.argv", [*command.split(), "--reestimate-bn", "0"])
+    command = f"train --variant {name} --recipe quick --data {data} --out {out} --epochs 4 --batch-size 4 --workers 0"
+    monkeypatch.setattr("sys.argv", [*command.split(), "--resolution", "32", "--reestimate-bn", "0"])
     with cards.pretend(T4):
         with pytest.raises(SystemExit) as left:
             train()

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastnet.model
 from data_pipeline import Augmentation, Batch, build_index, make_loader
 from data_pipeline.cache import PixelCache
 from data_pipeline.prefetch import SideStream
@@ -22,13 +21,14 @@ from fastnet.errors import UserError
 from fastnet.evaluation import evaluate_model, reestimate_batch_norm
 from fastnet.metrics import Sums
 from fastnet.mix import draw_mix
-from fastnet.model import EfficientNet, Stage
+from fastnet.model import EfficientNet
 from fastnet.optim import set_learning_rate
 from fastnet.resize import DynamicResize
 from fastnet.step import AMP_DTYPES, Amp, TrainStep
 from kernels import mbconv_ops
 from tests.batches import write_photos
 from tests.fake_cuda import CUDA, Witness, fake_cuda, to_cuda
+from tests.networks import KINDS, variant
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 
@@ -36,19 +36,13 @@ FORMS = ("torch", "triton", "triton-ops", "auto")
 FUSED = {"_pointwise_kernel", "_pointwise_wgrad_kernel", "_depthwise_kernel", "_depthwise_backward_kernel"}
 OPERATIONS = {"_bn_silu_fwd_kernel", "_bn_silu_dx_kernel", "_drop_connect_kernel", "_bn_drop_connect_dx_kernel"}
 BATCH, SIDE = 4, 32
-
-
-@pytest.fixture(autouse=True)
-def _few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every kind of block once: without expansion, strided, with a residual, and one whose output the next makes."""
-    stages = Stage(1, 3, 1, 16, 1), Stage(6, 3, 2, 24, 2), Stage(6, 5, 2, 40, 1)
-    monkeypatch.setattr(fastnet.model, "STAGES", stages)
+VARIANT = variant("kinds", *KINDS)
 
 
 def settings(kernels: Any = "triton", **changes: Any) -> TrainConfig:
     options: dict[str, Any] = dict(batch_size=BATCH, grad_accum_steps=2, clip_grad_norm=1.0)
     return TrainConfig(
-        model=ModelOptions(kernels=kernels),
+        model=ModelOptions(VARIANT, kernels=kernels),
         optimizer=OptimizerOptions(**options | changes),
         mix=MixOptions(mixup=0.2, cutmix=1.0),
         ema=EmaOptions(model_ema=True),

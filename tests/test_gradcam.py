@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import accumulate
 from typing import get_args
 
 import numpy as np
@@ -11,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastnet.arch import Kernels
 from fastnet.gradcam import grad_cam, heat, overlay
-from fastnet.model import EfficientNet, Kernels, ModelConfig, efficientnet, stage_repeats
+from fastnet.model import EfficientNet, ModelConfig, efficientnet
 from tests.runs import settle
 
 
@@ -45,7 +45,7 @@ def test_after_the_head_it_is_the_class_activation_map(model: EfficientNet) -> N
 @pytest.mark.parametrize("stage", [1, 4, 7])
 def test_other_stages_by_finite_differences(model: EfficientNet, stage: int) -> None:
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
-    first = [0, *accumulate(stage_repeats(1.0))][stage - 1]
+    first = model.network.by_stage[stage + 1][0].index if stage > 1 else 0
     with torch.no_grad():
         activation = through(model, model.stem(images), 0, first)
         channels = activation.shape[1]

@@ -17,10 +17,8 @@ from rich.console import Console
 
 from data_pipeline import DataError
 from fastnet import checkpoint
-from fastnet import model as model_file
 from fastnet.config import TrainConfig
 from fastnet.errors import UserError
-from fastnet.model import Stage
 from fastnet.trainer import Trainer
 from tests.forked import ROOT
 from tests.kill_trials import Case, digests, make_data
@@ -39,7 +37,6 @@ def test_twenty_runs_killed_at_random_moments() -> None:
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(model_file, "STAGES", (Stage(1, 3, 1, 8, 1), Stage(2, 3, 2, 16, 2)))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     yield Case("torch", "none", 0, 1, rich=False).config(make_data(tmp_path / "data"))
     torch.use_deterministic_algorithms(False)

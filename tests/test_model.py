@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastnet.arch import VARIANTS, BlockShape
 from fastnet.backbone import FeatureExtractor
 from fastnet.layers import BatchNorm, Conv2d, MBConv, same_padding
-from fastnet.model import BlockShape, EfficientNet, ModelConfig, block_shapes, count_parameters, efficientnet
-from fastnet.scaling import PUBLISHED, CompoundScaler, architecture
+from fastnet.model import EfficientNet, ModelConfig, efficientnet
+from fastnet.scaling import CompoundScaler, architecture
 
 PARAMETERS = {  # variant: (at 1000 classes, at 101 classes, blocks)
     "b0": (5_288_548, 4_136_929, 16),
@@ -36,18 +37,20 @@ def tiny(**changes: Any) -> EfficientNet:
 def test_parameter_counts(variant: str) -> None:
     arch = architecture(variant)
     thousand, food, blocks = PARAMETERS[variant]
-    assert count_parameters(arch.width, arch.depth, 1000) == thousand
-    assert count_parameters(arch.width, arch.depth, 101) == food
-    assert len(block_shapes(arch.width, arch.depth)) == blocks
+    assert arch.network.parameters(1000) == thousand
+    assert arch.network.parameters(101) == food
+    assert len(arch.network.blocks) == blocks
+    with torch.device("meta"):
+        assert sum(p.numel() for p in efficientnet(variant, num_classes=101).parameters()) == food
 
 
 def test_b0_is_the_papers_table() -> None:
     model = efficientnet("b0", num_classes=1000)
-    shapes = block_shapes(1.0, 1.0)
+    shapes = [block.shape for block in model.network.blocks]
     assert shapes[0] == BlockShape(32, 16, 3, 1, 1)
     assert shapes[1] == BlockShape(16, 24, 3, 2, 6)
     assert shapes[-1] == BlockShape(192, 320, 3, 1, 6)
-    squeezed = [block.se.reduce.out_features for block in model.blocks if isinstance(block, MBConv)]
+    squeezed = [block.se.reduce.out_features for block in model.blocks if isinstance(block, MBConv) and block.se]
     assert squeezed == [8, 4, 6, 6, 10, 10, 20, 20, 20, 28, 28, 28, 48, 48, 48, 48]  # input // 4, unrounded
     assert model.classifier.in_features == 1280
 
@@ -148,7 +151,7 @@ def test_same_padding_of_a_map_that_is_odd_one_way_only() -> None:
 
 def test_survival_probabilities() -> None:
     model = efficientnet("b0", drop_connect_rate=0.2)
-    with_residual = [shape.has_residual for shape in block_shapes(1.0, 1.0)]
+    with_residual = [block.shape.has_residual for block in model.network.blocks]
     expected = torch.tensor([1 - 0.2 * i / 16 if residual else 1.0 for i, residual in enumerate(with_residual)])
     torch.testing.assert_close(model.survival_prob, expected)
     assert "survival_prob" not in model.state_dict()
@@ -193,7 +196,7 @@ def test_only_blocks_that_can_drop_get_a_scale() -> None:
     for block in model.blocks:
         block.register_forward_pre_hook(lambda _m, args: seen.append(args[1]))
     model.train()(torch.randn(2, 3, 32, 32))
-    assert [scale is not None for scale in seen] == [s.has_residual for s in block_shapes(0.5, 1.0)]
+    assert [scale is not None for scale in seen] == [block.shape.has_residual for block in model.network.blocks]
     seen.clear()
     with torch.no_grad():
         model.eval()(torch.randn(2, 3, 32, 32))
@@ -301,7 +304,7 @@ def test_blocks_of_one_shape_share_a_compiled_graph() -> None:
     torch._dynamo.reset()
     eager = EfficientNet(ModelConfig(width=0.5, depth=1.8, num_classes=7, dropout=0.0, drop_connect_rate=0.3)).train()
     model, backend = copy.deepcopy(eager), CountingBackend()
-    shapes = set(block_shapes(0.5, 1.8))
+    shapes = {block.shape for block in eager.network.blocks}
     assert len(shapes) > 8  # Dynamo's default limit on recompilations of one code object
     assert model.compile_regions(backend=backend) == len(shapes) + 2
     assert len(model.blocks) == 32
@@ -350,7 +353,7 @@ def test_regional_compilation_keeps_its_gradients_through_aot_autograd() -> None
 @pytest.mark.slow
 def test_every_published_variant_builds() -> None:
     with torch.device("meta"):
-        for variant in PUBLISHED:
+        for variant in VARIANTS:
             model = efficientnet(variant)
             assert model.config.dropout == model.dropout.p == architecture(variant).dropout
             assert model(torch.empty(1, 3, 64, 64)).shape == (1, 101)

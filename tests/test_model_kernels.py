@@ -12,20 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastnet import model as model_file
+from fastnet.arch import Stage
 from fastnet.config import OptimizerOptions
 from fastnet.layers import MBConv
-from fastnet.model import EfficientNet, ModelConfig, Stage
+from fastnet.model import EfficientNet, ModelConfig
 from fastnet.optim import make_optimizer
 from fastnet.step import TrainStep
 from kernels.conv2d import depthwise_conv2d, pointwise_conv2d
 from kernels.mbconv import Unjoined
+from tests.networks import THREE_BLOCKS, variant
 
 NATIVE = pytest.param("native", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="for a CPU"))
 
-# Three blocks: without expansion; with, k 5 and stride 2; and one with a residual that can be dropped.
-STAGES = (Stage(1, 3, 1, 16, 1), Stage(6, 5, 2, 24, 2))
-SMALL = ModelConfig(width=0.3, num_classes=5, dropout=0.0, drop_connect_rate=0.5, kernels="torch")
+NO_RESIDUAL = variant("no-residual", Stage(1, 3, 1, 16, 1), Stage(6, 5, 2, 24, 1))
+SMALL = ModelConfig(THREE_BLOCKS, width=0.3, num_classes=5, dropout=0.0, drop_connect_rate=0.5, kernels="torch")
 
 
 class Course(NamedTuple):
@@ -74,10 +74,7 @@ def course(kernels: str, dtype: torch.dtype, device: torch.device, steps: int, t
         pytest.param("native", 200, marks=[*NATIVE.marks, pytest.mark.full]),
     ],
 )
-def test_training_stays_as_close_to_fp64_as_pytorch_does(
-    kernels: str, steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(model_file, "STAGES", STAGES)
+def test_training_stays_as_close_to_fp64_as_pytorch_does(kernels: str, steps: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     oracle = course("torch", torch.float64, device, steps)
     # Steps multiply a rounding, so that where it falls decides the error of a course: PyTorch's is the largest over the
@@ -94,8 +91,7 @@ def test_training_stays_as_close_to_fp64_as_pytorch_does(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernels", ["triton", pytest.param("triton-ops", marks=pytest.mark.full), NATIVE])
-def test_the_model_compiles_whole_and_once(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_file, "STAGES", STAGES)
+def test_the_model_compiles_whole_and_once(kernels: str) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     model = EfficientNet(replace(SMALL, kernels=kernels)).to(device)  # type: ignore[arg-type]
@@ -118,7 +114,6 @@ def test_the_model_compiles_whole_and_once(kernels: str, monkeypatch: pytest.Mon
 
 @pytest.mark.slow
 def test_joins_are_left_to_expansions_but_not_where_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_file, "STAGES", STAGES)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     joins: list[bool] = []
     inner = MBConv.forward
@@ -143,8 +138,7 @@ def test_joins_are_left_to_expansions_but_not_where_somebody_looks(monkeypatch: 
 
 
 @pytest.mark.slow
-def test_blocks_compiled_one_by_one_leave_their_joins_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_file, "STAGES", STAGES)
+def test_blocks_compiled_one_by_one_leave_their_joins_too() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     eager = EfficientNet(replace(SMALL, kernels="triton")).to(device)
@@ -167,13 +161,10 @@ def test_blocks_compiled_one_by_one_leave_their_joins_too(monkeypatch: pytest.Mo
     ("kernels", "layout"),
     [("triton", torch.channels_last), ("triton-ops", torch.contiguous_format), ("torch", torch.channels_last)],
 )
-def test_gradients_have_their_parameters_strides(
-    kernels: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_have_their_parameters_strides(kernels: str, layout: torch.memory_format) -> None:
     """In axes of length 1 too: an optimizer's lists of tensors go in one launch only where strides are equal."""
-    monkeypatch.setattr(model_file, "STAGES", (*STAGES[:1], STAGES[1]._replace(repeats=1)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = replace(SMALL, kernels=kernels)  # type: ignore[arg-type]
+    config = replace(SMALL, variant=NO_RESIDUAL, kernels=kernels)  # type: ignore[arg-type]
     model = EfficientNet(config).to(device, memory_format=layout)  # type: ignore[call-overload]
     step = TrainStep(model, make_optimizer(model, OptimizerOptions(), 0.01), device=device)
     step(torch.randn(2, 3, 8, 8, device=device).contiguous(memory_format=layout), torch.tensor([1, 3], device=device))

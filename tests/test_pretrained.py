@@ -17,7 +17,7 @@ from fastnet import pretrained
 from fastnet.config import FOOD101
 from fastnet.errors import UserError
 from fastnet.pretrained import imagenet_file, pretrained_file, published
-from fastnet.scaling import PUBLISHED
+from fastnet.scaling import SCALED
 from fastnet.weights import load_weights
 
 
@@ -39,7 +39,7 @@ def serve(content: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name:
 
 
 def test_every_variant_is_published_with_a_hash() -> None:
-    files = [published(variant).url.rsplit("/", 1)[1] for variant in PUBLISHED]
+    files = [published(variant).url.rsplit("/", 1)[1] for variant in SCALED]
     assert files[0] == "efficientnet_b0_rwightman-7f5810bc.pth"
     assert len(set(files)) == 8
     for name in files:

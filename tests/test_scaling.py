@@ -8,13 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastnet.arch import round_filters, round_repeats
 from fastnet.scaling import (
-    PUBLISHED,
+    SCALED,
     CompoundScaler,
     architecture,
     markdown_table,
-    round_filters,
-    round_repeats,
     round_resolution,
 )
 
@@ -107,7 +106,7 @@ def test_compound_scaler_refuses_shrinking() -> None:
 
 
 def test_published_architectures() -> None:
-    archs = [architecture(variant) for variant in PUBLISHED]
+    archs = [architecture(variant) for variant in SCALED]
     assert [a.width for a in archs] == [1.0, 1.0, 1.1, 1.2, 1.4, 1.6, 1.8, 2.0]
     assert [a.depth for a in archs] == [1.0, 1.1, 1.2, 1.4, 1.8, 2.2, 2.6, 3.1]
     assert [a.official_resolution for a in archs] == [224, 240, 260, 300, 380, 456, 528, 600]
@@ -117,7 +116,7 @@ def test_published_architectures() -> None:
 
 
 def test_compound_architectures_are_the_pure_powers() -> None:
-    for phi, variant in enumerate(PUBLISHED):
+    for phi, variant in enumerate(SCALED):
         arch, scaler = architecture(variant, "compound"), CompoundScaler(phi)
         assert (arch.width, arch.depth, arch.resolution) == (scaler.width, scaler.depth, scaler.resolution())
         assert (arch.name, arch.scaling) == (variant, "compound")

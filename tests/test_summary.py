@@ -1,10 +1,11 @@
-"""What the summary counts: the published figures, and torch's own counter on torchvision's model."""
+"""What the summary counts: the published figures, and torch's own counter on torchvision's and timm's models."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -35,8 +36,8 @@ def test_published_figures(variant: str) -> None:
     assert round(total.activations / 1e6, 2) == mactivations
 
 
-@pytest.mark.parametrize(("variant", "resolution"), [("b0", 70), ("b2", 101)])
-def test_equal_to_counting_torchvisions_model(variant: str, resolution: int) -> None:
+@pytest.mark.parametrize(("variant", "resolution"), [("b0", 70), ("b2", 101), ("lite1", 70)])
+def test_equal_to_counting_torchvisions_or_timms_model(variant: str, resolution: int) -> None:
     activations = 0
 
     def count(_module: nn.Module, _inputs: object, output: Tensor) -> None:
@@ -44,7 +45,8 @@ def test_equal_to_counting_torchvisions_model(variant: str, resolution: int) -> 
         activations += output.numel()
 
     with torch.device("meta"):
-        model = getattr(torchvision.models, f"efficientnet_{variant}")(num_classes=101).eval()
+        make = timm.create_model if variant.startswith("lite") else torchvision.models.get_model
+        model = make(f"efficientnet_{variant}", num_classes=101).eval()
         for module in model.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 module.register_forward_hook(count)

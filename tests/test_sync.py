@@ -10,16 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, multiprocessing
 
-from fastnet import model as model_file
 from fastnet.model import EfficientNet
-from tests.test_model_kernels import SMALL, STAGES
+from tests.test_model_kernels import SMALL
 
 WORLD, BATCH = 2, 4
 
 
 def gradients_and_statistics(kernels: str, dtype: torch.dtype, rank: int, world: int) -> Tensor:
     """One vector: the ranks' mean gradient of a loss over their images, and the moved statistics."""
-    model_file.STAGES = STAGES  # type: ignore[assignment]
     torch.manual_seed(0)
     model = EfficientNet(replace(SMALL, kernels=kernels)).to(dtype)  # type: ignore[arg-type]
     for bn in model.batch_norms():
@@ -47,9 +45,8 @@ def worker(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on CPUs, with interpreted kernels")
-def test_two_processes_equal_one_with_the_joint_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_equal_one_with_the_joint_batch(tmp_path: Path) -> None:
     multiprocessing.spawn(worker, (str(tmp_path),), nprocs=WORLD)
-    monkeypatch.setattr(model_file, "STAGES", STAGES)
     oracle = gradients_and_statistics("torch", torch.float64, 0, 1)
     alone = (gradients_and_statistics("torch", torch.float32, 0, 1) - oracle).abs().max()
     rounding = torch.finfo(torch.float32).eps * oracle.abs().max()

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastnet import forms, layers
-from fastnet import model as model_file
 from fastnet import train as train_file
+from fastnet.arch import Stage
 from fastnet.config import RunOptions
 from fastnet.errors import UserError, run_command
 from fastnet.forms import Form
-from fastnet.model import EfficientNet, ModelConfig, Stage
+from fastnet.model import EfficientNet, ModelConfig
 from fastnet.optim import freeze_stages
 from fastnet.tuning import make_tuner, prepare_inference, trial, tuner
 from fastnet.tuning.kept import KeptResults
@@ -30,6 +30,7 @@ from fastnet.tuning.timers import HostTimer
 from fastnet.tuning.tuner import Tuner
 from kernels import configs, launch, mbconv_ops
 from kernels.mbconv import Unjoined
+from tests.networks import variant
 from tests.runs import make_pictures
 from tests.tuning import IMAGES, RESOLUTION, A, B, C, Machine, Other, block_forms, machine, small_model
 
@@ -479,9 +480,8 @@ def test_what_is_measured_is_what_the_model_asks_for(
     monkeypatch.setattr(forms, "_look_up", record)
     monkeypatch.setattr(layers, "mbconv_training", fused)
     monkeypatch.setattr(layers, "mbconv", whole)
-    stages = (Stage(1, 3, 1, 16, 2), Stage(6, 5, 2, 24, 3), Stage(6, 3, 1, 24, 1))
-    monkeypatch.setattr(model_file, "STAGES", stages)
-    model = EfficientNet(ModelConfig(width=0.3, num_classes=5, drop_connect_rate=0.3))
+    name = variant("neighbours", Stage(1, 3, 1, 16, 2), Stage(6, 5, 2, 24, 3), Stage(6, 3, 1, 24, 1))
+    model = EfficientNet(ModelConfig(name, width=0.3, num_classes=5, drop_connect_rate=0.3))
     freeze_stages(model, frozen)
     model.train(training)
     found = subjects(model, 17, 2, torch.float32, training=training)

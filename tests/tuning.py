@@ -15,18 +15,17 @@ import torch
 from torch import Tensor
 
 from fastnet import forms, layers
-from fastnet import model as model_file
 from fastnet.distributed import Ranks
 from fastnet.forms import Form
-from fastnet.model import EfficientNet, ModelConfig, Stage
+from fastnet.model import EfficientNet, ModelConfig
 from fastnet.tuning import Tuner, measure, tuner
 from fastnet.tuning.timers import HostTimer
 from kernels import configs, launch, reference
 from kernels.configs import Site
 from kernels.device import REFERENCE, Gpu
+from tests.networks import THREE_BLOCKS
 
-STAGES = (Stage(1, 3, 1, 16, 1), Stage(6, 5, 2, 24, 2))
-CONFIG = ModelConfig(width=0.3, num_classes=5, dropout=0.0)
+CONFIG = ModelConfig(THREE_BLOCKS, width=0.3, num_classes=5, dropout=0.0)
 RESOLUTION, IMAGES = 8, 4
 
 
@@ -98,7 +97,6 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[Machine]
     made, threads = Machine(), torch.get_num_threads()
     torch.set_num_threads(1)  # these images are tiny
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(model_file, "STAGES", STAGES)
     monkeypatch.setattr(measure, "ROUNDS", 2)
     monkeypatch.setattr(tuner, "timer_for", lambda device: made.timer())
     real = layers.resolve

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnet.arch import BlockShape
 from fastnet.forms import Form
 from fastnet.layers import BatchNorm, ConvBNAct, MBConv
-from fastnet.model import BlockShape, ModelConfig, compiled_copy
+from fastnet.model import ModelConfig, compiled_copy
 from fastnet.step import Amp, autocast
 from fastnet.tuning.subjects import Context, Subject
 from kernels import tolerance

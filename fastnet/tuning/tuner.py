@@ -11,12 +11,13 @@ from typing import Literal
 import torch
 
 from fastnet import forms, layers
+from fastnet.arch import Kernels
 from fastnet.config import RunOptions
 from fastnet.display import Report
 from fastnet.distributed import ALONE, Ranks
 from fastnet.errors import UserError
 from fastnet.forms import Form
-from fastnet.model import EfficientNet, Kernels
+from fastnet.model import EfficientNet
 from fastnet.step import AMP_DTYPES, Amp
 from fastnet.tuning.kept import Entries, KeptResults, environment
 from fastnet.tuning.measure import NO_MEMORY, Bench, DeviceLost, Result, pick, within_memory

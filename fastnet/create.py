@@ -1,0 +1,71 @@
+"""`fastnet.create_model`: a model by name, as timm's function of that name makes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastnet.arch import Style, variant_name
+from fastnet.errors import UserError
+from fastnet.model import EfficientNet, efficientnet
+from fastnet.pretrained import IMAGENET, pretrained_file
+from fastnet.scaling import Architecture
+from fastnet.weights import load_weights
+
+
+def create_model(
+    variant: str | Architecture,
+    pretrained: str | Path | bool | None = None,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    *,
+    weights_style: Style | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    **options: Any,
+) -> EfficientNet:
+    """An EfficientNet in training mode: `images [B, in_chans, R, R] -> logits [B, num_classes]`.
+
+    variant: "b0", "B0", "efficientnet_b0", "lite4" and so on, or an Architecture. pretrained: True or "imagenet" for
+    the published weights of the variant, or a file of fastnet, torchvision or timm, of which `weights_style` says whose
+    where the file does not; padding and batch norm's constants are then the file's. A classifier for another number of
+    classes is new, which is told to `say`; for other than three channels the stem's weights are summed (one channel) or
+    repeated. options: those of `efficientnet`.
+
+    Raises ValueError for what is unknown, out of range or no such file, UserError where weights cannot be fetched or
+    are another variant's.
+    """
+    if isinstance(variant, str):
+        variant = variant_name(variant)
+    if not pretrained:
+        return efficientnet(variant, num_classes=num_classes, in_chans=in_chans, **options)
+    named = IMAGENET if pretrained is True else str(pretrained)
+    name = variant if isinstance(variant, str) else variant.name
+    scaling = options.get("scaling", "published") if isinstance(variant, str) else variant.scaling
+    loaded = load_weights(pretrained_file(named, name), style=weights_style)
+    source = loaded.config
+    if (source.variant, source.scaling) != (name, scaling):
+        raise UserError(
+            f"--pretrained {named} holds a {source.variant} ({source.scaling} scaling): "
+            f"train it with --variant {source.variant} --scaling {source.scaling}."
+        )
+    own = {"padding": source.padding, "bn_eps": source.bn_eps, "bn_momentum": source.bn_momentum}
+    model = efficientnet(variant, num_classes=num_classes, in_chans=in_chans, **options | own)
+    state = dict(loaded.state_dict)
+    if source.num_classes != num_classes:
+        say(f"new classifier: {named} knows {source.num_classes} classes, the data has {num_classes}")
+        state |= {k: v for k, v in model.state_dict().items() if k.startswith("classifier.")}
+    if source.in_chans != in_chans:
+        state["stem.conv.weight"] = _for_channels(state["stem.conv.weight"], in_chans)
+    model.load_state_dict(state)
+    return model
+
+
+def _for_channels(weight: Tensor, channels: int) -> Tensor:
+    """A stem [C, 3, k, k] for another number of channels that answers equal images with the same sum, as in timm."""
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    repeated = weight.repeat(1, -(-channels // weight.shape[1]), 1, 1)[:, :channels]
+    return repeated * (weight.shape[1] / channels)
