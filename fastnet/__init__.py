@@ -1,4 +1,4 @@
-"""fastnet: EfficientNet B0-B7 training engineered for speed.
+"""fastnet: EfficientNet training engineered for speed.
 
 The names a user needs are imported on first use, so that `import fastnet` and `--help` stay free of torch.
 """
@@ -9,6 +9,8 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
+# As pip knows it: `fastnet` on PyPI is another project.
+DISTRIBUTION = "fastnet-efficientnet"
 
 _EXPORTS = {
     "CompoundScaler": "fastnet.scaling",
@@ -18,6 +20,7 @@ _EXPORTS = {
     "architecture": "fastnet.scaling",
     "create_model": "fastnet.create",
     "efficientnet": "fastnet.model",
+    "load": "fastnet.loaded",
     "load_weights": "fastnet.weights",
     "save_weights": "fastnet.weights",
 }
@@ -30,6 +33,7 @@ __all__ = [
     "architecture",
     "create_model",
     "efficientnet",
+    "load",
     "load_weights",
     "save_weights",
 ]

@@ -11,9 +11,8 @@ from torch import Tensor
 from fastnet.arch import Style, variant_name
 from fastnet.errors import UserError
 from fastnet.model import EfficientNet, efficientnet
-from fastnet.pretrained import IMAGENET, pretrained_file
+from fastnet.pretrained import IMAGENET, read_pretrained
 from fastnet.scaling import Architecture
-from fastnet.weights import load_weights
 
 
 def create_model(
@@ -44,7 +43,7 @@ def create_model(
     named = IMAGENET if pretrained is True else str(pretrained)
     name = variant if isinstance(variant, str) else variant.name
     scaling = options.get("scaling", "published") if isinstance(variant, str) else variant.scaling
-    loaded = load_weights(pretrained_file(named, name), style=weights_style)
+    loaded = read_pretrained(named, name, weights_style)
     source = loaded.config
     if (source.variant, source.scaling) != (name, scaling):
         raise UserError(

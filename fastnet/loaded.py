@@ -1,0 +1,125 @@
+"""`fastnet.load`: a run or a file of weights as an object that predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from data_pipeline.augment import EVAL_MARGIN, eval_params
+from data_pipeline.finish import finish
+from fastnet.arch import Kernels, Style, variant_name
+from fastnet.device import pick_device
+from fastnet.errors import UserError
+from fastnet.model import EfficientNet
+from fastnet.predict import predict_files
+from fastnet.predictions import log_probabilities
+from fastnet.trained import RunFile, Trained, load_trained
+
+Picture: TypeAlias = "str | Path | Image.Image | NDArray[np.uint8] | Tensor"
+"""A file, a PIL image, an array [H, W, 3] or a tensor [3, H, W] of 8-bit pixels."""
+
+
+class Transform:
+    """A picture as the model wants it: `picture -> [3, R, R]` float32, cut, resized and normalised as in validation."""
+
+    def __init__(self, resolution: int, crop_fraction: float) -> None:
+        self.resolution, self.crop_fraction = resolution, crop_fraction
+
+    def __call__(self, picture: Picture) -> Tensor:
+        pixels = _pixels(picture)
+        _, height, width = pixels.shape
+        params = eval_params([(width, height)], self.resolution, self.crop_fraction)
+        x, y, across, down = params.windows[0].tolist()
+        side, margin = self.resolution, EVAL_MARGIN
+        seen = F.resize(pixels[:, y : y + down, x : x + across], [side + 2 * margin] * 2, antialias=True)
+        seen = seen[:, margin : margin + side, margin : margin + side]
+        return finish(seen[None], params, torch.device("cpu"))[0]
+
+
+class LoadedModel:
+    """A trained model. model: in evaluation mode, channels_last, on its device. transform: from a picture to its input.
+    classes: their names, in the order of the logits."""
+
+    def __init__(self, trained: Trained) -> None:
+        self.trained = trained
+        self.model: EfficientNet = trained.model
+        self.transform = Transform(trained.resolution, trained.crop_fraction)
+        self.classes = tuple(map(trained.class_name, range(trained.model.config.num_classes)))
+
+    def predict(self, images: Picture | Sequence[Picture], top: int = 5) -> Any:
+        """The most probable classes of a picture, best first: [{"class": name, "label": number, "probability": p}, …];
+        of a list of pictures a list of those.
+
+        Raises UserError, with the file's name, where one cannot be read, ValueError for what is no picture.
+        """
+        if isinstance(images, Sequence) and not isinstance(images, str):
+            return [self._one(image, top) for image in images]
+        return self._one(images, top)
+
+    def _one(self, image: Picture, top: int) -> list[dict[str, Any]]:
+        if isinstance(image, str | Path):
+            (found,) = predict_files(self.trained, [image], top=top)
+            if "error" in found:
+                raise UserError(f"{image} cannot be read ({found['error']}): leave it out.")
+            return found["top"]
+        view = self.transform(image)[None].to(self.trained.device)
+        said = log_probabilities(self.model, view, self.trained.resolution, amp="off")[0].exp().cpu()
+        best = said.topk(min(top, len(self.classes)))
+        return [
+            {"class": self.classes[label], "label": label, "probability": probability}
+            for probability, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+
+
+def load(
+    run_or_file: str | Path,
+    *,
+    variant: str | None = None,
+    device: str = "auto",
+    checkpoint: RunFile = "best",
+    weights_style: Style | None = None,
+    resolution: int | None = None,
+    crop_fraction: float | None = None,
+    kernels: Kernels = "auto",
+) -> LoadedModel:
+    """The model of a run's folder, of a file of fastnet, torchvision or timm, or ("imagenet" and a variant) a published
+    one.
+
+    Resolution and crop are the run's or the file's own unless given; `weights_style` says whose a file is where it does
+    not tell. Raises UserError, with one sentence, where it cannot be read or the device is not there.
+    """
+    trained = load_trained(
+        run_or_file,
+        which=checkpoint,
+        variant=None if variant is None else variant_name(variant),
+        style=weights_style,
+        resolution=resolution,
+        crop_fraction=crop_fraction,
+        device=pick_device(device),
+        kernels=kernels,
+    )
+    return LoadedModel(trained)
+
+
+def _pixels(picture: Picture) -> Tensor:
+    """[3, H, W] uint8, upright."""
+    if isinstance(picture, str | Path):
+        with Image.open(picture) as image:
+            return _pixels(image)
+    if isinstance(picture, Image.Image):
+        return F.pil_to_tensor(ImageOps.exif_transpose(picture).convert("RGB"))
+    pixels = picture if isinstance(picture, Tensor) else torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3:
+        raise ValueError(
+            f"a picture is an array [H, W, 3] or a tensor [3, H, W] of 8-bit pixels, not {list(picture.shape)} of "
+            f"{picture.dtype}."
+        )
+    return pixels
