@@ -54,9 +54,13 @@ check: install lint types  ## Daily: lint, types and the quick tests (under two 
 bench: install  ## Benchmarks against timm and torchvision on this machine.
 	$(BIN)/python -m pytest bench --benchmark-only
 
-lint: install  ## ruff, without changing anything.
+lint: install  ## ruff and the direction of imports, without changing anything.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
+
+reference: install  ## The API's reference as web pages, from the docstrings, in docs/reference.
+	$(BIN)/pdoc --docformat markdown -o docs/reference fastnet kernels data_pipeline
 
 types: install  ## mypy.
 	$(BIN)/mypy
@@ -66,7 +70,7 @@ format: install  ## Let ruff put the files in order.
 	$(BIN)/ruff format .
 
 lock: install  ## Re-resolve requirements*.lock (names, versions and hashes; no address).
-	$(BIN)/uv pip compile pyproject.toml --group dev --extra onnx --universal --python-version 3.11 --generate-hashes \
+	$(BIN)/uv pip compile pyproject.toml --group dev --extra onnx --extra lite --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-header --upgrade -o requirements.lock
 	$(BIN)/uv pip compile --group races --no-deps --universal --python-version 3.12 --no-build --no-python-downloads \
 		--generate-hashes --no-emit-index-url --no-header --upgrade -o requirements-races.lock

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from data_pipeline.augment import Augmentation
     from data_pipeline.cache import PixelCache, choose_cache
+    from data_pipeline.choice import make_loader
     from data_pipeline.errors import DataError
     from data_pipeline.food101 import Index, Split, build_index
-    from data_pipeline.loader import Batch, Loader, Shard, make_loader
+    from data_pipeline.loader import Batch, Loader, Shard
 
 __all__ = [
     "Augmentation",
@@ -38,7 +39,7 @@ _HOME = {
     "Split": "food101",
     "build_index": "food101",
     "choose_cache": "cache",
-    "make_loader": "loader",
+    "make_loader": "choice",
 }
 
 

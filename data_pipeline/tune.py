@@ -76,7 +76,7 @@ def rate(
     """Images a second of training batches that nothing is done with, after the first batch."""
     import torch
 
-    from data_pipeline.loader import make_loader
+    from data_pipeline.choice import make_loader
 
     made = make_loader(
         index, "train", backend=setting.loader, resolution=resolution, batch_size=batch_size, seed=0, train=True,

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastnet.arch import Activation, BlockShape, Kernels, Padding
+from fastnet.arch import Activation, BlockShape, Kernels, ModelConfig, Padding
 from fastnet.forms import Form, chosen
 from kernels import ConvNorm, Excite, bn_drop_connect_add, bn_silu, bn_silu_squeeze_excite, mbconv, reference
 from kernels.excite import MAX_SQUEEZE
 from kernels.launch import Impl, resolve
-from kernels.mbconv import BlockImpl, Unjoined, mbconv_training
-
-if TYPE_CHECKING:
-    from fastnet.model import ModelConfig
+from kernels.mbconv import BlockImpl, mbconv_training
+from kernels.vectors import Unjoined
 
 UNFUSED = (
     "kernels={!r} can't fuse a block whose batch norms are frozen while gradients flow through it: such blocks run "

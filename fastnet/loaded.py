@@ -60,16 +60,18 @@ class LoadedModel:
 
         Raises UserError, with the file's name, where one cannot be read, ValueError for what is no picture.
         """
-        if isinstance(images, Sequence) and not isinstance(images, str):
-            return [self._one(image, top) for image in images]
-        return self._one(images, top)
+        if not isinstance(images, Sequence) or isinstance(images, str):
+            return self.predict([images], top)[0]
+        files = [image for image in images if isinstance(image, str | Path)]
+        found = iter(predict_files(self.trained, files, top=top) if files else [])
+        return [self._read(next(found)) if isinstance(i, str | Path) else self._seen(i, top) for i in images]
 
-    def _one(self, image: Picture, top: int) -> list[dict[str, Any]]:
-        if isinstance(image, str | Path):
-            (found,) = predict_files(self.trained, [image], top=top)
-            if "error" in found:
-                raise UserError(f"{image} cannot be read ({found['error']}): leave it out.")
-            return found["top"]
+    def _read(self, found: dict[str, Any]) -> list[dict[str, Any]]:
+        if "error" in found:
+            raise UserError(f"{found['file']} cannot be read ({found['error']}): leave it out.")
+        return found["top"]
+
+    def _seen(self, image: Image.Image | NDArray[np.uint8] | Tensor, top: int) -> list[dict[str, Any]]:
         view = self.transform(image)[None].to(self.trained.device)
         said = log_probabilities(self.model, view, self.trained.resolution, amp="off")[0].exp().cpu()
         best = said.topk(min(top, len(self.classes)))

@@ -9,66 +9,15 @@ reaches a block as a tensor, so that equal blocks share one compiled graph.
 import math
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, get_args
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastnet.arch import Kernels, Network, Padding, Scaling, family, scaled
+from fastnet.arch import Kernels, ModelConfig, Padding, Scaling
 from fastnet.layers import BatchNorm, ConvBNAct, MBConv, SqueezeExcite
 from fastnet.scaling import Architecture, architecture
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Everything that rebuilds a model: ``EfficientNet(ModelConfig(**config.to_dict()))``.
-
-    bn_momentum is torch's: running = (1 − momentum)·running + momentum·batch (TF's 0.99 is 0.01 here).
-    padding: "symmetric" is k // 2 on every side; "same" is TF's, which puts an odd pixel right and below.
-    kernels: "torch" is plain PyTorch; "triton" fuses whole MBConv blocks and never falls back; "triton-ops" keeps
-    PyTorch's convolutions and fuses what lies between them; "native" is "triton" in C++ on a CPU, and never falls back;
-    "auto" is "torch" without CUDA and on it "triton", but for blocks that were found wrong or slower so on the GPU at
-    hand (``fastnet.tuning``).
-    """
-
-    variant: str = "b0"
-    scaling: Scaling = "published"
-    width: float = 1.0
-    depth: float = 1.0
-    num_classes: int = 101
-    in_chans: int = 3
-    dropout: float = 0.2
-    drop_connect_rate: float = 0.2
-    bn_eps: float = 1e-3
-    bn_momentum: float = 0.01
-    padding: Padding = "symmetric"
-    kernels: Kernels = "auto"
-
-    @property
-    def network(self) -> Network:
-        return scaled(family(self.variant), self.width, self.depth)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For a file: `ModelConfig(**…)` of it is this one. What every earlier file is silent about is left out."""
-        values = asdict(self)
-        return values if self.in_chans != 3 else {name: v for name, v in values.items() if name != "in_chans"}
-
-    def __post_init__(self) -> None:
-        for name in ("num_classes", "in_chans"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
-        for name in ("dropout", "drop_connect_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
-        if not self.bn_eps > 0:
-            raise ValueError(f"bn_eps must be positive, got {self.bn_eps}.")
-        if not 0 <= self.bn_momentum <= 1:
-            raise ValueError(f"bn_momentum must be in [0, 1], got {self.bn_momentum}.")
-        if self.padding not in get_args(Padding):
-            raise ValueError(f"unknown padding {self.padding!r}: choose one of {', '.join(get_args(Padding))}.")
-        if self.kernels not in get_args(Kernels):
-            raise ValueError(f"unknown kernels {self.kernels!r}: choose one of {', '.join(get_args(Kernels))}.")
 
 
 class EfficientNet(nn.Module):

@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Protocol
 
+import torch
+from rich.console import Console
+
+from data_pipeline import Index, Loader
 from fastnet.allocator import kept_memory
+from fastnet.checkpoint import Progress
+from fastnet.config import TrainConfig
 from fastnet.curves import draw_curves
 from fastnet.display import format_seconds, say_excluded, show_table
-from fastnet.metrics import peak_memory_gb
+from fastnet.distributed import Division, Ranks
+from fastnet.metrics import Clock, peak_memory_gb
+from fastnet.model import EfficientNet
+from fastnet.step import Amp
 
-if TYPE_CHECKING:
-    from fastnet.trainer import Trainer
+
+class Run(Protocol):
+    """What a trainer has to tell."""
+
+    config: TrainConfig
+    folder: Path
+    console: Console
+    device: torch.device
+    amp: Amp
+    resolution: int
+    index: Index
+    ranks: Ranks
+    division: Division
+    model: EfficientNet
+    train_loader: Loader
+    val_loader: Loader
+    progress: Progress
+    clock: Clock
+
+    def say(self, text: str) -> None: ...
 
 
-def announce(trainer: Trainer, resumed: bool) -> None:
+def announce(trainer: Run, resumed: bool) -> None:
     """What is trained, on what, where."""
     config, index = trainer.config, trainer.index
     parameters = sum(p.numel() for p in trainer.model.parameters())
@@ -39,13 +67,13 @@ def announce(trainer: Trainer, resumed: bool) -> None:
     say_excluded(trainer.console, index.excluded, trainer.folder / "excluded.txt")
 
 
-def resume_command(trainer: Trainer) -> str:
+def resume_command(trainer: Run) -> str:
     size = trainer.ranks.size
     program = f"torchrun --nproc-per-node {trainer.ranks.local_size}" if size > 1 else "python"
     return f"{program} -m fastnet.train --resume {trainer.folder}"
 
 
-def out_of_memory_words(trainer: Trainer) -> str:
+def out_of_memory_words(trainer: Run) -> str:
     """The sentence that names a batch to try."""
     batch, parts = trainer.config.optimizer.batch_size, trainer.config.optimizer.grad_accum_steps
     if batch < 4:
@@ -56,7 +84,7 @@ def out_of_memory_words(trainer: Trainer) -> str:
     )
 
 
-def conclude(trainer: Trainer) -> None:
+def conclude(trainer: Run) -> None:
     """What came out, and what can be done with it."""
     progress = trainer.progress
     best = max(progress.evaluations, key=lambda values: values["top1"])

@@ -43,7 +43,7 @@ the residual join F5, whose output is y.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -55,43 +55,9 @@ from kernels.drop_connect import bn_drop_connect_add_op
 from kernels.excite import resolve as resolve_squeeze
 from kernels.strips import CONFIGURATIONS, Padding
 from kernels.sync import group_size, join_statistics, join_sums
+from kernels.vectors import ConvNorm, Excite, Unjoined
 
 BlockImpl = Literal["auto", "triton", "native", "torch"]
-
-
-class ConvNorm(NamedTuple):
-    """A convolution and the batch norm behind it: weight [C_out, C_in / groups, k, k] and four vectors [C_out]."""
-
-    weight: Tensor
-    norm_weight: Tensor
-    norm_bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
-
-
-class Excite(NamedTuple):
-    """Squeeze-and-excite's two linear maps: [S, C], [S], [C, S], [C]."""
-
-    w_reduce: Tensor
-    b_reduce: Tensor
-    w_expand: Tensor
-    b_expand: Tensor
-
-
-class Unjoined(NamedTuple):
-    """A block's output that the next block's expansion makes as it loads: projection [B, C, H, W], residual or None,
-    drop-connect scale [B] or None, and the projection's batch norm [C].
-
-    For autograd `p` is the output: what arrives as its gradient is the output's. The rest takes no part in it.
-    """
-
-    p: Tensor
-    residual: Tensor | None
-    scale: Tensor | None
-    mean: Tensor
-    var: Tensor
-    weight: Tensor
-    bias: Tensor
 
 
 def resolve(impl: BlockImpl, x: Tensor, squeeze: int = 1) -> Literal["triton", "native", "torch"]:

@@ -7,16 +7,14 @@ precision; every function returns `x.dtype`. In autocast the two SE products run
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import sync
-
-if TYPE_CHECKING:
-    from kernels.mbconv import ConvNorm, Excite
+from kernels.vectors import ConvNorm, Excite
 
 
 def _batch_norm(

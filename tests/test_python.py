@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,7 @@ def test_a_run_predicts_files_pictures_and_arrays_alike(tmp_path: Path) -> None:
     pictures = [Image.open(file) for file in files]
     assert loaded.predict(files, top=2) == expected
     for picture, file, one in zip(pictures, files, expected, strict=True):
-        assert loaded.predict(str(file), top=2) == one
+        assert [entry["label"] for entry in loaded.predict(str(file), top=2)] == [entry["label"] for entry in one]
         for same in (picture, np.array(picture), torch.from_numpy(np.array(picture)).permute(2, 0, 1)):
             assert [entry["label"] for entry in loaded.predict(same, top=2)] == [entry["label"] for entry in one]
             assert loaded.predict(same)[0]["probability"] == pytest.approx(one[0]["probability"], abs=1e-4)
@@ -93,3 +94,22 @@ def test_a_run_predicts_files_pictures_and_arrays_alike(tmp_path: Path) -> None:
         loaded.predict(tmp_path / "no.jpg")
     with pytest.raises(ValueError, match=r"an array \[H, W, 3\] or a tensor"):
         loaded.predict(torch.zeros(3, 8, 8))
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_readme_run(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
+    data = make_pictures(tmp_path / "data", 1)
+    run = make_run(tmp_path / "run", data)
+    for shown, here in (
+        ("runs/b1-232-…", run),
+        ("photo.jpg", next(data.glob("val/*/*.jpg"))),
+        ("imagenet", run / "best.safetensors"),
+    ):
+        assert shown in code
+        code = code.replace(f'"{shown}"', repr(str(here)))
+    names = {"images": torch.randn(1, 3, 64, 64)}
+    exec(code, names)
+    assert names["model"].get_classifier().out_features == 10  # type: ignore[attr-defined]
+    assert names["features"].shape == (1, 1280, 2, 2)
+    assert names["logits"].shape == (1, 3)

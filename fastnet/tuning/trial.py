@@ -23,7 +23,7 @@ from fastnet.step import Amp, autocast
 from fastnet.tuning.subjects import Context, Subject
 from kernels import tolerance
 from kernels.drop_connect import bn_drop_connect_add
-from kernels.mbconv import Unjoined
+from kernels.vectors import Unjoined
 
 # Elements of a block's widest tensor that are checked: 32 MB in fp64, of which an evaluation holds a dozen.
 CHECKED_ELEMENTS = 1 << 22

@@ -1,0 +1,42 @@
+"""The tensors that go through a block's operations together."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class ConvNorm(NamedTuple):
+    """A convolution and the batch norm behind it: weight [C_out, C_in / groups, k, k] and four vectors [C_out]."""
+
+    weight: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+
+class Excite(NamedTuple):
+    """Squeeze-and-excite's two linear maps: [S, C], [S], [C, S], [C]."""
+
+    w_reduce: Tensor
+    b_reduce: Tensor
+    w_expand: Tensor
+    b_expand: Tensor
+
+
+class Unjoined(NamedTuple):
+    """A block's output that the next block's expansion makes as it loads: projection [B, C, H, W], residual or None,
+    drop-connect scale [B] or None, and the projection's batch norm [C].
+
+    For autograd `p` is the output: what arrives as its gradient is the output's. The rest takes no part in it.
+    """
+
+    p: Tensor
+    residual: Tensor | None
+    scale: Tensor | None
+    mean: Tensor
+    var: Tensor
+    weight: Tensor
+    bias: Tensor
