@@ -120,7 +120,9 @@ def test_one_sentence_each(tiny: Trained, run: Path, tmp_path: Path, monkeypatch
         export(str(tmp_path / "absent"), "pt2")
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("onnx") else found(name))
-    with pytest.raises(UserError, match=r"with onnx, onnxruntime, onnxscript: pip install 'fastnet\[onnx\]'"):
+    with pytest.raises(
+        UserError, match=r"with onnx, onnxruntime, onnxscript: pip install 'fastnet-efficientnet\[onnx\]'"
+    ):
         export_model(tiny, "onnx", tmp_path / "w.onnx", generated_images(64))
 
 
