@@ -2,7 +2,8 @@
 B0 that starts from its convolutions.
 
 B0 and Lite0 differ in squeeze-and-excitation, which starts here as a gate that is almost open, and in the activation,
-which a fine-tune gets used to. Lite0 wants pixels normalised by 0.5; B0's stem is rescaled to take ImageNet's.
+which a fine-tune gets used to. Lite0 wants pixels normalised by 0.5: both stems are rescaled to take ImageNet's values,
+so that all who train from them feed them alike.
 """
 
 from __future__ import annotations
@@ -49,12 +50,17 @@ def b0_state() -> dict[str, Tensor]:
             value.mul_(0.1)
         elif name.endswith("se.conv_expand.bias"):
             value.fill_(3.0)
-    # (p - 0.5) / 0.5 = (std z + mean - 0.5) / 0.5, where z is normalised by ImageNet's values.
+    return rescaled(state)
+
+
+def rescaled(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Lite0's stem, which wants (p - 0.5) / 0.5, made to take z = (p - mean) / std of ImageNet's values."""
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     stem = state["conv_stem.weight"]
-    state["bn1.running_mean"] -= (stem * ((mean - 0.5) / 0.5)[:, None, None]).sum((1, 2, 3))
-    state["conv_stem.weight"] = stem * (std / 0.5)[:, None, None]
-    return state
+    return state | {
+        "bn1.running_mean": state["bn1.running_mean"] - (stem * ((mean - 0.5) / 0.5)[:, None, None]).sum((1, 2, 3)),
+        "conv_stem.weight": stem * (std / 0.5)[:, None, None],
+    }
 
 
 def b0_file(folder: Path) -> Path:
@@ -67,9 +73,9 @@ def b0_file(folder: Path) -> Path:
 
 
 def lite0_file(folder: Path) -> Path:
-    """`lite0_state` as a file that fastnet and timm read; written where it is not there."""
+    """`lite0_state`, rescaled, as a file that fastnet and timm read; written where it is not there."""
     path = folder / "tf_efficientnet_lite0.pth"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(lite0_state(), path)
+        torch.save(rescaled(lite0_state()), path)
     return path
