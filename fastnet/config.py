@@ -331,8 +331,9 @@ FINETUNE = replace(
     optimizer=replace(
         FOOD101.optimizer,
         epochs=20,
+        batch_size=16,
         optimizer="adamw",
-        lr=3e-4,
+        lr=1e-3,
         weight_decay=0.02,
         layer_decay=0.9,
         sched="cosine",

