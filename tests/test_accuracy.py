@@ -65,6 +65,7 @@ def test_what_was_found_is_kept_and_the_same_command_goes_on(
         return {"top1": 50.0 + seed, "loss": 1.5, "seconds": 60.0, "images_per_second": 9.0, "gigabytes": 1.0}
 
     monkeypatch.setattr(accuracy, "measured", found)
+    monkeypatch.setattr(accuracy.tempfile, "gettempdir", lambda: str(tmp_path))
     run: dict[str, Any] = dict(
         quick=True, data=str(photos_at), images=8, seeds=2, tries=("--lr 1", "--lr 2"), out=str(tmp_path / "found.json")
     )
