@@ -342,7 +342,7 @@ FINETUNE = replace(
     ),
     ema=replace(FOOD101.ema, model_ema=True, model_ema_decay=0.999, model_ema_warmup=True),
 )
-"""From --pretrained weights, in few epochs: AdamW with a cosine, lower rates below, averaged weights, and small batches,
-since a few hundred photos make few updates otherwise. What it reaches: `python -m bench.accuracy`."""
+"""From --pretrained weights, in few epochs: AdamW with a cosine, lower rates below, averaged weights, small batches
+(a few hundred photos make few updates otherwise). What it reaches: `python -m bench.accuracy`."""
 
 RECIPES: dict[str, TrainConfig] = {"food101": FOOD101, "quick": QUICK, "finetune": FINETUNE}
