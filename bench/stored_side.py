@@ -70,7 +70,7 @@ def classifier_loss(features: Tensor, labels: Tensor, judged: Tensor, truth: Ten
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     with torch.no_grad():
         return F.cross_entropy((judged - mean) / deviation @ weight.T + bias, truth).item()
 

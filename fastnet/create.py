@@ -55,7 +55,10 @@ def create_model(
     state = dict(loaded.state_dict)
     if source.num_classes != num_classes:
         say(f"new classifier: {named} knows {source.num_classes} classes, the data has {num_classes}")
-        state |= {k: v for k, v in model.state_dict().items() if k.startswith("classifier.")}
+        # Zeros: a loss of log(classes), whose gradients leave the pretrained layers as good as they are. Drawn as for a
+        # training from scratch, logits of ten classes have a deviation of several units and the loss begins at 8.
+        fresh = {k: v for k, v in model.state_dict().items() if k.startswith("classifier.")}
+        state |= {k: torch.zeros_like(v) for k, v in fresh.items()}
     if source.in_chans != in_chans:
         state["stem.conv.weight"] = _for_channels(state["stem.conv.weight"], in_chans)
     model.load_state_dict(state)
