@@ -55,7 +55,7 @@ class Row:
     settings: tuple[str, ...] | dict[str, Any] = ()
 
 
-QUICK, FULL = Budget(300, 64, 3), Budget(600, 128, 20)
+QUICK, FULL = Budget(300, 64, 4), Budget(600, 128, 20)
 # torchvision's references/classification/train.py as it is; its steps of 30 epochs never come in so short a run.
 TORCHVISION: dict[str, Any] = dict(batch=32, lr=0.1, weight_decay=1e-4, schedule="none", jitter=None, smoothing=0.0)
 METHODS = (

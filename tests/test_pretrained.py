@@ -113,6 +113,9 @@ def test_training_starts_from_it_with_a_new_head(
     assert torch.equal(trainer.model.stem.conv.weight, source["features.0.0.weight"])
     assert trainer.model.config.bn_eps == load_weights(hub / name).config.bn_eps == 1e-5
     assert trainer.model.classifier.out_features == 10
+    # Logits of zero: the loss begins at log(10), not at that of random logits.
+    assert not trainer.model.classifier.weight.any()
+    assert not trainer.model.classifier.bias.any()
 
 
 def test_lite_is_read_from_its_package_for_imagenets_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
