@@ -41,5 +41,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
+        from fastnet.errors import foreign_kernels
+
+        if reason := foreign_kernels():
+            raise ImportError(reason)
         return getattr(importlib.import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module 'fastnet' has no attribute {name!r}")

@@ -174,6 +174,9 @@ class RunOptions:
     """Keep the weights of so many best epochs: best.safetensors, and with 2 or more checkpoint-<epoch>.safetensors."""
     log_every: int = 20
     """Steps between two log lines, and between two looks at whether the loss is still finite. (timm: --log-interval)"""
+    profile: bool = False
+    """Record some steps after the first ones: a table of where their time goes (input, forward, backward, update, the
+    longest kernels), and profile.json.gz in the run's folder, a trace that ui.perfetto.dev opens."""
     tensorboard: bool = False
     """Also write the metrics for TensorBoard, into the run's folder."""
     wandb: bool = False

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -18,6 +20,19 @@ class UserError(Exception):
         self.exit_status = exit_status
 
 
+def foreign_kernels() -> str | None:
+    """One sentence where another package named kernels hides ours, which lies beside this one."""
+    found = find_spec("kernels")
+    ours = Path(__file__).resolve().parents[1] / "kernels"
+    places = [Path(place).resolve() for place in (found.submodule_search_locations or [found.origin] if found else [])]
+    if ours in places:
+        return None
+    return (
+        f"another package named kernels ({places[0] if places else 'nowhere'}) stands before fastnet's own {ours}: "
+        "uninstall it, or take its folder from PYTHONPATH."
+    )
+
+
 def run_command(command: Callable[[], int]) -> int:
     """Run a CLI's body; print a user's error, or Ctrl-C, as one sentence on stderr and return the exit status."""
     from data_pipeline import DataError
@@ -25,7 +40,11 @@ def run_command(command: Callable[[], int]) -> int:
     # OpenMP threads that spin while they wait starve the loader's workers and each other as soon as the cores are
     # shared. Read when torch is imported, which a command does in its body.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # --profile: what the profiler says of itself is no user's to read.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     try:
+        if reason := foreign_kernels():
+            raise UserError(reason)
         return command()
     except UserError as error:
         message, status = str(error), error.exit_status

@@ -27,13 +27,14 @@ class EfficientNet(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        if not config.network.family.has_kernels:
+            config = replace(config, kernels="torch")
         self.config, self.network = config, config.network
         shapes, family = [block.shape for block in self.network.blocks], self.network.family
-        layers = config if family.has_kernels else replace(config, kernels="torch")
         alone: Any = {"activation": family.activation, "alone": True}
-        self.stem = ConvBNAct(config.in_chans, self.network.stem, 3, layers, stride=2, **alone)
-        self.blocks = nn.ModuleList(MBConv(shape, layers) for shape in shapes)
-        self.head = ConvBNAct(shapes[-1].out_channels, self.network.head, 1, layers, **alone)
+        self.stem = ConvBNAct(config.in_chans, self.network.stem, 3, config, stride=2, **alone)
+        self.blocks = nn.ModuleList(MBConv(shape, config) for shape in shapes)
+        self.head = ConvBNAct(shapes[-1].out_channels, self.network.head, 1, config, **alone)
         self.dropout = nn.Dropout(config.dropout)
         self.classifier = nn.Linear(self.network.head, config.num_classes)
         # Linear decay (Huang et al. 2016) as the reference implementation counts it: rate·i/N from i = 0.

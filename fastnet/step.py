@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from fastnet.ema import ModelEma
 from fastnet.graph import GraphedStep, Recorder, own_failure
@@ -142,17 +143,19 @@ class TrainStep:
         scales = drop_scales.tensor_split(parts, 1) if drop_scales is not None else (None,) * parts
         batches = zip(*(t.tensor_split(parts) for t in (images, labels, opposite)), scales, strict=True)
         for i, (some, right, other, scale) in enumerate(batches):
-            with autocast(self.device, self.amp):
-                logits = self.model(some, scale)
-            loss, correct = self._loss(logits.float(), right, other, share)
-            with self._all_reduce() if i == parts - 1 else nullcontext():
+            with record_function("forward"):
+                with autocast(self.device, self.amp):
+                    logits = self.model(some, scale)
+                loss, correct = self._loss(logits.float(), right, other, share)
+            with record_function("backward"), self._all_reduce() if i == parts - 1 else nullcontext():
                 self._scaled(loss, len(some), len(images)).backward()
             weight = len(some) * parts / len(images)
             losses.append(loss.detach() if weight == 1 else loss.detach() * weight)
             hits.append(correct)
         loss = losses[0] if parts == 1 else torch.stack(losses).mean()
-        self._align()
-        self._update(loss)
+        with record_function("update"):
+            self._align()
+            self._update(loss)
         return loss, hits[0] if parts == 1 else torch.stack(hits).sum()
 
     def _loss(self, logits: Tensor, labels: Tensor, other: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,7 @@ CHANGEABLE = {
     "cuda_graph",
     "checkpoint_hist",
     "log_every",
+    "profile",
     "tensorboard",
     "wandb",
     "wandb_project",

@@ -28,6 +28,7 @@ from fastnet.metrics import Clock, MetricsFile, Sums, peak_memory_gb
 from fastnet.mix import draw_mix
 from fastnet.model import EfficientNet, ModelConfig
 from fastnet.optim import load_optimizer_tensors, optimizer_tensors, set_learning_rate
+from fastnet.profile import StepProfiler
 from fastnet.resize import DynamicResize
 from fastnet.scaling import architecture
 from fastnet.schedule import learning_rate, progressive_resolution, step_key
@@ -84,11 +85,13 @@ class Trainer:
             self.model = build_model(config, len(self.index.classes), self.device, saved_model, self.say)
         self.step = build_step(config, self.model, self.device, self.amp, self.division)
         self.tuner = make_tuner(
-            config.run, config.model.kernels, self.device, self.amp, self.say, ranks, self.folder / "kernels.txt"
+            config.run, self.model.config.kernels, self.device, self.amp, self.say, ranks, self.folder / "kernels.txt"
         )
         self.progress = Progress()
         self.sums = Sums(self.device, ranks.add)
         self.clock = Clock()
+        profiled = config.run.profile and ranks.first
+        self.profiler = StepProfiler(folder, self.device, console, self.say) if profiled else None
         self.stop = StopRequest()
         self._lines: int | None = None  # of metrics.jsonl, as the checkpoint knows it
         self.stopped_by = 0
@@ -264,6 +267,8 @@ class Trainer:
         self._tune(Lines(self.display.say))
         self.resize.resolution = self._resolution_now()
         batches = self.train_loader.batches(progress.epoch, progress.step_in_epoch)
+        if self.profiler is not None:
+            self.profiler.begin(per_epoch - progress.step_in_epoch)
         for (images, labels), asked, waited in self.clock.batches(batches, lambda: self.train_loader.seconds_held):
             set_learning_rate(
                 self.step.optimizer, learning_rate(progress.step, per_epoch, self.peak_lr, config.optimizer)
@@ -279,6 +284,8 @@ class Trainer:
                 self._log(total)  # waits for the device, so that the clock below is true on average
             self.clock.step(time.perf_counter() - asked, waited, self.division.images)
             self.display.advance()
+            if self.profiler is not None:
+                self.profiler.step(waited)
             if self.ranks.largest_before(self.stop.signal or 0):
                 return
             # The end of an epoch is saved when it has been evaluated.

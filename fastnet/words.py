@@ -48,7 +48,8 @@ def announce(trainer: Run, resumed: bool) -> None:
     trainer.say(
         f"{'continuing' if resumed else 'training'} efficientnet_{config.model.variant} "
         f"({parameters / 1e6:.1f} M parameters) at {trainer.resolution} px on {trainer.device}, amp {trainer.amp}, "
-        f"compile {config.run.compile}, kernels {config.model.kernels}, loader {trainer.train_loader.description}"
+        f"compile {config.run.compile}, kernels {trainer.model.config.kernels}, "
+        f"loader {trainer.train_loader.description}"
     )
     trainer.say(
         f"data {index.root}: {len(index.classes)} classes, {trainer.train_loader.num_images} training and "

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastnet.arch import Kernels
+from fastnet.config import RunOptions
 from fastnet.device import check_kernels
 from fastnet.errors import UserError
 from fastnet.export import _check_expressible
@@ -16,7 +17,7 @@ from fastnet.gradcam import grad_cam
 from fastnet.model import EfficientNet, ModelConfig, efficientnet
 from fastnet.scaling import architecture
 from fastnet.summary import summarise
-from fastnet.tuning.subjects import subjects
+from fastnet.tuning import make_tuner
 
 SMALL = replace(efficientnet("lite1", num_classes=4).config, width=0.25, dropout=0.0, drop_connect_rate=0.5)
 
@@ -45,7 +46,7 @@ def test_every_choice_of_kernels_is_pytorch_and_says_so_once() -> None:
         said: list[str] = []
         check_kernels(kernels, torch.device("cpu"), said.append, variant="lite0")
         assert len(said) == (kernels not in ("auto", "torch")), said
-        assert not subjects(model, 32, 4, torch.float32, training=False)
+        assert make_tuner(RunOptions(), model.config.kernels, torch.device("cpu"), "off", said.append) is None
     assert all(torch.equal(one, found[0]) for one in found[1:])
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -113,3 +115,18 @@ def test_the_lines_of_the_readme_run(tmp_path: Path) -> None:
     assert names["model"].get_classifier().out_features == 10  # type: ignore[attr-defined]
     assert names["features"].shape == (1, 1280, 2, 2)
     assert names["logits"].shape == (1, 3)
+
+
+def test_another_package_named_kernels_is_told_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").touch()
+    root = Path(__file__).parents[1]
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(root)!r}]; "
+    tail = rf"another package named kernels \({tmp_path}/kernels\) stands before fastnet's own {root}/kernels: "
+    command = [sys.executable, "-c", code + "sys.argv = ['summary']; from fastnet.summary import main; main()"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(rf"error: {tail}.*\n", done.stderr)
+    command = [sys.executable, "-c", code + "import fastnet; fastnet.create_model"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert re.search(rf"\nImportError: {tail}.*\n$", done.stderr)

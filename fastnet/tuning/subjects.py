@@ -83,8 +83,6 @@ def subjects(
     A block whose norms are frozen while gradients flow has one form only, and is left out (`unfused` counts them).
     """
     found: dict[Subject, Occurrences] = {}
-    if not model.network.family.has_kernels:
-        return found
 
     def add(module: ConvBNAct | MBConv, side: int, in_training: bool, context: Context) -> int:
         subject = Subject(module.kind, images, side, side, dtype, in_training)
