@@ -6,12 +6,13 @@ from typing import Literal
 
 import torch
 
+from data_pipeline import loader
 from data_pipeline.augment import CROP_FRACTION, Augmentation
 from data_pipeline.cache import PixelCache
 from data_pipeline.dali_options import DaliOptions
 from data_pipeline.errors import DataError
 from data_pipeline.food101 import Index
-from data_pipeline.loader import WHOLE, Loader, Plan, Shard, dali_installed
+from data_pipeline.loader import WHOLE, Loader, Plan, Shard
 
 
 def make_loader(
@@ -57,7 +58,7 @@ def make_loader(
         raise ValueError(f'backend must be "auto", "dali" or "torch", got "{backend}"')
     device = torch.device(device)
     if backend == "auto":
-        backend = "dali" if device.type == "cuda" and dali_installed() else "torch"
+        backend = "dali" if device.type == "cuda" and loader.dali_installed() else "torch"
     plan = Plan(
         index.splits[split],
         resolution,
@@ -97,7 +98,7 @@ def _make(
         from data_pipeline.torch_loader import TorchLoader
 
         return TorchLoader(plan, device, workers)
-    if not dali_installed():
+    if not loader.dali_installed():
         raise DataError("--loader dali needs NVIDIA DALI: pip install nvidia-dali-cuda130, or use --loader torch.")
     from data_pipeline.dali import DaliLoader
 

@@ -24,12 +24,14 @@ def foreign_kernels() -> str | None:
     """One sentence where another package named kernels hides ours, which lies beside this one."""
     found = find_spec("kernels")
     ours = Path(__file__).resolve().parents[1] / "kernels"
-    places = [Path(place).resolve() for place in (found.submodule_search_locations or [found.origin] if found else [])]
+    folders = found.submodule_search_locations or [] if found else []
+    places = [Path(folder).resolve() for folder in folders]
     if ours in places:
         return None
+    there = places[0] if places else found and found.origin
     return (
-        f"another package named kernels ({places[0] if places else 'nowhere'}) stands before fastnet's own {ours}: "
-        "uninstall it, or take its folder from PYTHONPATH."
+        f"another package named kernels ({there}) stands before fastnet's own {ours}: uninstall it, or take its folder "
+        "from PYTHONPATH."
     )
 
 

@@ -21,6 +21,7 @@ from fastnet.distributed import ALONE, Ranks, divide
 from fastnet.errors import UserError
 from fastnet.graph import pick_cuda_graph
 from tests.forked import ROOT, Server
+from tests.networks import NARROW
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +146,7 @@ def test_torchrun_starts_a_lost_rank_again(data: Path, tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "continuing efficientnet_b0" in done.stdout
+    assert f"continuing efficientnet_{NARROW}" in done.stdout
     steps = seen(out)
     assert sorted({image for _, _, image in steps}) == sorted({image for _, step, image in set(steps)})
     assert len(set(steps)) == 24  # three steps of 8 images, each seen in one step only
