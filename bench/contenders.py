@@ -208,7 +208,7 @@ class StepRunner:
         model = build(name, variant, **options).to(device).to(memory_format=layout)
         if own_joins:
             for block in model.blocks:  # type: ignore[union-attr]
-                block.register_forward_hook(lambda *_: None)  # a block that is looked at makes its own output
+                block.defers_join = False
         if compile_options is not None:
             # Static shapes: what each would choose for training.
             if name == OURS:

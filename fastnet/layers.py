@@ -232,6 +232,7 @@ class MBConv(nn.Module):
         self.has_residual = shape.has_residual
         self.padding = config.padding
         self.kernels = config.kernels
+        self.defers_join = True  # where the next block can make this one's output; False: never
 
     def forward(
         self, x: Tensor | Unjoined, scale: Tensor | None = None, *, join: bool = True, form: Form | None = None
@@ -309,5 +310,6 @@ class MBConv(nn.Module):
             and self.project.bn.training
             and following.project.bn.training
             and self.form(x, x.shape[2], x.shape[3]) == following.form(x, height, width) in ("triton", "native")
+            and self.defers_join
             and not (self._forward_hooks or following._forward_pre_hooks)  # which want to see it
         )
