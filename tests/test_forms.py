@@ -166,3 +166,12 @@ def test_auto_leaves_what_is_too_wide_to_squeeze_to_the_operations(monkeypatch: 
     monkeypatch.setattr(layers, "resolve", lambda impl, x: "triton")
     shape = BlockShape(1032, 8, 3, 1, 1)  # a squeeze to 258
     assert MBConv(shape, ModelConfig()).form(torch.empty(1, 1032, 4, 4), 4, 4) == "triton-ops"
+
+
+def test_a_block_may_keep_its_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "resolve", lambda impl, x: "triton")
+    block, following = (MBConv(BlockShape(8, 8, 3, 1, 6), ModelConfig(kernels="triton")) for _ in range(2))
+    x = torch.empty(IMAGES)
+    assert block.leaves_its_join_to(following, x)
+    block.defers_join = False
+    assert not block.leaves_its_join_to(following, x)
