@@ -60,7 +60,7 @@ lint: install  ## ruff and the direction of imports, without changing anything.
 	$(BIN)/lint-imports --no-cache --no-logo
 
 reference: install  ## The API's reference as web pages, from the docstrings, in docs/reference.
-	$(BIN)/pdoc --docformat markdown -o docs/reference fastnet kernels data_pipeline
+	$(BIN)/python docs/make_reference.py
 
 types: install  ## mypy.
 	$(BIN)/mypy
