@@ -25,7 +25,8 @@ class ModelOptions:
     scaling: Scaling = "published"
     """Width and depth: the published coefficients, or the pure powers alpha^phi and beta^phi of the paper's eq. 3."""
     resolution: int | None = None
-    """Image side in pixels. Default: gamma^phi of the variant from base 200 (b0 200, b1 232, b4 352, b7 536)."""
+    """Image side in pixels. Default: gamma^phi of the variant from base 200 (b0 200, b1 232, b4 352, b7 536); Lite's as
+    published."""
     padding: Padding = "symmetric"
     """Convolution padding: symmetric (torchvision, timm efficientnet_*) or TensorFlow's SAME (tf_efficientnet_*)."""
     dropout: float | None = None
