@@ -97,8 +97,8 @@ def rows(index: Index, resolution: int, epochs: int, seeds: int) -> Iterator[str
         plain: list[tuple[float, float]] = []
         for words, side in sides(resolution, augmentation, largest):
             found = []
+            cache = None if side is None else choose_cache("ram", index, resolution, side=side)
             for seed in range(seeds):
-                cache = None if side is None else choose_cache("ram", index, resolution, side=side)
                 drawn: dict[str, Any] = dict(seed=seed, augmentation=augmentation, cache=cache)
                 loader = make_loader(index, "train", train=True, batch_size=50, **drawn, **common)
                 features, labels, total = seen(net, loader, epochs)
