@@ -8,6 +8,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -33,11 +34,13 @@ from fastnet.weights import (
 )
 
 STYLES: tuple[Style, ...] = ("torchvision", "timm", "timm_tf")
+FULL = [pytest.mark.slow, pytest.mark.full]
+MARKS: dict[str, Any] = {"b0": (), "lite0": (), "lite2": FULL, "lite3": FULL, "lite4": FULL}
 MODELS = [
-    pytest.param(style, variant, marks=() if variant in ("b0", "lite0") else pytest.mark.slow)
+    pytest.param(style, variant, marks=MARKS.get(variant, pytest.mark.slow))
     for variant in VARIANTS
     for style in STYLES
-    if variant in SCALED or style != "torchvision"
+    if variant in SCALED or style == "timm_tf" or (style, variant) == ("timm", "lite0")
 ]
 
 
