@@ -206,13 +206,10 @@ def depthwise_backward_job(
     return da1, dtaps, torch.stack((dz1.sum((0, 2, 3)), (dz1 * hat(e, v)).sum((0, 2, 3))))
 
 
-def expand_dgrad_job(da1: Tensor, e: Tensor, v: Vectors, w: Tensor, dy: Tensor | None) -> Results:
-    dx = image(matrix(through_norm(da1 * silu_slope(normalised(e, v)), e, v)) @ w, e)
-    return (dx if dy is None else dx + dy,)
-
-
-def expand_wgrad_job(da1: Tensor, e: Tensor, v: Vectors, x: Tensor) -> Results:
-    return (matrix(through_norm(da1 * silu_slope(normalised(e, v)), e, v)).t() @ matrix(x),)
+def expand_backward_job(da1: Tensor, e: Tensor, v: Vectors, w: Tensor, x: Tensor, dy: Tensor | None) -> Results:
+    de = matrix(through_norm(da1 * silu_slope(normalised(e, v)), e, v))
+    dx = image(de @ w, e)
+    return dx if dy is None else dx + dy, de.t() @ matrix(x)
 
 
 def schedule(block: Block, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Iterator[tuple[str, Launch]]:
@@ -221,7 +218,7 @@ def schedule(block: Block, dtype: torch.dtype, device: torch.device, seed: int =
     A step's inputs are what the steps before give, by PyTorch; only symmetric padding.
     """
     assert block.padding == "symmetric"
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int, spread: float = 1.0, centre: float = 0.0) -> Tensor:
         return centre + spread * torch.randn(size, generator=generator, device=device)
@@ -317,12 +314,7 @@ def schedule(block: Block, dtype: torch.dtype, device: torch.device, seed: int =
     v, da1 = v1, depthwise_backward_job(*backward)[0]
     rows = block.images * block.height * block.width
     out_gradient = dy if block.residual else None
-    yield "B7 expand dgrad", Launch(
-        lambda: (pointwise.expansion_dgrad(da1, e, w1, v.coefficients(rows), out_gradient),),
-        expand_dgrad_job, (da1, e, v, w1, out_gradient), lambda: matrix(da1) @ w1,
-    )  # fmt: skip
-    saved1 = functools.cache(lambda: v.coefficients(rows))
-    yield "B7 expand wgrad", Launch(
-        lambda: (pointwise.expansion_wgrad(da1, e, saved1(), x),),
-        expand_wgrad_job, (da1, e, v, x), lambda: matrix(da1).t() @ matrix(x),
+    yield "B7 expand backward", Launch(
+        lambda: pointwise.expansion_backward(da1, e, w1, v.coefficients(rows), x, out_gradient),
+        expand_backward_job, (da1, e, v, w1, x, out_gradient), lambda: (matrix(da1) @ w1, matrix(da1).t() @ matrix(x)),
     )  # fmt: skip

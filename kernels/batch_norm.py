@@ -214,18 +214,31 @@ def _sum_partials_kernel(
     while start < partials:
         p = start + tl.arange(0, BLOCK_P)[:, None]
         mask = (p < partials) & (cols < channels)
-        total += tl.load(partial_ptr + (k * partials + p) * channels + cols, mask=mask, other=0.0)
+        offsets = (k * partials + p).to(tl.int64) * channels + cols
+        total += tl.load(partial_ptr + offsets, mask=mask, other=0.0)
         start += BLOCK_P
     store_channels(sums_ptr + k * channels, tl.sum(total, axis=0), c0, channels, BLOCK_C)
+
+
+# Partials and columns of a tile, predicted, not measured: the rows of a tile are partials, so that their loads wait for
+# memory together; few partials leave room for whole lines of columns.
+SUM_TILES = ((4, 512), (32, 64), (256, 8))
+SUM_WARPS = 4
+
+
+def sum_tile(partials: int) -> dict[str, int]:
+    """The smallest tile that holds all partials, or the largest."""
+    rows, columns = next((tile for tile in SUM_TILES if partials <= tile[0]), SUM_TILES[-1])
+    return {"BLOCK_P": rows, "BLOCK_C": columns}
 
 
 def sum_partials(partial: Tensor, site: Site | None = None) -> Tensor:
     """[K, P, C] summed over P in a fixed order; `site` as `launch.launch` takes it."""
     k, partials, channels = partial.shape
-    sums = L.empty((k, channels), like=partial)
+    sums, tile = L.empty((k, channels), like=partial), sum_tile(partials)
     L.launch(
-        _sum_partials_kernel, (L.cdiv(channels, MERGE_CHANNELS), k), partial, sums, partials, channels,
-        like=partial, num_warps=MERGE_WARPS, site=site, **MERGE,
+        _sum_partials_kernel, (L.cdiv(channels, tile["BLOCK_C"]), k), partial, sums, partials, channels,
+        like=partial, num_warps=SUM_WARPS, site=site, **tile,
     )  # fmt: skip
     return sums
 
@@ -311,7 +324,8 @@ def aot_specs() -> Iterator[L.KernelSpec]:
     """Every configuration that a launch in this file can select."""
     yield from L.tile_specs(_stats_kernel, "reduction", ["x_ptr"])
     yield L.spec(_merge_stats_kernel, "small", "fp32", dict(MERGE), num_warps=MERGE_WARPS)
-    yield L.spec(_sum_partials_kernel, "small", "fp32", dict(MERGE), num_warps=MERGE_WARPS)
+    for partials, _ in SUM_TILES:
+        yield L.spec(_sum_partials_kernel, "small", "fp32", sum_tile(partials), num_warps=SUM_WARPS)
 
 
 def sum_traffic(k: int, partials: int, channels: int) -> int:

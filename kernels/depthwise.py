@@ -279,14 +279,14 @@ def _merge_counted_stats_kernel(
     store_channels(var_ptr, tl.sum(m2, axis=0) / total, c0, channels, BLOCK_C)
 
 
-# Predicted, not measured, by kernel size and stride. First the widest strip that does not spill, which loads and
-# activates an element least often; eight programs are four rounds of what a multiprocessor holds. The others have
-# narrower strips or fewer registers, so that three or four programs are resident and hide what one waits for.
+# Predicted by a model of the machine code, not measured, by kernel size and stride. First strips so narrow that three
+# or four programs are resident and hide what one waits for. The last are wider: they load and activate an element less
+# often, where that counts for more.
 CANDIDATES = {
-    (3, 1): (Strips(8, 8), Strips(6, 12, 168)),
-    (3, 2): (Strips(4, 8), Strips(3, 12, 168)),
-    (5, 1): (Strips(4, 8), Strips(4, 12, 168), Strips(2, 12, 168)),
-    (5, 2): (Strips(3, 8), Strips(2, 12, 168)),
+    (3, 1): (Strips(4, 12, 128), Strips(6, 12, 168), Strips(8, 8)),
+    (3, 2): (Strips(3, 12, 128), Strips(3, 12, 168), Strips(4, 8)),
+    (5, 1): (Strips(4, 12, 168), Strips(2, 12, 168), Strips(4, 8)),
+    (5, 2): (Strips(2, 12, 168), Strips(3, 8)),
 }  # fmt: skip
 
 

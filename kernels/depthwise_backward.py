@@ -20,8 +20,10 @@ parity selects its taps at compile time, and no product with a structural zero i
 first-level cache in every row: with k 5 there is no room for them. A program walks several tiles before it writes its
 k² + 2 sums a channel, which `_sum_partials_kernel` adds up in order: no atomics, and a result repeats bit for bit.
 
-Predicted, not measured: bound by instructions, some 100 an element and lane at k 3 and 130 at k 5, two thirds of what
-they are in dy's and x's activations; memory would allow twice the speed.
+Where `Strips.separate` says so, dy is made by a pass of its own (`squeeze_excite.scale_backward`), rounded once more to
+the storage dtype, and read here: 2 + 1 passes over y more, and half of the instructions.
+
+Predicted, not measured: bound by instructions and what hides their waits; `python -m bench.limits` counts them.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment, var-annotated, unreachable"
@@ -52,7 +54,7 @@ from kernels.batch_norm import (
 from kernels.configs import Site
 from kernels.device import REFERENCE, Gpu
 from kernels.launch import tl
-from kernels.squeeze_excite import NORM_VECTORS, Norm
+from kernels.squeeze_excite import NORM_VECTORS, Norm, scale_backward, scale_backward_traffic
 from kernels.strips import (
     NUM_WARPS,
     Geometry,
@@ -305,14 +307,15 @@ class OutNorm(NamedTuple):
 
 
 NO_OUT_NORM = OutNorm()
-# Predicted, not measured, by kernel size and stride. First the widest strips that spill nowhere, which load and
-# activate an element least often; four programs are two rounds of what a multiprocessor holds, and each writes k² + 2
-# sums a channel. The others have narrower strips or fewer registers, so that more programs are resident.
+# Predicted by a model of the machine code, not measured, by kernel size and stride. At k 3 first strips so narrow that
+# three programs are resident and hide what one waits for, in two rounds, as each writes k² + 2 sums a channel. At k 5
+# first dy made once, which neighbouring strips otherwise make again. The others move fewer bytes, or load and activate
+# an element less often; the last spills in no type.
 CANDIDATES = {
-    (3, 1): (Strips(4, 4), Strips(3, 6, 168)),
-    (3, 2): (Strips(3, 4), Strips(2, 6, 168)),
-    (5, 1): (Strips(2, 4), Strips(2, 8)),
-    (5, 2): (Strips(2, 4), Strips(2, 8)),
+    (3, 1): (Strips(3, 6, 168), Strips(2, 8, 128), Strips(4, 4)),
+    (3, 2): (Strips(2, 6, 168), Strips(3, 4)),
+    (5, 1): (Strips(4, 4, separate=True), Strips(2, 4)),
+    (5, 2): (Strips(2, 6, 168, separate=True), Strips(2, 4)),
 }  # fmt: skip
 
 
@@ -355,6 +358,11 @@ def depthwise_backward(
         raise ValueError(
             f"both batch norms around a depthwise convolution must have one eps, got {eps}, {out.norm.eps}"
         )
+    if out.y is not None and plan.config.separate:
+        assert out.gate is not None
+        assert out.q is not None
+        dy = scale_backward(dy, out.y, out.gate, out.q, out.sums, out.norm, True, plan.site)
+        out = NO_OUT_NORM
     L.launch(
         _depthwise_backward_kernel, (plan.blocks * plan.partials,), dy, *out[:4], *out.norm[:4], x, *norm[:4],
         pack_taps(weight), dx, partial, eps, 1.0 / (images * g.out_height * g.out_width),
@@ -383,7 +391,7 @@ def aot_specs() -> Iterator[L.KernelSpec]:
         {**NO_INPUT_VECTORS, "OUT_NORM": True},
         NO_INPUT_VECTORS | NO_OUT_VECTORS,
     )
-    yield from strip_specs(_depthwise_backward_kernel, IMAGES, modes, CANDIDATES, "OUT_NORM")
+    yield from strip_specs(_depthwise_backward_kernel, IMAGES, modes, CANDIDATES, "OUT_NORM", NO_OUT_VECTORS)
 
 
 def traffic(
@@ -400,6 +408,11 @@ def traffic(
     vector a second time by one program or its neighbours, which is what must come from beyond the caches."""
     images, channels = shape[:2]
     plan, lead = backward_plan(shape, dtype, g, norm=norm, out_norm=out_norm, gpu=gpu)
+    first: dict[str, int] = {}
+    if out_norm and plan.config.separate:
+        of = (images, channels, g.out_height, g.out_width)
+        first["_scale_backward_kernel"] = scale_backward_traffic(of, dtype, norm=True, training=True, again=again)
+        out_norm = False
     first_row, first_column = g.pad_top // g.stride, g.pad_left // g.stride
     rows = columns = 0
     for band in range(plan.bands):
@@ -414,7 +427,7 @@ def traffic(
     walks = plan.groups * plan.band_rows if again else plan.partials
     vectors = (5 if norm else 0) + (6 if out_norm else 0)
     sums = taps + (2 if norm else 0)
-    return {
+    return first | {
         "_depthwise_backward_kernel": image * (pixels * (2 if out_norm else 1) + 2 * g.height * g.width)
         + walks * plan.blocks * tap_bytes(taps, plan.tile_units, again)
         + 4 * channels * ((vectors + sums) * plan.partials + (2 * plan.units * plan.bands if out_norm else 0)),

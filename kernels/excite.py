@@ -27,7 +27,6 @@ from kernels.launch import tl
 
 MAX_CHUNKS = 16  # partial sums of one image and channel
 MAX_SQUEEZE = 256
-BLOCK_B = 16
 
 
 def resolve(impl: L.Impl, x: Tensor, squeeze: int) -> Literal["triton", "torch"]:
@@ -50,9 +49,10 @@ def excite_blocks(squeeze: int) -> dict[str, Any]:
 
 
 def parameter_blocks(squeeze: int) -> dict[str, Any]:
-    """A block of each matrix's gradient stays in registers while the batch goes by."""
+    """A block of each matrix's gradient stays in registers while the batch goes by, as many images a step as there are
+    registers for: each step waits for memory once (predicted)."""
     block_s = max(L.power_of_two(squeeze), 16)
-    return {"BLOCK_B": BLOCK_B, "BLOCK_S": block_s, "BLOCK_C": 16 if block_s > 64 else 32}
+    return {"BLOCK_B": min(max(4096 // block_s, 16), 128), "BLOCK_S": block_s, "BLOCK_C": 16}
 
 
 EXCITE_WARPS = 8

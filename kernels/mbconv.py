@@ -27,8 +27,9 @@ Statistics after F1, F2 and F5 and sums after B1, B4 and B5 are where several pr
     forward    x + 2 E + 3 D + 3 P (+ x)                        backward    x + 6 E + 6 D + 6 P + x (+ dy)
 
 in elements, vectors and partials aside; `bench.traffic` counts every byte. Unfused PyTorch moves 6 E + 9 D + 6 P or
-more forward and twice that backward. The two halves of B2 and of B7 read the same tensors twice: one kernel for both
-would save dy + P + D and dA1 + E, at the price of an accumulator of [64, C_out] registers a program.
+more forward and twice that backward. The two halves of B2 read dy, P and D twice; those of B7 dA1 and E, but where
+C_exp × C_in is small, in the blocks with the largest images, one kernel does both (`kernels.expand_backward`). With
+k 5, B5 has a pass of its own that makes dy, 2 D more (`kernels.depthwise_backward`).
 
 In a model F6 is left to the next block where that has an expansion (`Unjoined`): its F1 makes y of P and x as it loads,
 and stores it once, for y is that block's residual and its weight gradient's operand. That saves a read of y; the price

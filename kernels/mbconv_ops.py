@@ -312,7 +312,7 @@ def expand_backward(
     da, e, x = L.nhwc(da), L.nhwc(e), L.nhwc(x)
     norm = P.coefficients(mean, var, weight, bias, eps, sums, e.numel() // e.shape[1])
     residual_gradient = None if residual_gradient is None else L.nhwc(residual_gradient)
-    return P.expansion_dgrad(da, e, w, norm, residual_gradient), P.expansion_wgrad(da, e, norm, x)
+    return P.expansion_backward(da, e, w, norm, x, residual_gradient)
 
 
 @expand_backward.register_fake

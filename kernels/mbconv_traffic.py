@@ -12,7 +12,8 @@ from kernels import depthwise, depthwise_backward, drop_connect, excite
 from kernels.batch_norm import partial_plan, sum_traffic
 from kernels.device import REFERENCE, Gpu
 from kernels.launch import cdiv, tile_for
-from kernels.pointwise_blocks import Epilogue, plan
+from kernels.pointwise import expansion_backward_traffic
+from kernels.pointwise_blocks import plan
 from kernels.pointwise_gemm import gemm_traffic
 from kernels.pointwise_operand import Prologue, coefficient_traffic
 from kernels.pointwise_wgrad import wgrad_traffic
@@ -95,9 +96,9 @@ def _depthwise_backward(
     if from_memory:  # vectors and taps once a launch
         b, c, _, _ = shape
         plan = depthwise_backward.backward_plan(shape, dtype, g, norm=norm, out_norm=True, gpu=gpu)[0]
-        taps = g.kernel_size**2
-        images = 2 * (_image(shape, dtype) + _image((b, c, g.out_height, g.out_width), dtype))
-        vectors = c * (6 + 4 * norm + 2 * b) + plan.blocks * taps * BLOCK_C
+        taps, separate = g.kernel_size**2, plan.config.separate
+        images = 2 * _image(shape, dtype) + (1 if separate else 2) * _image((b, c, g.out_height, g.out_width), dtype)
+        vectors = c * (4 * norm + (0 if separate else 6 + 2 * b)) + plan.blocks * taps * BLOCK_C
         moved["_depthwise_backward_kernel"] = images + 4 * (vectors + c * (taps + 2 * norm) * plan.partials)
     return moved
 
@@ -171,12 +172,10 @@ def backward(block: Block, dtype: torch.dtype, *, from_memory: bool = False, gpu
         "B5 depthwise backward": _depthwise_backward(wide, dtype, g, block.expands, from_memory, gpu),
     }
     if block.expands:
-        epilogue: Epilogue = "residual" if block.residual else "none"
-        steps["B7 expand dgrad"] = {
-            "_coefficients_kernel": coefficient_traffic(c, True),
-            "_pointwise_kernel": gemm_traffic(wide, block.in_channels, dtype, "bn_silu_grad", epilogue, **common),
-        }
-        steps["B7 expand wgrad"] = wgrad_traffic(wide, block.in_channels, dtype, "bn_silu_grad", **common)
+        steps["B7 expand backward"] = {"_coefficients_kernel": coefficient_traffic(c, True)}
+        steps["B7 expand backward"] |= expansion_backward_traffic(
+            wide, block.in_channels, dtype, residual=block.residual, **common
+        )  # fmt: skip
     return steps
 
 

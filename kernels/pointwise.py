@@ -26,7 +26,8 @@ takes 2 reads and 1 write forward and 4 + 1 backward, SiLU 1 + 1 and 2 + 1, gate
     projection backward 2 dy + 2 P + 2 D + dA       unfused 11 D + 8 P
     expansion backward  2 (dA1 + E) + 2 x (+ dy)    unfused 10 E + 3 x
 
-One kernel for dA and dW3 would read D, dy and P once: predicted to save D + dy + P of 3 D + 2 dy + 2 P, a third
+Where C_exp × C_in is small `kernels.expand_backward` makes dx and dW1 at once, from one read of dA1 and E. One kernel
+for dA and dW3 would read D, dy and P once: predicted to save D + dy + P of 3 D + 2 dy + 2 P, a third
 of the projection's backward; its price is a [64, C_out] accumulator beside the tile and partials a program.
 
 Predicted limits on an H200, to be held against measurements: memory for every product without SiLU, arithmetic being
@@ -43,11 +44,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import expand_backward, pointwise_gemm, pointwise_operand, pointwise_wgrad
 from kernels import launch as L
-from kernels import pointwise_gemm, pointwise_operand, pointwise_wgrad
 from kernels.batch_norm import MERGE, MERGE_CHANNELS, MERGE_WARPS, _merge_stats_kernel
+from kernels.configs import Site
 from kernels.device import REFERENCE, Gpu
-from kernels.pointwise_blocks import Plan, plan
+from kernels.pointwise_blocks import Epilogue, Plan, plan
 from kernels.pointwise_gemm import gemm, gemm_traffic
 from kernels.pointwise_operand import coefficient_traffic, coefficients
 from kernels.pointwise_wgrad import wgrad, wgrad_traffic
@@ -126,28 +128,66 @@ def projection_wgrad(
     )  # fmt: skip
 
 
+def expansion_backward(
+    da: Tensor, e: Tensor, weight: Tensor, norm: Tensor, x: Tensor, residual_gradient: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """dx [B, C_in, H, W] and dW1 [C_exp, C_in] in fp32; arguments as in `expansion_dgrad`, x [B, C_in, H, W]."""
+    p = expand_backward.plan(
+        da.shape, x.shape[1], da.dtype, residual=residual_gradient is not None, gpu=L.gpu(da.device)
+    )  # fmt: skip
+    if p.form.together:
+        return expand_backward.together(da, e, weight, norm, x, residual_gradient, p)
+    dx = expansion_dgrad(da, e, weight, norm, residual_gradient, p.site)
+    return dx, expansion_wgrad(da, e, norm, x, p.site)
+
+
 def expansion_dgrad(
-    da: Tensor, e: Tensor, weight: Tensor, norm: Tensor, residual_gradient: Tensor | None = None
+    da: Tensor,
+    e: Tensor,
+    weight: Tensor,
+    norm: Tensor,
+    residual_gradient: Tensor | None = None,
+    site: Site | None = None,
 ) -> Tensor:
     """dx [B, C_in, H, W] from da, the gradient of silu(BN(e)), both [B, C_exp, H, W]; weight [C_exp, C_in].
 
-    `norm` [6, C_exp] is the expansion's batch norm with its finished sums; `residual_gradient` is added to dx.
+    `norm` [6, C_exp] is the expansion's batch norm with its finished sums; `residual_gradient` is added to dx; `site`:
+    where time is counted, if not at the product's own.
     """
     return gemm(
         da, weight, prologue="bn_silu_grad", epilogue="none" if residual_gradient is None else "residual", dgrad=True,
-        x=e, vectors=norm, other=residual_gradient,
+        x=e, vectors=norm, other=residual_gradient, site=site,
     )[0]  # fmt: skip
 
 
-def expansion_wgrad(da: Tensor, e: Tensor, norm: Tensor, x: Tensor) -> Tensor:
+def expansion_wgrad(da: Tensor, e: Tensor, norm: Tensor, x: Tensor, site: Site | None = None) -> Tensor:
     """dW1 [C_exp, C_in] in fp32; arguments as in `expansion_dgrad`, x [B, C_in, H, W]."""
-    return wgrad(da, x, wide_prologue="bn_silu_grad", wide_x=e, wide_vectors=norm)
+    return wgrad(da, x, wide_prologue="bn_silu_grad", wide_x=e, wide_vectors=norm, site=site)
 
 
 def aot_specs() -> Iterator[L.KernelSpec]:
     """Every configuration that a launch of the 1×1 convolutions can select."""
-    for file in (pointwise_operand, pointwise_gemm, pointwise_wgrad):
+    for file in (pointwise_operand, pointwise_gemm, pointwise_wgrad, expand_backward):
         yield from file.aot_specs()
+
+
+def expansion_backward_traffic(
+    shape: tuple[int, int, int, int],
+    entry: int,
+    dtype: torch.dtype,
+    *,
+    residual: bool,
+    from_memory: bool = False,
+    gpu: Gpu = REFERENCE,
+) -> dict[str, int]:
+    """Bytes that each kernel of `expansion_backward` moves for da of `shape` and `entry` channels of x."""
+    p = expand_backward.plan(shape, entry, dtype, residual=residual, gpu=gpu)
+    if p.form.together:
+        return expand_backward.together_traffic(shape, entry, dtype, p, residual=residual, from_memory=from_memory)
+    common: dict[str, Any] = {"from_memory": from_memory, "gpu": gpu}
+    epilogue: Epilogue = "residual" if residual else "none"
+    dgrad = {"_pointwise_kernel": gemm_traffic(shape, entry, dtype, "bn_silu_grad", epilogue, **common)}
+    return dgrad | wgrad_traffic(shape, entry, dtype, "bn_silu_grad", **common)
 
 
 def traffic(
@@ -185,6 +225,5 @@ def traffic(
         "projection_forward": product(shape, out, "bn_silu_gate", "statistics") | merge(expanded, out, "bn_silu_gate"),
         "projection_dgrad": product(narrow_out, expanded, "bn_grad", "gate_sums", scaled=scaled),
         "projection_wgrad": wgrad_traffic(shape, out, dtype, "bn_silu_gate", "bn_grad", scaled=scaled, **common),
-        "expansion_dgrad": product(shape, entry, "bn_silu_grad", "residual" if residual else "none"),
-        "expansion_wgrad": wgrad_traffic(shape, entry, dtype, "bn_silu_grad", **common),
+        "expansion_backward": expansion_backward_traffic(shape, entry, dtype, residual=residual, **common),
     }

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from kernels import launch as L
 from kernels.batch_norm import channel_vector, locate, silu_and_slope, store_channels, tile_at
+from kernels.configs import Site
 from kernels.device import REFERENCE, Gpu
 from kernels.launch import tl
 from kernels.pointwise_blocks import (
@@ -215,11 +216,13 @@ def gemm(
     scale: Tensor | None = None,
     other: Tensor | None = None,
     other_vectors: Tensor | None = None,
+    site: Site | None = None,
 ) -> tuple[Tensor, Tensor | None, Plan]:
     """y = f(a) weightᵀ, or f(a) weight with `dgrad`; the partials of the epilogue; how it was cut up.
 
     a, x and other are images [B, C, H, W] in channels_last, and so is `joined`, which f(a) of "join" is written to;
-    `weight` is [C_out, C_in] in any floating type (cast here unless it has a's).
+    `weight` is [C_out, C_in] in any floating type (cast here unless it has a's). `site`: where time is counted, if not
+    at the product's own.
     """
     images, k = a.shape[:2]
     n = weight.shape[1 if dgrad else 0]
@@ -237,7 +240,7 @@ def gemm(
         other_vectors, partial, area_of(a), a.numel() // k, p.step, p.parts, k // p.vec, n // p.vec,
         like=a, num_warps=p.blocks.num_warps, PROLOGUE=prologue, EPILOGUE=epilogue, DGRAD=dgrad, WIDEN=widened(a.dtype),
         SPAN=span_for(p.blocks.m, area_of(a), p.vec, a.dtype) if prologue == "bn_silu_gate" else 0, VEC=p.vec,
-        site=p.site, **p.blocks.bounds(), **p.blocks.constexprs(),
+        site=site or p.site, **p.blocks.bounds(), **p.blocks.constexprs(),
     )  # fmt: skip
     return y, partial, p
 

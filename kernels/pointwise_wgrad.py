@@ -1,9 +1,9 @@
 """The weight gradient of the 1×1 convolutions, `dW = g(dY)ᵀ f(X)`, with f and g two of `kernels.pointwise_operand`.
 
 The sum runs over M = B H W rows and the result is small, so the rows are split: each program owns a block of dW,
-walks its run of rows with the accumulator in registers and writes one fp32 partial; `_sum_splits_kernel` adds them in
-order. Both operands are made as they load, nothing of them is kept from forward but what they are made from. Rows
-past the end are zero in one operand.
+walks its run of rows with the accumulator in registers and writes one fp32 partial; `batch_norm.sum_partials` adds them
+in a fixed order. Both operands are made as they load, nothing of them is kept from forward but what they are made from.
+Rows past the end are zero in one operand.
 
 The operand whose channels are the expanded ones is "wide": a program takes 64 of them and up to 128 of the other's,
 so in B0 to B7 a wide tile is made at most five times and the narrow one comes out of L2.
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from kernels import configs
 from kernels import launch as L
+from kernels.batch_norm import sum_partials, sum_traffic
 from kernels.configs import Site
 from kernels.device import REFERENCE, Gpu
 from kernels.launch import tl
@@ -100,21 +101,6 @@ def _pointwise_wgrad_kernel(
     offsets = n * wide_count + w if WIDE_IS_INPUT else w * narrow_count + n
     mask = (w < wide_count) & (n < narrow_count)
     tl.store(partial_ptr + split.to(tl.int64) * wide_count * narrow_count + offsets, acc, mask=mask)
-
-
-@L.jit
-def _sum_splits_kernel(partial_ptr, sum_ptr, splits, size, BLOCK: tl.constexpr):
-    """[S, size] summed over S in order: many columns and few rows, where `_sum_partials_kernel` has the reverse."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < size
-    offsets = at.to(tl.int64)
-    total = tl.zeros([BLOCK], tl.float32)
-    split = 0
-    while split < splits:
-        total += tl.load(partial_ptr + offsets, mask=mask, other=0.0)
-        offsets += size
-        split += 1
-    tl.store(sum_ptr + at, total, mask=mask)
 
 
 @dataclass(frozen=True)
@@ -210,9 +196,6 @@ def _candidates(site: Site, gpu: Gpu) -> tuple[Blocks, ...]:
     return configs.fitting(selectable(wide, narrow, wide_prologue, dtype, gpu.capability), needs, gpu)
 
 
-SUM_BLOCK = 1024
-
-
 @dataclass(frozen=True)
 class Split:
     """How a weight gradient is cut up: `outputs` blocks of it, each by `splits` programs of `step` rows."""
@@ -261,9 +244,10 @@ def wgrad(
     narrow_vectors: Tensor | None = None,
     gate: Tensor | None = None,
     scale: Tensor | None = None,
+    site: Site | None = None,
 ) -> Tensor:
     """dW [C_out, C_in] in fp32; wide and narrow are images [B, C, H, W] in channels_last, one of dY's channels and one
-    of X's."""
+    of X's. `site`: where time is counted, if not at the gradient's own."""
     a, b = wide.shape[1], narrow.shape[1]
     rows, area = wide.numel() // a, area_of(wide)
     split = split_plan(wide.shape, b, wide_prologue, narrow_prologue, wide.dtype, L.gpu(wide.device))
@@ -276,17 +260,10 @@ def wgrad(
         wide_vectors, L.nhwc(narrow), None if narrow_x is None else L.nhwc(narrow_x), narrow_vectors, gate, scale,
         partial, area, rows, split.step, a // vec, b // vec, like=wide, num_warps=blocks.num_warps,
         WIDE=wide_prologue, NARROW=narrow_prologue, WIDE_IS_INPUT=wide_is_input, WIDEN=widened(wide.dtype),
-        SPAN=span_for(blocks.m, area, vec, wide.dtype) if gate is not None else 0, VEC=vec, site=split.site,
+        SPAN=span_for(blocks.m, area, vec, wide.dtype) if gate is not None else 0, VEC=vec, site=site or split.site,
         **blocks.bounds(), **blocks.constexprs(),
     )  # fmt: skip
-    if splits == 1:
-        return partial[0]
-    total = L.empty(size, like=wide)
-    L.launch(
-        _sum_splits_kernel, (L.cdiv(a * b, SUM_BLOCK),), partial, total, splits, a * b,
-        like=wide, num_warps=4, site=split.site, BLOCK=SUM_BLOCK,
-    )  # fmt: skip
-    return total
+    return partial[0] if splits == 1 else sum_partials(partial.view(1, splits, -1), site or split.site).view(size)
 
 
 # Prologue of the wide operand, of the narrow one, and whether the wide one is the input.
@@ -299,7 +276,6 @@ FORMS: tuple[tuple[Prologue, Prologue, bool], ...] = (
 
 def aot_specs() -> Iterator[L.KernelSpec]:
     """Every configuration that a launch in this file can select."""
-    yield L.spec(_sum_splits_kernel, "small", "fp32", {"BLOCK": SUM_BLOCK})
     images = ("wide_ptr", "wide_x_ptr", "narrow_ptr", "narrow_x_ptr")
     for dtype, name in L.STORAGE_DTYPES.items():
         for wide, narrow, wide_is_input in FORMS:
@@ -364,4 +340,4 @@ def wgrad_traffic(
         if scaled:
             moved += 4 * rows * outputs
     result = {"_pointwise_wgrad_kernel": moved + 4 * splits * wide * narrow}
-    return result if splits == 1 else {**result, "_sum_splits_kernel": 4 * (splits + 1) * wide * narrow}
+    return result if splits == 1 else {**result, "_sum_partials_kernel": sum_traffic(1, splits, wide * narrow)}

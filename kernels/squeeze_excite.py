@@ -29,6 +29,7 @@ from kernels import excite as E
 from kernels import launch as L
 from kernels import reference
 from kernels.batch_norm import bn_vectors, channel_vector, fold, locate, silu_and_slope, store_channels, tile_at
+from kernels.configs import Site
 from kernels.device import REFERENCE, Gpu
 from kernels.launch import tl
 
@@ -217,9 +218,11 @@ def scale(x: Tensor, gate: Tensor, norm: Norm) -> Tensor:
 
 
 def scale_backward(
-    dy: Tensor, x: Tensor | None, gate: Tensor, q: Tensor, sums: Tensor | None, norm: Norm, training: bool
-) -> Tensor:
-    """dx; `sums` [2, C] are the batch norm's, whose gradient through its statistics counts in training."""
+    dy: Tensor, x: Tensor | None, gate: Tensor, q: Tensor, sums: Tensor | None, norm: Norm, training: bool,
+    site: Site | None = None,
+) -> Tensor:  # fmt: skip
+    """dx; `sums` [2, C] are the batch norm's, whose gradient through its statistics counts in training; `site` as
+    `launch.launch` takes it."""
     images, channels, height, width = dy.shape
     tile, vec = L.tile_for(channels).halved(), L.vector_width(channels)
     tiles = L.cdiv(height * width, tile.height)
@@ -227,7 +230,8 @@ def scale_backward(
     L.launch(
         _scale_backward_kernel, (images * tiles * L.cdiv(channels, tile.block_c),), dy, x, dx, gate, q, sums, *norm,
         1.0 / (images * height * width), height * width, tiles, channels // vec,
-        like=dy, num_warps=tile.num_warps, NORM=norm.mean is not None, TRAINING=training, **tile.constexprs(vec),
+        like=dy, num_warps=tile.num_warps, site=site, NORM=norm.mean is not None, TRAINING=training,
+        **tile.constexprs(vec),
     )  # fmt: skip
     return dx
 
@@ -371,14 +375,24 @@ def traffic(
     b, c, h, w = shape
     image = b * c * h * w * dtype.itemsize
     tile, _, _, chunks = image_plan(shape, gpu)
-    tiles, halves = (L.cdiv(h * w, t.height) for t in (tile, tile.halved()))
+    tiles = L.cdiv(h * w, tile.height)
     k, vector = (3, 4 * b * c) if norm else (1, 4 * b * c)
     vectors = 4 if norm else 0
-    last = (vectors + (2 if training else 0)) if norm else 0
     return {
         "_squeeze_kernel": image + (vectors + k) * vector * chunks,
         **E.traffic(k, b, chunks, c, squeeze),
         "_scale_kernel": 2 * image + (vectors + 1) * vector * tiles,
         "_squeeze_kernel:backward": 2 * image + (vectors + k) * vector * chunks,
-        "_scale_backward_kernel": (3 if norm else 2) * image + (last + 2) * vector * halves,
+        "_scale_backward_kernel": scale_backward_traffic(shape, dtype, norm=norm, training=training),
     }
+
+
+def scale_backward_traffic(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, *, norm: bool, training: bool, again: bool = True
+) -> int:
+    """Bytes of `scale_backward`; without `again` no element of a vector a second time."""
+    b, c, h, w = shape
+    tiles = L.cdiv(h * w, L.tile_for(c).halved().height)
+    vectors = (4 + 2 * training) * norm
+    images = (3 if norm else 2) * b * c * h * w * dtype.itemsize
+    return images + 4 * c * (b * tiles * (vectors + 2) if again else vectors + 2 * b)

@@ -78,28 +78,30 @@ def geometry(height: int, width: int, kernel_size: int, stride: int, padding: Pa
 class Strips:
     """Strips of `columns` outputs (of inputs' strides in backward), in about `programs` programs for each
     multiprocessor. `maxnreg` is stated, because ptxas otherwise trades a few spilled bytes for one more resident
-    program."""
+    program. `separate`, in backward: what surrounds the convolution has a pass of its own."""
 
     columns: int
     programs: int
     maxnreg: int = 255
+    separate: bool = False
 
 
-Candidates = Mapping[tuple[int, int], tuple[Strips, ...]]  # by kernel size and stride, the default first
+Candidates = Mapping[tuple[int, int], tuple[Strips, ...]]  # by kernel size and stride, predicted best first
 
 
 def several(surrounded: bool, vec: int, dtype: torch.dtype) -> bool:
-    """Whether a launch has more than the default to choose from: in bf16 training, where all channels come in
+    """Whether a launch has more than one to choose from: in bf16 training, where all channels come in
     eights."""
     return surrounded and vec > 1 and dtype == torch.bfloat16
 
 
 def strip_candidates(site: Site, found: Candidates) -> tuple[Strips, ...]:
-    """All fit every card: their shared memory, for merging statistics, is a few KiB."""
+    """All fit every card: their shared memory, for merging statistics, is a few KiB. Where there is no choice the last,
+    which spills in no type."""
     sizes: tuple[Any, ...] = site.sizes
     _images, channels, *_, k, stride, _norm, surrounded, dtype = sizes
     many = several(surrounded, L.vector_width(channels), getattr(torch, dtype))
-    return found[k, stride] if many else found[k, stride][:1]
+    return found[k, stride] if many else found[k, stride][-1:]
 
 
 def strips_site(
@@ -172,20 +174,23 @@ def strip_specs(
     modes: Iterable[dict[str, Any]],
     candidates: Candidates,
     surroundings: str,
+    alone: Mapping[str, Any] | None = None,
 ) -> Iterator[L.KernelSpec]:
     """Every storage dtype × mode × kernel size and stride × vector width × candidate of a kernel that walks strips, the
     one that holds most registers first, as it stands for all where only one is built. `surroundings` is the mode's
-    entry that says whether there is more than the convolution."""
+    entry that says whether there is more than the convolution, `alone` what takes its place in a mode where that has a
+    pass of its own."""
     images, modes = tuple(images), tuple(modes)
     for dtype, name in L.STORAGE_DTYPES.items():
         for mode in modes:
             for k, stride in ((5, 1), *(c for c in CONFIGURATIONS if c != (5, 1))):
-                built = {(c.columns, c.maxnreg): c for c in reversed(candidates[k, stride])}
-                for config, vec in ((c, v) for c in reversed(built.values()) for v in (8, 1)):
-                    if config != candidates[k, stride][0] and not several(mode[surroundings], vec, dtype):
+                built = {(c.columns, c.maxnreg, c.separate): c for c in reversed(candidates[k, stride])}
+                for config, vec in ((c, v) for c in built.values() for v in (8, 1)):
+                    if config != candidates[k, stride][-1] and not several(mode[surroundings], vec, dtype):
                         continue
                     shape = {"K": k, "STRIDE": stride, "COLUMNS": config.columns, "UNITS": units_for(vec)}
-                    constexprs = {**mode, **shape, "BLOCK_C": BLOCK_C, "VEC": vec}
+                    surrounded = mode if alone is None or not config.separate else {**mode, **alone}
+                    constexprs = {**surrounded, **shape, "BLOCK_C": BLOCK_C, "VEC": vec}
                     yield L.spec(
                         fn, "strips", name, constexprs, images=images, num_warps=NUM_WARPS, maxnreg=config.maxnreg
                     )

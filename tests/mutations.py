@@ -46,6 +46,7 @@ SQUEEZE = ("tests/test_squeeze_excite.py", "-k", "fp32")
 DROP = ("tests/test_drop_connect.py", "-k", "bn_drop_connect_add and fp32 and train")
 DEPTHWISE = ("tests/test_depthwise.py", "-k", "sums and k3-s1-1x10")
 POINTWISE = ("tests/test_pointwise.py", "-k", "test_pointwise and 22-6 and (forward or dgrad or wgrad)")
+TOGETHER = ("tests/test_pointwise.py", "-k", "test_pointwise and bf16-3x3x5-32-8-16-walk and expansion_backward")
 
 MUTATIONS = (
     Mutation(
@@ -65,8 +66,8 @@ MUTATIONS = (
     Mutation(
         "swapped strides of the partial sums",
         "kernels/batch_norm.py",
-        "partial_ptr + (k * partials + p) * channels + cols",
-        "partial_ptr + (p * 2 + k) * channels + cols",
+        "offsets = (k * partials + p).to(tl.int64) * channels + cols",
+        "offsets = (p * 2 + k).to(tl.int64) * channels + cols",
         BN_SILU,
     ),
     Mutation(
@@ -166,6 +167,13 @@ MUTATIONS = (
         "end = tl.minimum(start + rows_per_program, (image + 1) * area)",
         "end = start + rows_per_program",
         POINTWISE,
+    ),
+    Mutation(
+        "expansion's backward in one kernel without the residual's gradient",
+        "kernels/expand_backward.py",
+        "dx += tl.load(residual_ptr",
+        "dx += 0.0 * tl.load(residual_ptr",
+        TOGETHER,
     ),
     Mutation(
         "weight gradient of rows past the end",

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from bench.shapes import model_blocks
-from kernels import configs, depthwise, depthwise_backward, device, pointwise_blocks, pointwise_wgrad
+from kernels import (
+    configs,
+    depthwise,
+    depthwise_backward,
+    device,
+    expand_backward,
+    pointwise_blocks,
+    pointwise_wgrad,
+)  # fmt: skip
 from kernels.configs import Site
 from kernels.device import REFERENCE, Gpu
 from kernels.mbconv_traffic import Block
@@ -53,6 +61,7 @@ def sites(block: Block, dtype: str) -> list[Site]:
             Site("pointwise", (*wide, c, c_in, "bn_silu_grad", epilogue, dtype)) for epilogue in ("none", "residual")
         ]
         found.append(Site("pointwise_wgrad", (*wide, c, c_in, "bn_silu_grad", "none", dtype)))
+        found.append(Site("expand_backward", (*wide, c, c_in, block.residual, dtype)))
     return found
 
 
@@ -61,6 +70,8 @@ def need(site: Site, config: configs.Config, card: Gpu) -> int:
     if site.kernel.startswith("depthwise"):
         return 0
     sizes: tuple[Any, ...] = site.sizes
+    if site.kernel == "expand_backward":
+        return expand_backward.shared_bytes(config, sizes[3], sizes[4], card.capability) if config.together else 0
     _, h, w, *sides, one, other, name = sizes
     dtype = getattr(torch, name)
     span = span_for(config.m, h * w, vector_width(*sides), dtype)

@@ -205,9 +205,9 @@ def launched(case: Case, values: dict[str, Tensor]) -> dict[str, Tensor]:
         found["da"], partial = pointwise.projection_dgrad(v["dy"], v["p"], v["w3"], norm_p, scale, v["d"], norm_d)
         found["gate_sums"] = partial.sum(2)
         found["dw3"] = pointwise.projection_wgrad(v["dy"], v["p"], norm_p, scale, v["d"], norm_d, v["gate"])
-        found["dx"] = pointwise.expansion_dgrad(v["da1"], v["e"], v["w1"], norm_e)
-        found["dx_residual"] = pointwise.expansion_dgrad(v["da1"], v["e"], v["w1"], norm_e, v["dres"])
-        found["dw1"] = pointwise.expansion_wgrad(v["da1"], v["e"], norm_e, v["x"])
+        backward = v["da1"], v["e"], v["w1"], norm_e, v["x"]
+        found["dx"], _ = pointwise.expansion_backward(*backward)
+        found["dx_residual"], found["dw1"] = pointwise.expansion_backward(*backward, v["dres"])
     return found
 
 
@@ -225,8 +225,7 @@ RESULTS = {
     "joined_forward": ("joined", "alone", "j_out", "j_out_mean", "j_out_var"),
     "projection_dgrad": ("da", "gate_sums"),
     "projection_wgrad": ("dw3",),
-    "expansion_dgrad": ("dx", "dx_residual"),
-    "expansion_wgrad": ("dw1",),
+    "expansion_backward": ("dx", "dx_residual", "dw1"),
 }
 
 
@@ -381,7 +380,7 @@ def test_pointwise_conv2d_refuses_bad_input_in_one_sentence(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted under the interpreter, on a CPU")
-@pytest.mark.parametrize("case", [QUICK[2], QUICK[3], QUICK[1]], ids=str)
+@pytest.mark.parametrize("case", [QUICK[2], QUICK[3], QUICK[1], QUICK[4]], ids=str)
 def test_pointwise_kernels_move_the_bytes_that_their_file_states(case: Case) -> None:
     v = inputs(case)
     norm_d, norm_p, norm_e = batch_norm_of("d", v), batch_norm_of("p", v, v["dy"]), batch_norm_of("e", v, v["da1"])
@@ -397,8 +396,9 @@ def test_pointwise_kernels_move_the_bytes_that_their_file_states(case: Case) -> 
         "projection_wgrad": lambda: pointwise.projection_wgrad(
             v["dy"], v["p"], norm_p, scale, v["d"], norm_d, v["gate"]
         ),
-        "expansion_dgrad": lambda: pointwise.expansion_dgrad(v["da1"], v["e"], v["w1"], norm_e, v["dres"]),
-        "expansion_wgrad": lambda: pointwise.expansion_wgrad(v["da1"], v["e"], norm_e, v["x"]),
+        "expansion_backward": lambda: pointwise.expansion_backward(
+            v["da1"], v["e"], v["w1"], norm_e, v["x"], v["dres"]
+        ),
     }  # fmt: skip
     shape = (case.batch, case.expanded, *case.maps)
     with parity.few_programs(4 if case.walk else None):
