@@ -1,177 +1,187 @@
-"""What can bound each step of a fused block's schedule, as seconds: `python -m bench.limits` prints them for an H200.
+"""What bounds each step of the fused blocks' schedule on a GPU that is not here: `python -m bench.limits`.
 
-Four things are counted: bytes from memory, special-function operations (two a sigmoid: exponential and reciprocal),
-floating-point operations of the tensor cores, and, for the depthwise kernels, instructions. The step takes at least
-the longest of the four; that is what it is measured against. Idle lanes are counted, since they cost the same.
+Every launch of a training step is recorded, compiled for the card and costed from its machine code (`bench.cost`): its
+bytes, the instructions that each pipe has to take, the warps that are resident, and the time that a simulation of their
+issue takes. A step's bound is its longest resource; what lies between it and the simulated time is latency that nothing
+hides. All of it is predicted.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
-from bench.launches import describe
+from bench import traffic
+from bench.cost import CARDS, GAP_SECONDS, Card, Cost, arguments_of, cost
+from bench.launches import Vectors, describe, schedule
 from bench.shapes import model_blocks
 from fastnet.scaling import SCALED
-from kernels import depthwise, depthwise_backward, mbconv_traffic
-from kernels.device import REFERENCE, Gpu
-from kernels.launch import cdiv
-from kernels.mbconv_traffic import Block
-from kernels.pointwise_blocks import plan
-from kernels.pointwise_operand import SILU, Prologue
-from kernels.pointwise_wgrad import split_plan
-from kernels.strips import BLOCK_C, geometry
+from kernels import mbconv_traffic, pointwise
+from kernels.device import pretend
+from kernels.launch import Launch, dry
+from kernels.mbconv_traffic import Block, Bytes
 
-# Of one multiprocessor in a cycle. Dense 16-bit tensor-core operations by compute capability, as the vendor states.
-SPECIAL, INSTRUCTIONS = 16, 128
-TENSOR = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192}
-# Instructions an element and lane, as the files of the two kernels estimate them: of D forward and of E backward, by
-# kernel size. Forward at k 3 is said to keep up with memory.
-FORWARD_INSTRUCTIONS, BACKWARD_INSTRUCTIONS = {5: 60}, {3: 100, 5: 130}
-SIGMOID = 2
+DTYPE = torch.bfloat16
+META = torch.device("meta")
+# An estimate for B0@224: compiled, a step moves 18 byte-passes where it moves 25 eagerly. Nothing is fused over a batch
+# norm's statistics.
+COMPILED = 0.72
 
 
-class Work(NamedTuple):
-    """What one step of a block asks for."""
+class Step(NamedTuple):
+    """A launch of one block: step of the schedule, and its bytes from memory and altogether."""
 
-    memory: int  # bytes
-    special: int = 0
-    tensor: int = 0
-    instructions: int = 0
-
-
-class Rates(NamedTuple):
-    """What a GPU does in a second, in the units of `Work`."""
-
-    memory: float
-    special: float
-    tensor: float
-    instructions: float
+    name: str
+    launch: Launch
+    moved: int
+    accessed: int
 
 
-def rates(bandwidth: float, multiprocessors: int, megahertz: float, capability: tuple[int, int]) -> Rates:
-    cycles = multiprocessors * megahertz * 1e6
-    tensor = TENSOR.get(capability, float("inf"))
-    return Rates(bandwidth, SPECIAL * cycles, tensor * cycles, INSTRUCTIONS * cycles)
+def joined_expand(block: Block, former: Block) -> Callable[[], object]:
+    """F1 of a block that makes the former one's output as it loads."""
+    x = torch.empty(block.images, block.in_channels, block.height, block.width, dtype=DTYPE, device=META)
+    x = x.contiguous(memory_format=torch.channels_last)
+    vector, scale = x.new_empty(block.in_channels, dtype=torch.float32), x.new_empty(block.images, dtype=torch.float32)
+    v, w = Vectors(*[vector] * 5), x.new_empty(block.channels, block.in_channels)
+    residual = x if former.residual else None
+
+    def launch() -> object:
+        return pointwise.joined_forward(x, residual, scale if former.scaled else None, v.coefficients(), w)
+
+    return launch
 
 
-# 4.3 TB/s is a guess at what a copy reaches; 1755 MHz what the vendor's peak figures are stated at.
-H200 = rates(4.3e12, 132, 1755, (9, 0))
+def recorded(block: Block, former: Block | None, joins: bool, card: Card) -> Iterator[Step]:
+    """The launches of one block's step, as it stands between its neighbours in a model."""
+    moved: dict[bool, dict[str, Bytes]] = {}
+    with pretend(card.gpu):
+        for cached in (True, False):
+            forward = mbconv_traffic.forward(
+                block, DTYPE, former=former, joins=joins, from_memory=cached, gpu=card.gpu
+            )  # fmt: skip
+            moved[cached] = forward | mbconv_traffic.backward(block, DTYPE, from_memory=cached, gpu=card.gpu)
+        for name, step in schedule(block, DTYPE, META):
+            if name not in moved[True]:
+                continue
+            ours = joined_expand(block, former) if name == "F1 expand" and former is not None else step.ours
+            with dry() as launches:
+                ours()
+            by_kernel: dict[str, Launch] = {}
+            for launch in launches:
+                by_kernel.setdefault(launch.kernel.fn.__name__, launch)
+            for kernel, once in moved[True][name].items():  # what an earlier step has made is made again, and left out
+                yield Step(name, by_kernel[kernel], once, moved[False][name][kernel])
 
 
-def _product(
-    shape: tuple[int, int, int, int], n: int, prologue: Prologue, sums: bool, dtype: torch.dtype, gpu: Gpu
-) -> Counter[str]:
-    images, k, height, width = shape
-    p = plan(shape, k, n, prologue, "gate_sums" if sums else "none", dtype, gpu)
-    rows = p.tiles * p.blocks.m
-    found = Counter(tensor=2 * images * height * width * k * n)
-    if prologue in SILU:
-        found["special"] = SIGMOID * rows * cdiv(k, p.blocks.k) * p.blocks.k * p.column_blocks
-    if sums:
-        found["special"] = SIGMOID * rows * p.column_blocks * p.blocks.n
+def step(variant: str, resolution: int, batch: int, card: Card) -> list[tuple[str, Cost]]:
+    """Every launch of the blocks of a training step, by step of the schedule."""
+    blocks = model_blocks(variant, resolution, batch)
+    known: dict[object, Cost] = {}
+    found = []
+    for former, block, following in zip([None, *blocks], blocks, [*blocks[1:], None], strict=False):
+        joins = following is None or not following.expands
+        for name, launch, moved, accessed in recorded(block, former if block.expands else None, joins, card):
+            numbers = {n: v for n, v in arguments_of(launch).items() if isinstance(v, int | str | None)}
+            key = launch.kernel.fn, launch.grid, *numbers.items(), moved
+            if key not in known:
+                known[key] = cost(launch, moved, accessed, card)
+            found.append((name, known[key]))
     return found
 
 
-def _wgrad(
-    shape: tuple[int, int, int, int], narrow: int, prologues: tuple[Prologue, Prologue], dtype: torch.dtype, gpu: Gpu
-) -> Counter[str]:
-    images, wide, height, width = shape
-    rows = images * height * width
-    split = split_plan(shape, narrow, *prologues, dtype, gpu)
-    return Counter(tensor=2 * rows * wide * narrow, special=SIGMOID * rows * split.outputs * split.blocks.wide)
+class Sum(NamedTuple):
+    """Launches together: how many, seconds of their bytes, of each launch's longest resource, simulated, and which
+    resource how much of the second."""
+
+    launches: int
+    memory: float
+    bound: float
+    simulated: float
+    by: dict[str, float]
 
 
-def _arithmetic(block: Block, dtype: torch.dtype, gpu: Gpu) -> dict[str, Counter[str]]:
-    b, c, c_in, out, k = block.images, block.channels, block.in_channels, block.out_channels, block.kernel_size
-    g = geometry(block.height, block.width, k, block.stride, block.padding)
-    narrow, wide = (b, c_in, block.height, block.width), (b, c, block.height, block.width)
-    d, p = (b, c, g.out_height, g.out_width), (b, out, g.out_height, g.out_width)
-    pixels, out_pixels = b * block.height * block.width, b * g.out_height * g.out_width
-
-    forward, steps = depthwise.forward_plan(wide, dtype, g, norm=block.expands, stats=True, gpu=gpu)
-    tile = forward.tile_units * forward.blocks * BLOCK_C
-    span = (forward.config.columns - 1) * g.stride + k
-    loaded = forward.groups * steps * g.stride * span * tile
-    backward, lead = depthwise_backward.backward_plan(wide, dtype, g, norm=block.expands, out_norm=True, gpu=gpu)
-    tile = backward.tile_units * backward.blocks * BLOCK_C
-    columns = backward.config.columns
-    gradients = backward.groups * (lead + backward.band_rows) * (columns + g.lines - 1) * tile
-    inputs = backward.groups * backward.band_rows * columns * g.stride**2 * tile
-    return {
-        "F1 expand": _product(narrow, c, "none", False, dtype, gpu),
-        "F2 depthwise": Counter(
-            special=SIGMOID * loaded * block.expands, instructions=FORWARD_INSTRUCTIONS.get(k, 0) * out_pixels * c
-        ),
-        "F3 squeeze": Counter(special=SIGMOID * out_pixels * c),
-        "F5 project": _product(d, out, "bn_silu_gate", False, dtype, gpu),
-        "B2 project dgrad": _product(p, c, "bn_grad", True, dtype, gpu),
-        "B2 project wgrad": _wgrad(d, out, ("bn_silu_gate", "bn_grad"), dtype, gpu),
-        "B5 depthwise backward": Counter(
-            special=SIGMOID * (gradients + inputs * block.expands), instructions=BACKWARD_INSTRUCTIONS[k] * pixels * c
-        ),
-        "B7 expand dgrad": _product(wide, c_in, "bn_silu_grad", False, dtype, gpu),
-        "B7 expand wgrad": _wgrad(wide, c_in, ("bn_silu_grad", "none"), dtype, gpu),
-    }
+def total(costs: Sequence[Cost], card: Card) -> Sum:
+    memory = bound = simulated = 0.0
+    by: dict[str, float] = defaultdict(float)
+    for one in costs:
+        bounds = one.bounds(card)
+        longest = max(bounds, key=lambda name: bounds[name])
+        by[longest] += bounds[longest]
+        memory, bound, simulated = memory + bounds["memory"], bound + bounds[longest], simulated + one.seconds
+    return Sum(len(costs), memory, bound, simulated, by)
 
 
-def block_work(block: Block, dtype: torch.dtype = torch.bfloat16, gpu: Gpu = REFERENCE) -> dict[str, Work]:
-    """What each step of the schedule asks for on that card; vector-only steps and joins are bytes alone."""
-    moved = mbconv_traffic.forward(block, dtype, from_memory=True, gpu=gpu)
-    moved |= mbconv_traffic.backward(block, dtype, from_memory=True, gpu=gpu)
-    arithmetic = _arithmetic(block, dtype, gpu)
-    return {step: Work(sum(by.values()), **arithmetic.get(step, Counter())) for step, by in moved.items()}
-
-
-def limits(work: Work, of: Rates) -> dict[str, float]:
-    """Seconds that each resource needs for the step by itself."""
-    return {name: amount / rate for name, amount, rate in zip(Work._fields, work, of, strict=True)}
-
-
-def bound(work: Work, of: Rates) -> tuple[str, float]:
-    """What limits the step, and the seconds that it then takes at least."""
-    found = limits(work, of)
-    name = max(found, key=lambda resource: found[resource])
-    return name, found[name]
-
-
-def report(variant: str, resolution: int, batch: int, of: Rates = H200) -> str:
-    """Predicted us of every step of every distinct block, and by step the sum over the model and what limits it."""
-    counted = Counter(model_blocks(variant, resolution, batch))
-    sums: dict[str, Counter[str]] = {}
-    lines = [
-        f"efficientnet_{variant} at {resolution}, batch {batch}, bf16, H200 at {of.memory / 1e12:.1f} TB/s: predicted"
-    ]
-    for block, times in counted.items():
-        lines.append(f"{describe(block)}{f', {times} times' * (times > 1)}")
-        for step, work in block_work(block).items():
-            name, seconds = bound(work, of)
-            total = sums.setdefault(step, Counter())
-            total.update({name: times * seconds, "all": times * seconds, "bytes": times * work.memory / of.memory})
-            lines.append(f"  {step:<24}{1e6 * seconds:9.1f} us  {name}")
-    lines.append("all blocks")
-    for step, total in sorted(sums.items(), key=lambda item: -item[1]["all"]):
-        by = ", ".join(f"{n} {t / total['all']:.0%}" for n, t in total.most_common() if n not in ("all", "bytes"))
-        lines.append(
-            f"  {step:<24}{1e3 * total['all']:9.2f} ms, {1e3 * total['bytes']:6.2f} ms for its bytes; limited by {by}"
+def report(variant: str, resolution: int, batch: int, cards: Sequence[Card]) -> Iterator[str]:
+    """A table a card: every step of the schedule, then the whole beside what peers move."""
+    work = traffic.Work(variant, resolution, batch)
+    peer = traffic.eager(work)
+    for card in cards:
+        costs = step(variant, resolution, batch, card)
+        yield (
+            f"efficientnet_{variant} at {resolution}, batch {batch}, bf16, blocks on {card.gpu.name} "
+            f"({card.bandwidth / 1e12:.2f} TB/s): predicted"
         )
-    whole, moved = (sum(total[key] for total in sums.values()) for key in ("all", "bytes"))
-    lines.append(f"  {'together':<24}{1e3 * whole:9.2f} ms, {1e3 * moved:6.2f} ms for their bytes")
-    return "\n".join(lines)
+        yield f"  {'step':<24}{'launches':>9}{'bytes':>9}{'bound':>9}{'time, ms':>10}  by; warps, IPC of the longest"
+        names = list(dict.fromkeys(name for name, _ in costs))
+        sums = {name: total([c for n, c in costs if n == name], card) for name in names}
+        for name, found in sorted(sums.items(), key=lambda item: -item[1].simulated):
+            longest = max((c for n, c in costs if n == name), key=lambda c: c.seconds)
+            by = ", ".join(
+                f"{n} {t / found.bound:.0%}" for n, t in sorted(found.by.items(), key=lambda item: -item[1])[:2]
+            )
+            yield (
+                f"  {name:<24}{found.launches:>9}{1e3 * found.memory:>9.3f}{1e3 * found.bound:>9.3f}"
+                f"{1e3 * found.simulated:>10.3f}  {by}; {longest.warps}, {longest.ipc:.2f}"
+            )
+        whole = total([c for _, c in costs], card)
+        gaps = whole.launches * GAP_SECONDS
+        yield (
+            f"  {'together':<24}{whole.launches:>9}{1e3 * whole.memory:>9.3f}{1e3 * whole.bound:>9.3f}"
+            f"{1e3 * whole.simulated:>10.3f}, with the gaps between launches {1e3 * (whole.simulated + gaps):.3f}"
+        )
+        yield (
+            f"  the whole step of eager PyTorch moves {peer / card.bandwidth * 1e3:.2f} ms, of a compiled peer about "
+            f"{COMPILED * peer / card.bandwidth * 1e3:.2f} ms of bytes\n"
+        )
+
+
+def by_block(variant: str, resolution: int, batch: int, card: Card) -> Iterator[str]:
+    """Every launch of more than a microsecond over its bytes, that with most to gain first."""
+    blocks = model_blocks(variant, resolution, batch)
+    lines: dict[str, float] = defaultdict(float)
+    for former, block, following in zip([None, *blocks], blocks, [*blocks[1:], None], strict=False):
+        joins = following is None or not following.expands
+        for name, launch, moved, accessed in recorded(block, former if block.expands else None, joins, card):
+            found = cost(launch, moved, accessed, card)
+            memory = found.bounds(card)["memory"]
+            text = (
+                f"{name:<24}{found.kernel.strip('_'):<32}{1e6 * memory:8.1f}{1e6 * found.seconds:8.1f} us, "
+                f"{found.registers} registers, {found.warps} warps, IPC {found.ipc:.2f}  {describe(block)}"
+            )
+            lines[text] += found.seconds - memory
+    worst = sorted(lines.items(), key=lambda item: -item[1])[:40]
+    yield from (f"{1e6 * lost:8.1f} us lost  {text}" for text, lost in worst if lost > 1e-6)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    names = [card.gpu.name for card in CARDS]
     parser = argparse.ArgumentParser(prog="python -m bench.limits", description=__doc__.partition("\n")[0])
     parser.add_argument("--variant", default="b0", choices=SCALED)
     parser.add_argument("--resolution", type=int, default=224)
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--cards", nargs="+", choices=names, default=names, metavar="CARD", help=", ".join(names))
+    parser.add_argument("--launches", action="store_true", help="the launches that lose most against their bytes")
     options = parser.parse_args(arguments)
-    print(report(options.variant, options.resolution, options.batch))
+    cards = [card for card in CARDS if card.gpu.name in options.cards]
+    shape = options.variant, options.resolution, options.batch
+    lines = (line for card in cards for line in by_block(*shape, card)) if options.launches else report(*shape, cards)
+    for line in lines:
+        print(line, flush=True)
     return 0
 
 

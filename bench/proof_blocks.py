@@ -10,13 +10,12 @@ import torch
 
 from bench.cases import BATCH, DIRECTIONS, RESOLUTION, VARIANT, BlockCase, Direction, block_errors, launch_errors
 from bench.launches import Launch, describe, schedule
-from bench.limits import H200, Rates, block_work, bound, limits, rates
-from bench.machine import gpu_state
 from bench.measure import ColdCache, peak_memory, sample, summarise
 from bench.shapes import model_blocks
 from bench.stages import Case, Context, Stage, attempt, free_memory, not_correct, verdict
 from fastnet.arch import Kernels
 from kernels import mbconv_traffic
+from kernels.device import gpu
 from kernels.launch import INTERPRETED
 from kernels.mbconv_traffic import Block
 
@@ -145,15 +144,6 @@ def show_blocks(cases: dict[str, Case]) -> str:
     return "\n".join(lines)
 
 
-def _rates(context: Context) -> Rates:
-    if context.tiny:
-        return H200._replace(memory=_bandwidth(context))
-    about = torch.cuda.get_device_properties(context.device)
-    clock = gpu_state().get("clocks.max.sm")
-    megahertz = clock if isinstance(clock, float) else 1755.0
-    return rates(_bandwidth(context), about.multi_processor_count, megahertz, (about.major, about.minor))
-
-
 def time_launch(launch: Launch, names: Sequence[str], context: Context, cold: ColdCache | None) -> Case:
     seconds = 0.0 if context.tiny else 0.05
     runs: dict[str, Callable[[], object]] = {
@@ -186,15 +176,18 @@ def _check_launch(launch: Launch) -> Case:
 
 
 def _time_schedule(block: Block, names: Sequence[str], context: Context, known: Case) -> Case:
-    """Every step of `block`: timings by name, bytes, limits; `known` are those that another stage has timed."""
+    """Every step of `block`: timings by name, bytes and their seconds at the copy's rate; `known` are what another
+    stage has timed."""
     dtype, cold, _ = _setting(context)
-    work, of = block_work(block, dtype), _rates(context)
+    card, bandwidth = gpu(context.device), _bandwidth(context)
+    work = mbconv_traffic.forward(block, dtype, from_memory=True, gpu=card)
+    work |= mbconv_traffic.backward(block, dtype, from_memory=True, gpu=card)
     steps: Case = {}
     for step, launch in schedule(block, dtype, context.device):
         if names == (COMPILED,) and step in VECTOR_STEPS:
             continue
-        found: Case = {"bytes": work[step].memory, "limits": limits(work[step], of)}
-        found["limit"], found["predicted"] = bound(work[step], of)
+        moved = sum(work[step].values())
+        found: Case = {"bytes": moved, "predicted": moved / bandwidth}
         if "ours" in names:
             found |= _check_launch(launch)
         found |= time_launch(launch, names, context, cold)
@@ -202,7 +195,7 @@ def _time_schedule(block: Block, names: Sequence[str], context: Context, known: 
             found |= {name: known[step][name] for name in ("ours", "eager") if name in known[step]}
         if "ours" in found:
             rate = found["bytes"] / found["ours"]["median"]
-            found |= {"gb_per_second": rate / 1e9, "of_copy_bandwidth": rate / of.memory}
+            found |= {"gb_per_second": rate / 1e9, "of_copy_bandwidth": rate / bandwidth}
         steps[step] = found | {"fastest": fastest(found)}
     wrong = [step for step, one in steps.items() if "not_correct" in one]
     return {"steps": steps} | ({"not_correct": ", ".join(wrong)} if wrong else {})
@@ -237,8 +230,7 @@ def launches_stage(stage: str, names: tuple[str, ...]) -> Callable[[Context], It
 
 def show_launches(cases: dict[str, Case]) -> str:
     lines = [
-        f"{'us':<26}{'ours':>9}{'GB/s':>7}{'% copy':>8}{'limit':>8}{'':<14}{'% of it':>8}{'library':>9}{'eager':>9}"
-        f"{'compiled':>9}  fastest"
+        f"{'us':<26}{'ours':>9}{'GB/s':>7}{'% copy':>8}{'bytes':>9}{'library':>9}{'eager':>9}{'compiled':>9}  fastest"
     ]
     slower: Counter[str] = Counter()
     for key, found in cases.items():
@@ -247,6 +239,7 @@ def show_launches(cases: dict[str, Case]) -> str:
             lines.append(_launch_line(step, one))
             if one["fastest"] != "ours":
                 slower[step] += 1
+    lines.append("bytes: what they alone take at the copy's rate; `python -m bench.limits` says what else binds")
     lines.append("library: the bare product or convolution (cuBLAS, cuDNN) without what our launch does around it")
     found_slower = ", ".join(f"{step} in {count}" for step, count in slower.items())
     lines.append(f"of {len(cases)} blocks the same job is faster elsewhere: {found_slower or 'nowhere'}")
@@ -258,9 +251,7 @@ def _launch_line(step: str, one: Case) -> str:
         return f"{1e6 * one[name]['median']:9.1f}" if name in one else f"{'-':>9}"
 
     rate = f"{one['gb_per_second']:7.0f}{one['of_copy_bandwidth']:8.0%}" if "ours" in one else " " * 15
-    share = f"{one['predicted'] / one['ours']['median']:8.0%}" if "ours" in one else " " * 8
-    limit = f"{1e6 * one['predicted']:8.1f} {one['limit']:<13}"
-    line = f"  {step:<24}{us('ours')}{rate}{limit}{share}{us('library')}{us('eager')}{us(COMPILED)}"
+    line = f"  {step:<24}{us('ours')}{rate}{1e6 * one['predicted']:9.1f}{us('library')}{us('eager')}{us(COMPILED)}"
     return f"{line}  {one['fastest']}{not_correct(one)}"
 
 

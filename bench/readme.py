@@ -54,7 +54,7 @@ def _gpu_tables(file: Path, content: dict[str, Any]) -> str:
         parts.append("\n".join([head, *blocks]))
     launches = _launch_rows(_good(stages, "launches"))
     if launches:
-        head = "| step of the schedule, all blocks | µs | GB/s | % of its limit |\n|---|---|---|---|"
+        head = "| step of the schedule, all blocks | µs | GB/s | % of the copy's rate |\n|---|---|---|---|"
         parts.append("\n".join([head, *launches]))
     largest = _good(stages, "largest batch")
     if largest:

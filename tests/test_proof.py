@@ -19,11 +19,10 @@ from bench.anatomy import Spent, kernel_bytes, top_kernels
 from bench.cases import DIRECTIONS
 from bench.contenders import OURS, TIMM, TORCHVISION, Entry, Workload, eager_entries
 from bench.launches import describe, schedule
-from bench.limits import H200, Work, block_work, bound
 from bench.machine import commit, gpu_folder
 from bench.measure import interleaved, median_ratio, summarise
 from bench.proof_steps import ratios, time_passes
-from bench.shapes import activations, model_blocks
+from bench.shapes import activations
 from bench.stages import Case, Context, Refused, Stage, attempt, result_folder, run_part
 from kernels import mbconv_traffic
 from kernels.launch import INTERPRETED
@@ -229,7 +228,7 @@ def test_blocks_are_checked_and_timed() -> None:
 def test_launches_are_timed_with_their_bytes() -> None:
     found, table = run_tiny(proof_blocks.LAUNCHES)
     steps, moved = found["steps"], proof_blocks.block_bytes(TINY, torch.float32)
-    assert list(steps) == list(block_work(TINY, torch.float32))
+    assert list(steps) == [*mbconv_traffic.forward(TINY, torch.float32), *mbconv_traffic.backward(TINY, torch.float32)]
     assert sum(one["bytes"] for one in steps.values()) == sum(moved.values())
     expansion = steps["F1 expand"]
     assert expansion["gb_per_second"] == pytest.approx(expansion["bytes"] / expansion["ours"]["median"] / 1e9)
@@ -241,22 +240,6 @@ def test_the_same_job_is_compared_and_the_bare_product_is_not() -> None:
     found: Case = {name: {"median": seconds} for name, seconds in {"ours": 2, "eager": 3, "library": 1}.items()}
     assert proof_blocks.fastest(found) == "ours"
     assert proof_blocks.fastest(found | {"compiled": {"median": 1.9}}) == "compiled"
-
-
-def test_what_limits_a_step_is_the_resource_that_needs_the_longest() -> None:
-    of = H200._replace(memory=1e12, special=1e9, tensor=1e12, instructions=1e9)
-    assert bound(Work(memory=int(2e12), special=int(1e9)), of) == ("memory", 2.0)
-    assert bound(Work(memory=1, tensor=int(3e12), instructions=int(2e9)), of) == ("tensor", 3.0)
-    block = model_blocks("b0", 224, 128)[2]  # 24→144→24, k 3, stride 1, at 56
-    work = block_work(block)
-    pixels = 128 * 56 * 56
-    assert work["F1 expand"].tensor == 2 * pixels * 24 * 144
-    assert work["F1 expand"].special == work["F6 join"].special == 0
-    assert work["F3 squeeze"].special == 2 * pixels * 144
-    # Whole strips of 8 columns that read 10, and one row above and below an image of 56.
-    assert work["F2 depthwise"].special >= 2 * pixels * 10 // 8 * 144
-    moved = mbconv_traffic.forward(block, torch.bfloat16, from_memory=True)
-    assert work["F5 project"].memory == sum(moved["F5 project"].values())
 
 
 def test_speed_and_memory_are_ours_against_the_best_peers() -> None:
