@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from data_pipeline.errors import DataError
+from data_pipeline.errors import DataError, refused, silence, write_any_name
 
 
 def _prepare(root: Path, short_side: int | None = None) -> int:
@@ -71,6 +71,7 @@ def _tune(root: Path, resolution: int = 224, batch_size: int = 128, seconds: flo
 def main(arguments: list[str] | None = None) -> int:
     import tyro
 
+    write_any_name()
     try:
         return tyro.extras.subcommand_cli_from_dict(
             {"prepare": _prepare, "verify": _verify, "tune": _tune}, prog="python -m data_pipeline", args=arguments
@@ -80,6 +81,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        silence(sys.stdout)
+        return 141
+    except OSError as error:
+        silence(sys.stdout)
+        print(f"error: {refused(error)}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -287,12 +287,14 @@ def _open(folder: Path, index: Index, split: str, content: Content) -> tuple[Pix
             return None
         if (folder / _PIXELS).stat().st_size != body["bytes"]:
             return None
+        if body["bytes"] != PixelStore(photos, content, torch.empty(0, dtype=torch.uint8)).total:
+            return None
         # A private mapping: nothing that is written to it reaches the file.
         buffer = torch.from_file(str(folder / _PIXELS), shared=False, size=body["bytes"], dtype=torch.uint8)
         store = PixelStore(photos, content, buffer)
         store.checksums = np.array(body["crc"], np.uint32)
         return store, {int(index): reason for index, reason in body["bad"].items()}
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):  # also what is nested too deeply
         return None
 
 
@@ -333,7 +335,9 @@ def disk_store(
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the lock of `folder`; a process that dies gives it back."""
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+    # Not through a link, which would truncate what it points to.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(folder.with_name(f".{folder.name}.lock"), flags, 0o644), "r+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from data_pipeline.dali_options import DaliOptions
 from data_pipeline.errors import BadFiles, DataError
+from data_pipeline.files import check_photo
 from data_pipeline.loader import Batch, Loader, Plan, Step
 from data_pipeline.probe import CMYK, probe_image
 from data_pipeline.tar import TarMember, opened
@@ -36,6 +37,7 @@ from data_pipeline.tar import TarMember, opened
 _KINDS = [types.UINT8, types.INT32, types.INT32, types.INT32, types.BOOL]
 _RANKS = [1, 1, 1, 0, 0]
 _READERS = 8  # images of shards read at once
+_TRIES = 3  # of a batch that fails though each of its files can be read
 _READ_AHEAD = 2  # batches that are read before DALI asks for them
 # What DALI, CUDA, nvJPEG and the C library say where memory ends.
 _NO_MEMORY = re.compile(
@@ -87,7 +89,7 @@ class _Source:
         # DALI counts rows first.
         anchors, shapes = step.params.windows[:, 1::-1], step.params.windows[:, :1:-1]
         columns: tuple[_Column, ...] = (
-            self._contents(paths) if self.sharded else _names(paths),
+            self._contents(paths) if self.sharded else _names([_regular(path) for path in paths]),
             np.ascontiguousarray(anchors),
             np.ascontiguousarray(shapes),
             step.params.flips.astype(np.int32),
@@ -119,6 +121,16 @@ class _Source:
 def _names(paths: list[str]) -> NDArray[np.uint8]:
     """[B, longest]: file names, ended by zeros, which no name contains."""
     return np.array([os.fsencode(path) for path in paths], np.bytes_).view(np.uint8).reshape(len(paths), -1)
+
+
+def _regular(path: str) -> str:
+    """The path, or one of an empty file where reading it would block or not end: DALI refuses that, and the file is
+    looked at."""
+    try:
+        check_photo(os.stat(path))
+    except OSError:
+        return os.devnull
+    return path
 
 
 def _bytes_of(path: str) -> bytes:
@@ -199,6 +211,7 @@ class DaliLoader(Loader):
         self.options = options or DaliOptions()
         self._source = _Source(plan, self.device.type == "cuda")
         self._pipe: Any = None
+        self._failures = 0
 
     @property
     def description(self) -> str:
@@ -237,6 +250,7 @@ class DaliLoader(Loader):
         source.positions.extend((epoch, number) for number in numbers)
         for _ in numbers:
             pixels = self._run()
+            self._failures = 0
             yield self._batch(pixels, source.under_way.popleft())
 
     def _run(self) -> Tensor:
@@ -262,6 +276,9 @@ class DaliLoader(Loader):
                 raise self._out_of_memory(error) from error
             if bad := bad or self._refused(failed):
                 raise BadFiles(bad) from None
+            self._failures += 1
+            if self._failures < _TRIES:  # a read error, say, that has passed
+                raise BadFiles({}) from None
             reason = _one_line(error)
             raise DataError(f"DALI stopped ({reason}): use --loader torch, which names the file.") from error
 

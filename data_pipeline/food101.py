@@ -13,29 +13,25 @@ import json
 import os
 import tempfile
 from bisect import insort
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
+from data_pipeline.known import Known, place_as_known, refuse_additions, went_bad
+from data_pipeline.layouts import LAYOUTS, OFFLINE, Listing, listed_in_folders, listed_in_metadata
 from data_pipeline.probe import Probe, scan_files
-from data_pipeline.sample import SAMPLE, make_sample, user_cache_folder
-from data_pipeline.tar import Sample, TarMember, contents, file_of, find_shards, order, read_shard
+from data_pipeline.sample import SAMPLE, expanded, make_sample, user_cache_folder
+from data_pipeline.tar import Sample, contents, file_of, find_shards, read_shard
 
 NAME = "food-101"  # the official archive's folder
-_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp"}
 _CACHE_VERSION = 2
 _SHARDS_AT_ONCE = 8  # read at once: a network's delays add up
-_LAYOUTS = (
-    "images/<class>/*.jpg with meta/train.json and meta/test.json (Food-101's layout), "
-    "or train/<class>/* and val/<class>/*, or shards train*.tar and val*.tar"
-)
-_OFFLINE = "`--data sample` works without any photos"
 
 
 @dataclass(frozen=True)
@@ -74,6 +70,18 @@ class Index:
     quarantined: dict[str, dict[int, str]] = field(default_factory=dict)
     """split -> position -> why: images that the loaders must not ask for, though they keep their places."""
 
+    def known(self) -> Known:
+        """What `build_index` needs to build this index again when files are gone."""
+        start = len(str(self.root)) + 1
+        files: dict[str, dict[str, tuple[int, ...]]] = {}
+        for name, split in self.splits.items():
+            fields = zip(
+                split.labels.tolist(), *split.sizes.T.tolist(), split.orientations.tolist(), split.kinds.tolist(),
+                strict=True,
+            )  # fmt: skip
+            files[name] = {path[start:]: tuple(one) for path, one in zip(split.paths, fields, strict=True)}
+        return Known(self.classes, files, frozenset(path[start:] for path, _ in self.excluded))
+
     def quarantine_records(self, found: Iterable[tuple[str, str]]) -> list[list[Any]]:
         """What `build_index` needs to know of files (path, reason) that went bad during a run; of JSON's types."""
         reasons, records = dict(found), []
@@ -84,88 +92,6 @@ class Index:
                     relative = path[len(str(self.root)) + 1 :]
                     records.append([name, relative, int(split.labels[at]), *map(int, fields), reasons[path]])
         return records
-
-
-class Listing(NamedTuple):
-    """The files that a data set names, whether or not they are there."""
-
-    classes: list[str]
-    files: dict[str, list[tuple[str, int]]]
-    """split -> (path relative to the root, label)."""
-    members: Mapping[str, TarMember] = {}
-    """Those of the paths that lie in shards."""
-    left_out: Sequence[tuple[str, str]] = ()
-    """(path, reason) of images that have no place in `files`."""
-
-    def place(self, file: tuple[str, int]) -> tuple[int, tuple[str, str]]:
-        """The key by which the files of folders and of shards are sorted."""
-        return file[1], order(file[0]) if self.members else (file[0], "")
-
-    def path(self, root: Path, name: str) -> str:
-        return self.members.get(name) or f"{root}/{name}"
-
-
-def _names(path: Path) -> list[str]:
-    """Sorted entries of a folder, hidden ones left out."""
-    return sorted(name for name in os.listdir(path) if not name.startswith("."))
-
-
-def _listed_in_metadata(root: Path) -> Listing:
-    """Food-101's layout: meta/{train,test}.json, {class: ["class/id", ...]}, or .txt, one "class/id" a line."""
-    entries: dict[str, list[str]] = {}
-    for split, stem in (("train", "train"), ("val", "test")):
-        as_json, as_text = root / "meta" / f"{stem}.json", root / "meta" / f"{stem}.txt"
-        if as_json.is_file():
-            try:
-                listed = json.loads(as_json.read_text(encoding="utf-8"))
-                entries[split] = [str(entry) for group in listed.values() for entry in group]
-            except (ValueError, AttributeError, TypeError) as error:
-                raise DataError(f'{as_json} is not of the form {{"class": ["class/id", ...]}}: {error}.') from error
-        elif as_text.is_file():
-            try:
-                entries[split] = [line.strip() for line in as_text.read_text("utf-8").splitlines() if line.strip()]
-            except UnicodeDecodeError as error:
-                raise DataError(f"{as_text} is not UTF-8 text: {error}.") from error
-        else:
-            raise DataError(f"{root} has no meta/{stem}.json or meta/{stem}.txt; expected {_LAYOUTS}.")
-    for split, listed in entries.items():
-        for entry in listed:
-            if entry.count("/") != 1 or entry.startswith("/") or ".." in entry.split("/"):
-                raise DataError(f'meta lists "{entry}" for {split} in {root}, which is not of the form class/id.')
-    classes = sorted({entry.split("/")[0] for listed in entries.values() for entry in listed})
-    named = root / "meta" / "classes.txt"
-    if named.is_file():
-        # A class that the list names but no photo has keeps its place, so that labels stay those of the full set.
-        classes = sorted({*classes, *(line.strip() for line in named.read_text("utf-8").splitlines() if line.strip())})
-    label = {name: number for number, name in enumerate(classes)}
-    files = {
-        split: [(f"images/{entry}.jpg", label[entry.split("/")[0]]) for entry in listed]
-        for split, listed in entries.items()
-    }
-    return Listing(classes, files)
-
-
-def _listed_in_folders(root: Path, val: str) -> Listing:
-    """train/<class>/* and val/<class>/*; classes are the folders of train."""
-    folders = {"train": root / "train", "val": root / val}
-    found = {split: [name for name in _names(path) if (path / name).is_dir()] for split, path in folders.items()}
-    classes = found["train"]
-    if unknown := sorted(set(found["val"]) - set(classes)):
-        raise DataError(
-            f'{folders["val"]} has the class "{unknown[0]}", which {folders["train"]} does not have: '
-            "both need the same class folders."
-        )
-    files = {
-        split: [
-            (f"{path.name}/{name}/{file}", label)
-            for label, name in enumerate(classes)
-            if (path / name).is_dir()
-            for file in _names(path / name)
-            if os.path.splitext(file)[1].lower() in _SUFFIXES
-        ]
-        for split, path in folders.items()
-    }
-    return Listing(classes, files)
 
 
 def _listed_in_shards(root: Path, splits: dict[str, list[str]], cache: Path | None) -> Listing:
@@ -190,7 +116,7 @@ def list_files(data: Path, cache: Path | None = None) -> tuple[Path, Listing]:
     Raises:
         DataError: there is none, or it cannot be read.
     """
-    root = Path(os.path.abspath(data.expanduser()))
+    root = Path(os.path.abspath(expanded(data)))
     if (root / NAME / "meta").is_dir():  # where `python -m data_pipeline prepare --root` put it
         root = root / NAME
     try:
@@ -208,21 +134,21 @@ def _list(root: Path) -> Listing:
     if not root.exists():
         target = root.parent if root.name == NAME else root
         raise DataError(
-            f"There is no folder {root}: expected {_LAYOUTS}; `python -m data_pipeline prepare --root {target}` "
-            f"downloads Food-101, {_OFFLINE}."
+            f"There is no folder {root}: expected {LAYOUTS}; `python -m data_pipeline prepare --root {target}` "
+            f"downloads Food-101, {OFFLINE}."
         )
     if not root.is_dir():
-        raise DataError(f"{root} is a file, not a folder: expected {_LAYOUTS}; {_OFFLINE}.")
+        raise DataError(f"{root} is a file, not a folder: expected {LAYOUTS}; {OFFLINE}.")
     if not any(root.iterdir()):
-        raise DataError(f"The folder {root} is empty: expected {_LAYOUTS}; {_OFFLINE}.")
+        raise DataError(f"The folder {root} is empty: expected {LAYOUTS}; {OFFLINE}.")
     if (root / "meta").is_dir() and (root / "images").is_dir():
-        return _listed_in_metadata(root)
+        return listed_in_metadata(root)
     if (root / "train").is_dir():
         for val in ("val", "test"):
             if (root / val).is_dir():
-                return _listed_in_folders(root, val)
-        raise DataError(f"{root} has train/ but neither val/ nor test/: expected {_LAYOUTS}.")
-    raise DataError(f"{root} holds no data set that is known here: expected {_LAYOUTS}; {_OFFLINE}.")
+                return listed_in_folders(root, val)
+        raise DataError(f"{root} has train/ but neither val/ nor test/: expected {LAYOUTS}.")
+    raise DataError(f"{root} holds no data set that is known here: expected {LAYOUTS}; {OFFLINE}.")
 
 
 def _cache_file(root: Path, cache: Path, of: str = "") -> Path:
@@ -233,7 +159,7 @@ def _read_cache(file: Path) -> dict[str, list]:
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
         return dict(stored["files"]) if stored["version"] == _CACHE_VERSION else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}  # absent or damaged: it is only a cache
 
 
@@ -322,7 +248,11 @@ def _check(root: Path, listing: Listing, splits: dict[str, Split], excluded: lis
 
 
 def build_index(
-    data: str | Path, *, cache_dir: str | Path | None = None, quarantined: Sequence[Sequence[Any]] = ()
+    data: str | Path,
+    *,
+    cache_dir: str | Path | None = None,
+    quarantined: Sequence[Sequence[Any]] = (),
+    known: Known | None = None,
 ) -> Index:
     """The index of a folder of photos, of shards, or of the generated "sample".
 
@@ -330,24 +260,33 @@ def build_index(
     `excluded`. `cache_dir` (default: the user's cache folder) remembers what was found; where it cannot be written,
     the index is built anew each time. `quarantined`: records of `Index.quarantine_records`, of files that went bad
     during the run that is continued: they keep their places, whatever became of them, so that all others do.
+    `known`: what that run began with; its files that are bad or gone now are quarantined in their places.
 
     Raises:
-        DataError: no folder, no images, a class without images, damaged metadata, no permission.
+        DataError: no folder, no images, a class without images, damaged metadata, no permission; beside `known`, new
+            images, other labels or sizes.
     """
     cache = user_cache_folder() if cache_dir is None else Path(cache_dir)
     root, listing = list_files(make_sample(cache) if str(data) == SAMPLE else Path(data), cache)
+    added = {} if known is None else place_as_known(root, listing, known)
     kept_places = {record[1]: _probe_of(record[3:7]) for record in quarantined}
     for split, name, label, *_ in quarantined:
         if (name, label) not in listing.files[split]:  # a folder lists only what is there
             insort(listing.files[split], (name, label), key=listing.place)
-    names = list(dict.fromkeys(name for listed in listing.files.values() for name, _ in listed))
+    names = list(dict.fromkeys(name for held in (listing.files, added) for files in held.values() for name, _ in files))
     stamps = _stamps({name: listing.path(root, name) for name in names})
     probes = _probe_all(root, listing, stamps, cache) | kept_places
+    refuse_additions(root, added, probes)
+    waiting = {} if known is None else went_bad(root, known, probes)
     excluded = [(f"{root}/{name}", reason) for name in names if (reason := probes[name].reason) is not None]
     excluded += listing.left_out
+    if known is not None:
+        named = {path for path, _ in excluded}
+        missed = (f"{root}/{name}" for name in sorted(known.excluded))
+        excluded += [(path, "left out when the run began") for path in missed if path not in named]
     splits = {split: _split(root, listing, split, probes) for split in listing.files}
     _check(root, listing, splits, excluded)
-    kept = [name for name in names if probes[name].reason is None]
+    kept = [name for held in listing.files.values() for name, _ in held if probes[name].reason is None]
     listed = [
         listing.classes,
         {
@@ -355,8 +294,7 @@ def build_index(
             for split, files in listing.files.items()
         },
     ]
-    fingerprint, content = _hash(listed), _hash([listed, [stamps[name] for name in kept]])
-    waiting: dict[str, dict[int, str]] = {}
+    fingerprint, content = _hash(listed), _hash([listed, [stamps[name] for name in dict.fromkeys(kept)]])
     for split, name, *_, reason in quarantined:
         waiting.setdefault(split, {})[splits[split].paths.index(f"{root}/{name}")] = reason
     return Index(root, tuple(listing.classes), splits, tuple(excluded), fingerprint, content, waiting)

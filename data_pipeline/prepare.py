@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import tarfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -24,9 +25,11 @@ from PIL import Image, ImageOps
 
 from data_pipeline.errors import DataError
 from data_pipeline.food101 import NAME
-from data_pipeline.sample import SAMPLE
+from data_pipeline.probe import FORMATS
+from data_pipeline.sample import SAMPLE, expanded
 
 _TRIES, _TIMEOUT, _BLOCK = 5, 30, 1 << 20
+_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds before the second try, twice as many before each further one
 _EXTRACTED = 1.05  # bytes of the folder for each byte of the archive: photos do not compress
 _RESIZED_QUALITY = 92
 
@@ -53,7 +56,7 @@ def prepare(root: Path, short_side: int | None = None, source: Source | None = N
     if short_side is not None and not 32 <= short_side <= 4096:
         raise DataError(f"--short-side {short_side} must lie between 32 and 4096.")
     source = source or Source()
-    root = Path(os.path.abspath(root.expanduser()))
+    root = Path(os.path.abspath(expanded(root)))
     folder = root / NAME
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -80,7 +83,7 @@ def offer(data: str) -> None:
     Raises:
         DataError: as `prepare`.
     """
-    folder = Path(data).expanduser()
+    folder = expanded(Path(data))
     if data == SAMPLE or folder.exists() or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return
     root = folder.parent if folder.name == NAME else folder
@@ -143,37 +146,60 @@ def _check(file: Path, source: Source) -> None:
 
 
 def _fetch(url: str, part: Path) -> None:
-    """Append to `part` what is missing of it."""
+    """Append to `part` what is missing of it. Between tries it waits, as long as the server asks for, within reason."""
+    reason = ""
     for attempt in range(1, _TRIES + 1):
         have = part.stat().st_size if part.exists() else 0
+        pause = _PAUSE * 2 ** (attempt - 1)
         try:
             request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
             with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
+                _refuse_page(url, answer)
                 if answer.status != 206:
                     have = 0  # the server sends everything, whatever was asked for
-                expected = have + int(answer.headers["Content-Length"])
-                _need(part.parent, (expected - have) + _EXTRACTED * expected, "Food-101 with its archive")
+                length = answer.headers.get("Content-Length", "")
+                expected = have + int(length) if length.isdigit() else None  # a server need not say
+                if expected is not None:
+                    _need(part.parent, (expected - have) + _EXTRACTED * expected, "Food-101 with its archive")
                 _store(answer, part, have, expected)
-            if part.stat().st_size == expected:
+            if expected is None or part.stat().st_size == expected:
                 return
             reason = "the connection ended early"
         except urllib.error.HTTPError as error:
             if error.code == 416:  # there is nothing behind what we have: the checksum will tell
                 return
             reason = f"{error.code} {error.reason}"
-            if error.code < 500:
+            if error.code < 500 and error.code not in (408, 429):
                 break
+            asked = error.headers.get("Retry-After", "")
+            pause = max(pause, min(float(asked), _LONGEST_PAUSE)) if asked.isdigit() else pause
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             reason = str(getattr(error, "reason", error)) or type(error).__name__
             if attempt == 1 and not part.exists():
                 break  # nothing ever came: no network
+        if attempt < _TRIES:
+            time.sleep(pause)
     raise DataError(
         f"{url} cannot be downloaded ({reason}): run the same command again when the network is back, which goes on "
         f"where this one stopped, or put the file into {part.parent} by other means."
     )
 
 
-def _store(answer: http.client.HTTPResponse, part: Path, have: int, expected: int) -> None:
+def _refuse_page(url: str, answer: http.client.HTTPResponse) -> None:
+    """A hotel's or an airport's network answers every question with its own page.
+
+    Raises:
+        DataError: a page came where an archive should.
+    """
+    kind = answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    if kind.startswith("text/") or kind == "application/xhtml+xml":
+        raise DataError(
+            f"{url} answers with a page ({kind}) instead of the archive, as a network does that wants you to sign in: "
+            "open it in a browser, sign in, and run the same command again."
+        )
+
+
+def _store(answer: http.client.HTTPResponse, part: Path, have: int, expected: int | None) -> None:
     with open(part, "ab" if have else "wb") as out, _progress("downloading", expected, in_bytes=True) as advance:
         advance(have)
         while block := answer.read(_BLOCK):
@@ -203,7 +229,7 @@ def _extract(archive: Path, folder: Path) -> None:
     with _built_beside(folder) as scratch:
         try:
             _unpack(archive, scratch)
-        except tarfile.FilterError as error:
+        except (_Unsafe, tarfile.FilterError) as error:
             raise DataError(
                 f"{archive} is not safe to extract ({error}): remove it and run the command again."
             ) from error
@@ -226,10 +252,22 @@ def _unpack(archive: Path, into: Path) -> None:
     ):
         before = 0
         for member in tar:
-            # Refuses absolute names, names and links that lead out of the folder, and devices.
+            _check_member(member)
             tar.extract(member, into, filter="data")
             advance(data.tell() - before)
             before = data.tell()
+
+
+class _Unsafe(Exception):
+    pass
+
+
+def _check_member(member: tarfile.TarInfo) -> None:
+    """Refuses all but files and folders under plain names: tarfile's own filter let links lead out of the folder in
+    some versions, and Food-101 has none."""
+    plain = not member.name.startswith("/") and ".." not in member.name.split("/") and len(member.name) <= 1024
+    if not plain or not (member.isreg() or member.isdir()):
+        raise _Unsafe(f"{member.name[:100]!r} is no plain file in its folder")
 
 
 def _resize(folder: Path, resized: Path, short_side: int) -> None:
@@ -254,7 +292,7 @@ def _resize(folder: Path, resized: Path, short_side: int) -> None:
 
 def _resize_one(path: Path, to: Path, short_side: int) -> None:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if min(image.size) > short_side and image.format == "JPEG":
                 image.draft("RGB", (2 * short_side, 2 * short_side))  # decode at a half or less, where that is enough
                 upright = ImageOps.exif_transpose(image).convert("RGB")

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pickle
-import stat
 import struct
 import subprocess
 import sys
 import warnings
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import BinaryIO, NamedTuple
 from PIL import Image
 
 from data_pipeline.errors import DataError
+from data_pipeline.files import MAX_BYTES, open_photo, patiently
 from data_pipeline.tar import TarMember, file_of, opened
 
 KINDS = ("baseline", "progressive", "cmyk", "other")
@@ -33,13 +35,18 @@ KINDS = ("baseline", "progressive", "cmyk", "other")
 (rarer JPEGs, PNG, WebP)."""
 BASELINE, PROGRESSIVE, CMYK, OTHER = range(4)
 
-_FORMATS = {"JPEG", "MPO", "PNG", "WEBP"}  # what both decoders read
+FORMATS = ("JPEG", "PNG", "WEBP")
+"""What is read, and no other of PIL's parsers is shown a file. Both decoders read them; MPO is among the JPEGs."""
+
 _EXIF_ORIENTATION = 0x0112
 _PNG_END = b"IEND\xaeB`\x82"
 _HEAD, _TAIL = 4096, 256  # bytes read at once: most headers fit, and most files end with their end
 _SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start-of-frame markers
 _BARE = frozenset(range(0xD0, 0xD9)) | {0x01}  # markers without a length
-_PARSE_ERRORS = (ValueError, SyntaxError, IndexError, KeyError, TypeError, EOFError, struct.error)
+PARSE_ERRORS = (
+    ValueError, SyntaxError, IndexError, KeyError, TypeError, EOFError, OverflowError, struct.error, zlib.error,
+)  # fmt: skip
+"""What PIL's parsers raise on damaged files, beside OSError and Image.DecompressionBombError."""
 _MANY = 10_000  # files from which on processes are worth their start (0.2 s each)
 
 
@@ -79,27 +86,24 @@ class _Reader:
 def scan(path: str) -> Probe:
     """Header and end of a JPEG; other files are decoded."""
     try:
-        # A pipe would block.
-        handle = os.open(file_of(path), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        probe = patiently(lambda: _scan(path))
     except OSError as error:
-        return _failed(_words(error))
+        return _failed(words_of(error))
+    return probe or decode_fully(path)
+
+
+def _scan(path: str) -> Probe | None:
+    """None where PIL should look at it."""
+    member = path if isinstance(path, TarMember) else None
+    handle, whole = open_photo(file_of(path), MAX_BYTES if member is None else math.inf)
     try:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
-            return _failed("a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file")
-        start, size = (path.offset, path.size) if isinstance(path, TarMember) else (0, found.st_size)
+        start, size = (0, whole) if member is None else (member.offset, member.size)
         if size == 0:
             return _failed("empty file")
         reader = _Reader(handle, start, size)
-        if reader.at(0, 2) == b"\xff\xd8":
-            probe = _scan_jpeg(reader, size)
-            if probe is not None:
-                return probe
-    except OSError as error:
-        return _failed(_words(error))
+        return _scan_jpeg(reader, size) if reader.at(0, 2) == b"\xff\xd8" else None
     finally:
         os.close(handle)
-    return decode_fully(path)
 
 
 def _scan_jpeg(reader: _Reader, size: int) -> Probe | None:
@@ -160,26 +164,39 @@ def _orientation(segment: bytes) -> int:
             warnings.simplefilter("ignore")
             tags.load(segment)
             found = tags.get(_EXIF_ORIENTATION, 1)
-    except (OSError, *_PARSE_ERRORS):
+    except (OSError, *PARSE_ERRORS):
         return 1
     return found if found in range(1, 9) else 1
 
 
-def _words(error: OSError) -> str:
+def words_of(error: OSError) -> str:
+    """Why a file cannot be read, in a few words."""
     return error.strerror.lower() if error.strerror else str(error) or "cannot be read"
 
 
 def decode_fully(path: str, *, every_pixel: bool = False) -> Probe:
     """What PIL makes of a file, reading all of its bytes: a JPEG at an eighth of its size unless `every_pixel`."""
     try:
-        mode = os.stat(file_of(path)).st_mode
-        if not stat.S_ISREG(mode):  # opening a pipe would block
-            return _failed("a folder" if stat.S_ISDIR(mode) else "not a regular file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's remarks on metadata and size
-            with opened(path) as file, Image.open(file) as image:
-                if image.format not in _FORMATS:
-                    return _failed(f"{image.format} is not supported, only JPEG, PNG and WebP")
+        return patiently(lambda: _decode_fully(path, every_pixel))
+    except Image.DecompressionBombError:
+        return _failed("too many pixels")
+    except Image.UnidentifiedImageError:
+        return _failed("not a JPEG, PNG or WebP image")
+    except OSError as error:
+        return _failed(words_of(error))
+    except PARSE_ERRORS as error:
+        return _failed(f"damaged: {error}" if str(error) else "damaged")
+
+
+def _decode_fully(path: str, every_pixel: bool) -> Probe:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's remarks on metadata and size
+        with opened(path) as file:
+            if not file.read(1):
+                return _failed("empty file")
+            file.seek(0)
+            with Image.open(file, formats=FORMATS) as image:
+                assert image.format is not None
                 if unsupported := _unsupported(path, image.format):
                     return _failed(unsupported)
                 orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
@@ -188,15 +205,6 @@ def decode_fully(path: str, *, every_pixel: bool = False) -> Probe:
                     # Skips most of a JPEG's arithmetic and still reads every byte.
                     image.draft(None, (max(1, width // 8), max(1, height // 8)))
                 image.load()
-    except Image.DecompressionBombError:
-        return _failed("too many pixels")
-    except Image.UnidentifiedImageError:
-        size = path.size if isinstance(path, TarMember) else os.path.getsize(path)
-        return _failed("empty file" if size == 0 else "not an image")
-    except OSError as error:
-        return _failed(_words(error))
-    except _PARSE_ERRORS as error:  # what PIL's parsers raise on damaged headers
-        return _failed(f"damaged: {error}" if str(error) else "damaged")
     orientation = orientation if orientation in range(1, 9) else 1
     if orientation >= 5:
         width, height = height, width
@@ -212,7 +220,7 @@ def _kind(image: Image.Image) -> int:
 
 
 def _unsupported(path: str, form: str) -> str:
-    """Why a decoder refuses, misreads or crashes on a file whose pixels PIL would read; "" where none does."""
+    """Why a decoder refuses or misreads a file whose pixels PIL would read; "" where none does."""
     with opened(path) as file:
         if form in ("JPEG", "MPO"):
             return "" if _whole_jpeg_header(file) else "damaged JPEG header"
@@ -223,8 +231,8 @@ def _unsupported(path: str, form: str) -> str:
         return "PNG with 16 bits a channel is not supported"
     if _PNG_END not in data:
         return "truncated PNG"
-    with Image.open(io.BytesIO(data)) as image:
-        image.verify()  # every checksum: loading passes over some, and torchvision's decoder crashes on them
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        image.verify()  # every checksum: loading passes over some
     return ""
 
 

@@ -13,15 +13,18 @@ from __future__ import annotations
 import glob
 import io
 import json
+import math
 import os
 import re
 import tarfile
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from data_pipeline.errors import DataError
+from data_pipeline.files import MAX_BYTES, open_photo, patiently
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 _SHARD = re.compile(r".+\.(tar|tgz|tar\.(gz|bz2|xz|zst|lz4))", re.IGNORECASE)
@@ -30,6 +33,7 @@ _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22
 _NAMING = "shards are called train*.tar and val*.tar, validation*.tar or test*.tar"
 _LABEL_BYTES = 1 << 20  # more of a label member is not read
 _BLOCK = 512
+_BEHIND = 1 << 20  # looked at behind the end: an archive is filled up with zeros to a multiple of 10,240 bytes
 
 
 class TarMember(str):
@@ -49,11 +53,16 @@ class TarMember(str):
         return TarMember, (self.archive, self[len(self.archive) + 2 :], self.offset, self.size)
 
     def read(self) -> bytes:
-        with open(self.archive, "rb") as file:
-            return _read_at(file, self.offset, self.size)
+        def once() -> bytes:
+            with open(self.archive, "rb") as file:
+                return _read_at(file, self.offset, self.size)
+
+        return patiently(once)
 
 
 def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
+    if size > MAX_BYTES:
+        raise OSError(f"{size / 1e9:.1f} GB, which is no photo")
     file.seek(offset)
     data = file.read(size)
     if len(data) < size:
@@ -68,7 +77,7 @@ def file_of(path: str) -> str:
 
 def opened(path: str) -> BinaryIO:
     """A file, or a member of a shard, from its first byte to its last."""
-    return io.BytesIO(path.read()) if isinstance(path, TarMember) else open(path, "rb")
+    return io.BytesIO(path.read()) if isinstance(path, TarMember) else open(open_photo(path)[0], "rb")
 
 
 # --- one shard ------------------------------------------------------------------------------------------------------
@@ -92,7 +101,7 @@ def read_shard(archive: str) -> list[Sample]:
         DataError: it is compressed or damaged, or no tar file.
         OSError: it cannot be read.
     """
-    with open(archive, "rb") as file:
+    with open(open_photo(archive, math.inf)[0], "rb") as file:
         if file.read(6).startswith(_COMPRESSED):
             raise DataError(f"{archive} is compressed, and shards are read in place: decompress it to a plain .tar.")
         groups: dict[tuple[str, str], list[tuple[str, tarfile.TarInfo]]] = defaultdict(list)
@@ -117,6 +126,15 @@ def _members(file: BinaryIO, archive: str) -> dict[str, tarfile.TarInfo]:
     file.seek(end)
     if any(file.read(_BLOCK)):  # tarfile takes a damaged header for the end
         raise DataError(f"{archive} is damaged at byte {end}: copy it again or remove it.")
+    file.seek(end)
+    behind = file.read(_BEHIND)
+    if len(behind) < 2 * _BLOCK:
+        raise DataError(f"{archive} is not whole, its end is missing after {end} bytes: copy it again or remove it.")
+    if any(behind):
+        raise DataError(
+            f"{archive} goes on after its end at byte {end}, as when archives are joined with cat: keep them apart, or "
+            "join them with tar --concatenate."
+        )
     return found
 
 
@@ -148,7 +166,7 @@ def _label(file: BinaryIO, folder: str, members: dict[str, tarfile.TarInfo]) -> 
             try:
                 text = _read_at(file, info.offset_data, min(info.size, _LABEL_BYTES)).decode().strip()
                 held = json.loads(text) if extension == ".json" else None
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"its label {info.name} is not {extension[1:].upper()} text") from error
             if extension == ".cls":
                 found = int(text) if re.fullmatch(r"-?\d+", text) else text
@@ -253,6 +271,11 @@ def contents(root: Path, splits: dict[str, list[str]], samples: Mapping[str, Seq
                 f"No {split} shard of {root} has an image with a label{why}: put <key>.jpg beside <key>.cls or "
                 "<key>.json in them, or photos in folders named for their classes."
             )
+    # macOS writes é as two characters where others write one.
+    labels = {
+        split: {name: unicodedata.normalize("NFC", at) if isinstance(at, str) else at for name, at in held.items()}
+        for split, held in labels.items()
+    }
     found = set(labels["train"].values())
     # Numbers keep their order; names of folders that look like numbers are sorted as folders are.
     numbers = all(isinstance(label, int) for label in found)

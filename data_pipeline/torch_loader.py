@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,13 +16,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms.v2 import functional as F
 
+from data_pipeline.decode import decode_photo
 from data_pipeline.errors import BadFiles, DataError
 from data_pipeline.food101 import Split
 from data_pipeline.loader import Batch, Loader, Plan, Step
-from data_pipeline.tar import TarMember
+
+_PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when the thread that started it ends
+_DEATHS = 2  # workers that may die in turn before it is said why
+
+
+_log = logging.getLogger("data_pipeline")
 
 
 class _Prepared(NamedTuple):
@@ -91,17 +100,10 @@ def decoded(path: str, orientation: int, size: NDArray[np.int32]) -> Tensor:
     Raises:
         RuntimeError: the file cannot be decoded, or its `size` (width, height) is another one now.
     """
-    image = upright(decode_image(_bytes_of(path), mode=ImageReadMode.RGB), orientation)
+    image = upright(decode_photo(path), orientation)
     if image.shape[2] != size[0] or image.shape[1] != size[1]:
         raise RuntimeError(f"it was {size[0]} x {size[1]} pixels and is {image.shape[2]} x {image.shape[1]} now")
     return image
-
-
-def _bytes_of(path: str) -> Tensor:
-    """[N] uint8: a file, or a member of a shard."""
-    return (
-        torch.frombuffer(bytearray(path.read()), dtype=torch.uint8) if isinstance(path, TarMember) else read_file(path)
-    )
 
 
 def upright(image: Tensor, orientation: int) -> Tensor:
@@ -118,6 +120,15 @@ def upright(image: Tensor, orientation: int) -> Tensor:
     return image
 
 
+def _shared_memory_words() -> str:
+    """Batches are handed over in /dev/shm, of which Docker gives 64 MB."""
+    with suppress(OSError):
+        found = os.statvfs("/dev/shm")
+        if (size := found.f_blocks * found.f_frsize) <= 1 << 30:
+            return f"; /dev/shm has {size / 1e6:.0f} MB here: give Docker --shm-size 8g or --ipc host"
+    return ""
+
+
 class _Positions(Sampler[_Position]):
     """The positions that are asked for next; set before each pass, read by the DataLoader in this process."""
 
@@ -132,14 +143,51 @@ class _Positions(Sampler[_Position]):
 
 
 def _start_worker(_: int) -> None:
-    # Ctrl-C reaches every process of the terminal, and torchrun ends a whole group with SIGTERM: the trainer decides,
-    # workers end with it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.setpgrp()
+    # Ctrl-C reaches every process of the terminal, systemd and Slurm send SIGTERM to every process of a job, and a
+    # terminal that closes SIGHUP: the trainer decides, workers end with it, or when it says so.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_for, args=(os.getppid(),), daemon=True).start()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _end_for(parent: int) -> None:
+    """End this process when that one sends SIGTERM."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _as_it_is(prepared: Any) -> Any:
     return prepared
+
+
+class _Deaths:
+    """DataLoader's handler of SIGCHLD, which raises when a worker has died, holds while a batch is waited for alone:
+    elsewhere it would raise in the middle of a step."""
+
+    def __init__(self) -> None:
+        self._handler: Any = None  # DataLoader sets it once a process
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        before = signal.getsignal(signal.SIGCHLD)
+        if threading.current_thread() is not threading.main_thread() or before is None:  # one that C code has set
+            yield
+            return
+        try:
+            if self._handler is not None:
+                signal.signal(signal.SIGCHLD, self._handler)
+            yield
+        finally:
+            if (now := signal.getsignal(signal.SIGCHLD)) != before:
+                self._handler = now
+            signal.signal(signal.SIGCHLD, before)
+
+
+_deaths = _Deaths()
 
 
 class TorchLoader(Loader):
@@ -152,6 +200,7 @@ class TorchLoader(Loader):
         self._positions = _Positions()
         self._loader: DataLoader[_Prepared] | None = None
         self._passing: Iterator[_Prepared] | None = None
+        self._deaths = 0
 
     def _start(self) -> DataLoader[_Prepared]:
         return DataLoader(
@@ -171,7 +220,8 @@ class TorchLoader(Loader):
         if self._loader is None:
             self._loader = self._start()
         self._positions.positions = [(epoch, number, self.plan.quarantined) for number in numbers]
-        self._passing = iter(self._loader)
+        with _deaths.told():
+            self._passing = iter(self._loader)
         for _ in range(len(self._positions)):
             prepared = self._next()
             if prepared.bad:
@@ -181,18 +231,29 @@ class TorchLoader(Loader):
     def _next(self) -> _Prepared:
         assert self._passing is not None
         try:
-            return next(self._passing)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            with _deaths.told():
+                prepared = next(self._passing)
+        except (RuntimeError, OSError) as error:
+            reason = reason_of(error).rstrip(".")
+        else:
+            self._deaths = 0
+            return prepared
         # Raised out here: the other error's frames hold the iterator, and its processes would be waited for.
-        self.close()
+        self._end_workers()
+        self._deaths += 1
+        if self._deaths < _DEATHS and "worker" in reason:
+            _log.warning("a data loading worker died (%s): others go on.", reason)
+            raise BadFiles({})
         raise DataError(
             f"A data loading worker died ({reason}): the usual reason is too little memory or /dev/shm, so use fewer "
-            "--workers or a smaller --batch-size."
+            f"--workers or a smaller --batch-size{_shared_memory_words()}."
         )
 
     def close(self) -> None:
         super().close()
+        self._end_workers()
+
+    def _end_workers(self) -> None:
         # The last references, kept in no frame on purpose: worker processes end when the count drops, in order.
         # Left to the cycle collector, their queues may go first, and each process is waited for in vain.
         self._passing = None

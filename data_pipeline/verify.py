@@ -14,8 +14,10 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from data_pipeline.food101 import Listing, list_files
-from data_pipeline.probe import KINDS, Probe, decode_fully
+from data_pipeline.files import patiently
+from data_pipeline.food101 import list_files
+from data_pipeline.layouts import Listing
+from data_pipeline.probe import KINDS, Probe, decode_fully, words_of
 from data_pipeline.tar import opened
 
 _SHOWN = 20  # of each kind of finding; the counts are always those of all
@@ -86,13 +88,17 @@ def verify(root: Path) -> Report:
 
 def _look(path: str) -> tuple[Probe | None, bytes | None]:
     try:
-        with opened(path) as file:
-            digest = hashlib.blake2b(file.read(), digest_size=16).digest()
+        digest = patiently(lambda: _digest(path))
     except FileNotFoundError:
         return None, None
     except OSError as error:
-        return Probe(0, 0, 1, 0, (error.strerror or str(error)).lower()), os.fsencode(path)
+        return Probe(0, 0, 1, 0, words_of(error)), os.fsencode(path)
     return decode_fully(path, every_pixel=True), digest
+
+
+def _digest(path: str) -> bytes:
+    with opened(path) as file:
+        return hashlib.blake2b(file.read(), digest_size=16).digest()
 
 
 def _extra(root: Path, listing: Listing) -> list[str]:

@@ -326,6 +326,9 @@ class ModelConfig:
         for name in ("num_classes", "in_chans"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}.")
+        for name in ("width", "depth"):
+            if not 0.01 <= getattr(self, name) <= 100:
+                raise ValueError(f"{name} must be in [0.01, 100], got {getattr(self, name)}.")
         for name in ("dropout", "drop_connect_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")

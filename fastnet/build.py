@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -14,7 +15,7 @@ from fastnet.create import create_model
 from fastnet.device import check_kernels, pick_workers
 from fastnet.distributed import Division, Ranks, sync_batch_norm
 from fastnet.ema import ModelEma
-from fastnet.errors import UserError
+from fastnet.errors import UserError, out_of_memory
 from fastnet.gradients import GradientAllReduce
 from fastnet.model import EfficientNet, ModelConfig
 from fastnet.optim import freeze_stages, make_optimizer
@@ -23,16 +24,28 @@ from fastnet.step import Amp, TrainStep
 
 def build_cache(config: TrainConfig, index: Index, resolution: int, device: torch.device, ranks: Ranks) -> PixelCache:
     """Where the run keeps decoded images; all ranks call it together."""
-    return choose_cache(
-        config.data.cache,
-        index,
-        resolution,
-        augmentation=config.augment,
-        side=config.data.cache_side,
-        device=device,
-        memory=ranks.shared_memory if ranks.size > 1 else None,
-        agree=ranks.decide,
-    )
+    with cache_memory(config):
+        return choose_cache(
+            config.data.cache,
+            index,
+            resolution,
+            augmentation=config.augment,
+            side=config.data.cache_side,
+            device=device,
+            memory=ranks.shared_memory if ranks.size > 1 else None,
+            agree=ranks.decide,
+        )
+
+
+@contextmanager
+def cache_memory(config: TrainConfig) -> Iterator[None]:
+    """UserError that names --cache where memory ends in the body and there is a cache in memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if config.data.cache in ("none", "disk") or not out_of_memory(error):
+            raise
+        raise UserError(f"out of memory for --cache {config.data.cache}: use --cache disk or --cache none.") from error
 
 
 def build_loaders(
@@ -59,25 +72,26 @@ def build_loaders(
         workers=pick_workers(config.data.workers, device, ranks.local_size),
         dali=config.dali,
     )
-    train = make_loader(
-        index,
-        "train",
-        train=True,
-        augmentation=config.augment,
-        batch_size=division.images,
-        shard=division.shard,
-        **common,
-    )
-    val = make_loader(
-        index,
-        "val",
-        train=False,
-        augmentation=None,
-        batch_size=config.optimizer.batch_size * ranks.size,
-        shard=division.shard._replace(parts=1),
-        **common,
-    )
-    return train, val
+    with cache_memory(config):
+        train = make_loader(
+            index,
+            "train",
+            train=True,
+            augmentation=config.augment,
+            batch_size=division.images,
+            shard=division.shard,
+            **common,
+        )
+        val = make_loader(
+            index,
+            "val",
+            train=False,
+            augmentation=None,
+            batch_size=config.optimizer.batch_size * ranks.size,
+            shard=division.shard._replace(parts=1),
+            **common,
+        )
+        return train, val
 
 
 def build_model(

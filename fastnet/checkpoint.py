@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +22,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fastnet.errors import UserError
+from fastnet.typed import fits, parse_object
 
 FORMAT = 2
 TRAINING_PREFIX = "training/"
+_RESTORE = "restore it from a backup, or start a new run"
 
 
 @dataclass
@@ -45,10 +48,11 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Raises UserError where there is no space or no permission; what was there before stays.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    # A name of this process's own: two that write one file must not tear it.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -68,6 +72,8 @@ def write_failure(path: Path, error: OSError) -> str:
     """The sentence for a file of a run that could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left to write {path}: free some and continue with --resume {path.parent}."
+    if error.errno == errno.ENAMETOOLONG:
+        return f"the name {path} is too long to be written: choose a shorter --out."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to write {path}: choose another folder with --out."
     return f"cannot write {path} ({error.strerror or error}): mend that or choose another folder with --out."
@@ -99,13 +105,11 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], d
         tensors = load_file(path)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}: name a run's folder with --resume.") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"checkpoint {path} cannot be read ({error}): restore it from a backup, or start a new run."
-        ) from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"checkpoint {path} cannot be read ({one_line(error)}): {_RESTORE}.") from None
     if text is None:
         raise UserError(f"{path} is no fastnet checkpoint: to start from other weights use --pretrained.")
-    metadata = json.loads(text)
+    metadata = read_metadata(text, path)
     if metadata["format"] not in (1, FORMAT):
         raise UserError(
             f"checkpoint {path} has format {metadata['format']}, this version reads 1 to {FORMAT}: "
@@ -125,9 +129,31 @@ def notes_of(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("fastnet", "{}")
-        return dict(json.loads(text))
+        return parse_object(text)
     except (SafetensorError, OSError, ValueError):
         return {}
+
+
+def read_metadata(text: str, path: Path) -> dict[str, Any]:
+    """What `save_checkpoint` wrote into the header; UserError where that is damaged."""
+    try:
+        metadata = parse_object(text)
+        for name, hint in (("format", int), ("model", dict[str, Any] | None), ("progress", dict[str, Any] | None)):
+            if not fits(metadata.get(name), hint):
+                raise ValueError(f"{name} cannot be {metadata.get(name)!r:.60}")
+        for name in ("progress", "scaler"):
+            if name in metadata and metadata["format"] == 1:
+                checked = metadata[name] or {}
+                if not all(fits(value, float | list[Any]) for value in checked.values()):
+                    raise ValueError(f"{name} holds what is no number")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"the header of {path} is damaged ({error}): {_RESTORE}.") from None
+    return metadata
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of a library says, without its newlines."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _complete_format_1(training: dict[str, Tensor], metadata: dict[str, Any]) -> None:

@@ -14,8 +14,9 @@ from typing import Any, Literal, get_type_hints
 
 from data_pipeline.augment import Augmentation
 from data_pipeline.dali_options import DaliOptions
-from fastnet.arch import EFFICIENTNET, Kernels, Padding, Scaling, Style, Variant
+from fastnet.arch import EFFICIENTNET, Kernels, Padding, Scaling, Style, Variant, coefficients
 from fastnet.errors import UserError
+from fastnet.typed import checked_fields, parse_object
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class ProgressiveOptions:
 @dataclass(frozen=True)
 class RunOptions:
     out: str | None = None
-    """Folder of the run. Default: runs/<variant>-<resolution>-<date>."""
+    """Folder of the run; with several nodes one that all share. Default: runs/<variant>-<resolution>-<date>."""
     resume: str | None = None
     """Continue a run: its folder, or 'auto' for --out (without --out: the newest in runs/) if it holds a checkpoint."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -247,6 +248,7 @@ class TrainConfig:
             ("--save-every", self.run.save_every, 0, 1e9),
             ("--log-every", self.run.log_every, 1, 1e9),
             ("--reestimate-bn", self.run.reestimate_bn, 0, 1e6),
+            ("--seed", self.run.seed, 0, 2**63 - 1),
         ]
         for flag, value, low, high in limits:
             if value is not None and not low <= value <= high:
@@ -276,8 +278,11 @@ class TrainConfig:
 
 
 def processes() -> int:
-    """How many processes train together, as torchrun says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes train together, as torchrun says; UserError where that is no number."""
+    said = os.environ.get("WORLD_SIZE", "1")
+    if not said.isascii() or not said.isdigit() or not 1 <= int(said[:9]) < 1e6:
+        raise UserError(f"WORLD_SIZE is {said!r}, and torchrun sets a number: start with torchrun, or unset it.")
+    return int(said)
 
 
 def config_from_dict(values: dict[str, Any], source: Path) -> TrainConfig:
@@ -288,21 +293,27 @@ def config_from_dict(values: dict[str, Any], source: Path) -> TrainConfig:
 def read_config(path: Path) -> TrainConfig:
     """The configuration that a run was started with; UserError where it can't be read."""
     try:
-        return config_from_dict(json.loads(path.read_text()), path)
+        return config_from_dict(parse_object(path.read_text(encoding="utf-8")), path)
     except FileNotFoundError:
         raise UserError(f"{path.parent} is not the folder of a run (no {path.name}): name one with --resume.") from None
-    except (json.JSONDecodeError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({error}): restore it, or start a new run.") from None
 
 
-def _build(cls: type, values: dict[str, Any], source: Path) -> Any:
+def _build(cls: type, values: Any, source: Path) -> Any:
     hints = get_type_hints(cls)
-    unknown = set(values) - set(hints)
+    unknown = set(values) - set(hints) if isinstance(values, dict) else set()
     if unknown:
         raise UserError(
             f"{source} holds settings that this version does not know ({', '.join(sorted(unknown))}): "
             "continue the run with the version that wrote it."
         )
+    try:
+        checked_fields(cls, values)
+        if cls is ModelOptions and "variant" in values:
+            coefficients(values["variant"])
+    except ValueError as error:
+        raise UserError(f"{source} is damaged ({error}): restore it, or start a new run.") from None
     built = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):

@@ -87,9 +87,3 @@ def pick_workers(workers: int | None, device: torch.device, sharing: int = 1) ->
         return workers
     cores = max(1, cores // sharing)
     return min(16, cores) if device.type == "cuda" else max(1, cores // 2)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the host had no memory left."""
-    # A CPU's allocator has no exception of its own.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -14,10 +14,12 @@ starts from, so that it computes what an uninterrupted one does.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 from data_pipeline import DataError, Shard
 from fastnet.config import processes
 from fastnet.errors import UserError
+from fastnet.peers import Peers
 
 T = TypeVar("T")
 
@@ -42,7 +45,14 @@ class Ranks:
     local_rank: int = 0
     local_size: int = 1
     """Ranks on this machine, of which local_rank is this one's number."""
+    nodes: int = 1
+    """Machines of the run."""
+    processes: dict[int, int] = field(default_factory=dict, repr=False)
+    """Rank -> process id, of the ranks of this machine."""
     _asked: tuple[Any, Tensor] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.peers = Peers(self)
 
     @property
     def first(self) -> bool:
@@ -73,6 +83,7 @@ class Ranks:
         """Rank 0's value, which can be pickled."""
         if self.size == 1:
             return value
+        self.peers.passed()
         holder = [value if self.first else None]
         dist.broadcast_object_list(holder, device=torch.device("cpu"))
         return holder[0]  # type: ignore[return-value]
@@ -81,6 +92,7 @@ class Ranks:
         """Every rank's value, by rank."""
         if self.size == 1:
             return [value]
+        self.peers.passed()
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
@@ -110,6 +122,7 @@ class Ranks:
         """The largest of all ranks' numbers; waits for them."""
         if self.size == 1:
             return number
+        self.peers.passed()
         value = torch.tensor(number)
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return int(value)
@@ -118,6 +131,7 @@ class Ranks:
         """The largest of the numbers that the ranks gave in the call before this one (0 in the first): nobody waits."""
         if self.size == 1:
             return number
+        self.peers.passed()
         before, value = self._asked, torch.tensor(number)
         self._asked = dist.all_reduce(value, dist.ReduceOp.MAX, async_op=True), value
         if before is None:
@@ -163,15 +177,28 @@ class Ranks:
             if not self._fails_first():
                 raise SystemExit(_status(error)) from None
             raise
-        except RuntimeError as error:
+        except Exception as error:
             if not _lost_a_peer(error):
+                self._fails_first()  # its traceback is what there is to read
                 raise
+            gone = self._gone()
             if not self._fails_first():
                 raise SystemExit(1) from None
             raise UserError(
-                "another process of this run ended: the last checkpoint is from before; continue with --resume, or let "
-                "torchrun do it (--max-restarts, with --out and --resume auto)."
+                f"{gone} ended: the last checkpoint is from before; continue with --resume, or let torchrun do it "
+                "(--max-restarts, with --out and --resume auto)."
             ) from error
+        finally:
+            self.peers.stop()
+
+    def _gone(self) -> str:
+        """The rank of this machine that is no longer there, if it is one."""
+        for _ in range(20):
+            for rank, pid in self.processes.items():
+                if rank != self.rank and not _runs(pid):
+                    return f"rank {rank} (process {pid}, killed from outside or out of memory: see dmesg)"
+            time.sleep(0.1)
+        return "another process of this run"
 
     def _fails_first(self) -> bool:
         try:
@@ -184,6 +211,7 @@ class Ranks:
     def add(self, tensor: Tensor) -> None:
         """The sum over all ranks, in place."""
         if self.size > 1:
+            self.peers.passed()
             dist.all_reduce(tensor)
 
     def maximum(self, tensor: Tensor) -> None:
@@ -216,14 +244,24 @@ def join() -> Ranks:
     if processes() == 1:
         return ALONE
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise UserError(
+            f"WORLD_SIZE is {processes()}, and its processes cannot meet ({reason}): start with torchrun, or unset it."
+        ) from error
     # torchrun's store outlives the processes that it starts again, and still holds the addresses of the former ones.
     attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size}"
     dist.init_process_group(
         backend, store=dist.PrefixStore(attempt, store), rank=rank, world_size=size, timeout=PATIENCE
     )
-    local_rank, local_size = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    return Ranks(rank, size, local_rank, max(1, local_size))
+    names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
+    local_rank, local_size, nodes = (int(os.environ.get(name, "0")) for name in names)
+    ranks = Ranks(rank, size, local_rank, max(1, local_size), max(1, nodes))
+    mine, here = ranks.rank - ranks.local_rank, ranks.gather(os.getpid())
+    ranks.processes = {at: here[at] for at in range(mine, mine + ranks.local_size)}
+    return ranks
 
 
 @dataclass(frozen=True)
@@ -265,11 +303,21 @@ def sync_batch_norm(model: nn.Module) -> None:
             module.group = group.group_name
 
 
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (OSError, IndexError):
+        return False
+
+
 def _status(error: BaseException) -> Any:
     if isinstance(error, SystemExit):
         return error.code or 0
     return error.exit_status if isinstance(error, UserError) else 1
 
 
-def _lost_a_peer(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "Connection closed"))
+def _lost_a_peer(error: Exception) -> bool:
+    said = ("gloo", "Connection closed", "Connection reset", "NCCL")
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or any(word in str(error) for word in said)
+    )

@@ -162,9 +162,12 @@ def _report_folder(trained: Trained, out: str | None) -> Path | None:
     work starts."""
     if out is None and trained.run is None:
         return None
+    from fastnet.report import check_folder
+
     folder = Path(out) if out is not None else trained.run / "report"  # type: ignore[operator]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        check_folder(folder)
     except OSError as error:
         raise UserError(f"no report can be written to {folder} ({error.strerror}): name another --out.") from error
     return folder

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastnet.checkpoint import write_atomically
 from fastnet.gradcam import heat, overlay
+from fastnet.lettering import families, legible
 from fastnet.predictions import as_pictures
 
 NAMED = 10  # curves of more classes are drawn in grey, and the weakest named
@@ -43,8 +44,9 @@ def confusion_matrix(confusion: Tensor, names: Sequence[str]) -> Figure:
     bar.set_ticks(list(np.sqrt(levels)), labels=[f"{100 * level:.0f} %" for level in levels])
     size = 10 if count <= COUNTED else 7.5
     if count <= LABELLED:
-        axes.set_xticks(range(count), names, rotation=90, fontsize=size)
-        axes.set_yticks(range(count), names, fontsize=size)
+        shown, fonts = legible(names), families(names)
+        axes.set_xticks(range(count), shown, rotation=90, fontsize=size, fontfamily=fonts)
+        axes.set_yticks(range(count), shown, fontsize=size, fontfamily=fonts)
     if count <= COUNTED:
         for row in range(count):
             for column in range(count):
@@ -90,13 +92,14 @@ def _curves(axes: Axes, x: Tensor, curves: Tensor, areas: Sequence[float], names
     for i in known:
         if i not in named:
             axes.plot(x, curves[i], color="0.8", linewidth=0.6, zorder=1)
-    for i in named:
-        axes.plot(x, curves[i], linewidth=1.3, label=f"{names[i]}: {areas[i]:.3f}", zorder=2)
+    for i, name in zip(named, legible([names[i] for i in named]), strict=True):
+        axes.plot(x, curves[i], linewidth=1.3, label=f"{name}: {areas[i]:.3f}", zorder=2)
     if known:
         mean = sum(areas[i] for i in known) / len(known)
         axes.plot(x, curves[known].mean(0), color="black", linewidth=2.2, label=f"mean: {mean:.3f}", zorder=3)
         title = f"{measure}, weakest {len(named)} of {len(names)}" if many else measure
-        axes.legend(title=title, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+        prop = {"family": families(names), "size": 9}
+        axes.legend(title=title, prop=prop, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), aspect="equal")
     axes.grid(color="0.93")
     axes.set_axisbelow(True)
@@ -131,9 +134,9 @@ def picture_grid(pictures: np.ndarray, titles: Sequence[str], columns: int = 5) 
     cells = figure.subplots(rows, columns, squeeze=False).flat
     for axes in cells:
         axes.set_axis_off()
-    for axes, picture, title in zip(figure.axes, pictures, titles, strict=False):
+    for axes, picture, title in zip(figure.axes, pictures, legible(titles), strict=False):
         axes.imshow(picture)
-        axes.set_title(title, fontsize=8.5)
+        axes.set_title(title, fontsize=8.5, fontfamily=families(titles))
     return figure
 
 
@@ -143,9 +146,9 @@ def grad_cam_grid(images: Tensor, maps: Mapping[int, Tensor], titles: Sequence[s
     hot = {stage: heat(maps[stage].cpu(), side).numpy() for stage in stages}
     figure = Figure((2.4 * (len(stages) + 1), 2.75 * len(pictures)), layout="constrained")
     grid = figure.subplots(len(pictures), len(stages) + 1, squeeze=False)
-    for row, (cells, picture, title) in enumerate(zip(grid, pictures, titles, strict=True)):
+    for row, (cells, picture, title) in enumerate(zip(grid, pictures, legible(titles), strict=True)):
         cells[0].imshow(picture)
-        cells[0].set_title(title, fontsize=8.5)
+        cells[0].set_title(title, fontsize=8.5, fontfamily=families(titles))
         for axes, stage in zip(cells[1:], stages, strict=True):
             axes.imshow(overlay(picture, hot[stage][row]))
             axes.set_title(f"stage {stage}" if stage < 9 else "stage 9 (head)", fontsize=8.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import sys
 import time
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnet.checkpoint import write_atomically, write_failure
+from fastnet.checkpoint import one_line, write_atomically, write_failure
 from fastnet.errors import UserError
 from fastnet.trackers import Tracker
+
+_log = logging.getLogger("fastnet")
 
 
 class Sums:
@@ -97,10 +100,11 @@ class MetricsFile:
     ) -> None:
         """What a process wrote whose work was lost is dropped: all after the first `lines`, where the checkpoint knows
         how many there were, and after `resume_step`."""
-        self.path, self._trackers = path, trackers
+        self.path, self._trackers = path, list(trackers)
         self.lines = 0
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resume_step][:lines]
+            text = path.read_text(encoding="utf-8", errors="replace")
+            kept = [line for line in text.splitlines() if _step_of(line) <= resume_step][:lines]
             self.lines = len(kept)
             write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
 
@@ -114,16 +118,23 @@ class MetricsFile:
         self.lines += 1
         group = f"{kind}_ema" if values.get("weights") == "ema" else kind
         numbers = {f"{group}/{k}": v for k, v in values.items() if k != "step" and isinstance(v, int | float)}
-        for tracker in self._trackers:
-            tracker.log(values["step"], numbers)
+        self._track(lambda tracker: tracker.log(values["step"], numbers))
 
     def close(self) -> None:
-        for tracker in self._trackers:
-            tracker.close()
+        self._track(lambda tracker: tracker.close())
+
+    def _track(self, act: Callable[[Tracker], None]) -> None:
+        """A full disk or a lost service is not worth a run: the tracker is named and left."""
+        for tracker in list(self._trackers):
+            try:
+                act(tracker)
+            except Exception as error:
+                _log.warning("%s failed (%s): the run goes on without.", type(tracker).__name__, one_line(error))
+                self._trackers.remove(tracker)
 
 
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return float("inf")  # a line cut short by a crash

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -72,7 +73,8 @@ def predict_files(
 
 
 def write_grad_cams(trained: Trained, results: list[dict[str, Any]], stages: Sequence[int], folder: Path) -> list[Path]:
-    """One PNG for each predicted file: the model's view, and where each stage saw what speaks for the prediction."""
+    """One PNG for each predicted file: the model's view, and where each stage saw what speaks for the prediction. No
+    file that is there is replaced."""
     import torch
 
     from fastnet.figures import grad_cam_grid, save
@@ -89,7 +91,7 @@ def write_grad_cams(trained: Trained, results: list[dict[str, Any]], stages: Seq
         _, maps = grad_cam(trained.model, images, torch.tensor([best["label"]], device=trained.device), stages=stages)
         stem, number = Path(result["file"]).stem, 2
         path = folder / f"{stem}.png"
-        while path in written:
+        while os.path.lexists(path):  # the photo itself, or what an earlier call wrote
             path, number = folder / f"{stem}-{number}.png", number + 1
         save(grad_cam_grid(images, maps, [f"{best['class']} {100 * best['probability']:.1f} %"]), path)
         written.append(path)

@@ -17,7 +17,8 @@ import torch
 from data_pipeline import Index
 from fastnet import figures
 from fastnet.checkpoint import write_atomically
-from fastnet.curves import draw_curves
+from fastnet.curves import curves_of
+from fastnet.errors import UserError
 from fastnet.gradcam import grad_cam
 from fastnet.predictions import Predictions, as_pictures, index_files, load_views, subset
 from fastnet.scores import Scores, most_confused, precision_recall_curves, reliability, roc_curves
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
 EXPLAINED = 4  # images that Grad-CAM explains of the surest right ones, and of the worst
 
+MARK = "<meta name='generator' content='fastnet'>"
+FILES = ("report.html", "scores.json", "predictions.csv", *(f"{name}.png" for name in (
+    "confusion", "gradcam", "precision_recall", "reliability", "roc", "worst"
+)))  # fmt: skip
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color: #1c2430; }
 h1 { font-size: 1.6rem; } h2 { margin-top: 2.4rem; border-bottom: 1px solid #d8dee6; padding-bottom: .2rem; }
@@ -104,16 +109,24 @@ def write_report(
             path = folder / section.file
             figures.save(section.figure, path)
             # Scrolled, not shrunk to the page: the names of 101 classes have to be read.
-            parts.append(f"<div class='wide'>{_inline(section.title, path)}</div>")
+            parts.append(f"<div class='wide'>{_inline(section.title, path.read_bytes())}</div>")
     title = f"efficientnet_{trained.model.config.variant} on {index.root.name}"
     page = (
-        f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>\n"
+        f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>{MARK}<title>{escape(title)}</title>\n"
         f"<style>{STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
     write_atomically(folder / "scores.json", (json.dumps(scores.as_dict(), indent=2) + "\n").encode())
     write_atomically(folder / "predictions.csv", _csv(index, found).encode("utf-8", "surrogateescape"))
     write_atomically(folder / "report.html", page.encode("utf-8", "surrogateescape"))
     return folder / "report.html"
+
+
+def check_folder(folder: Path) -> None:
+    """UserError where a report into `folder` would replace a file that belongs to no report of ours."""
+    held = [name for name in FILES if (folder / name).exists()]
+    page = folder / "report.html"
+    if held and not (page.is_file() and MARK in page.read_text(encoding="utf-8", errors="replace")[:1000]):
+        raise UserError(f"--out {folder} holds {held[0]}, which the report would replace: name another folder.")
 
 
 def _overview(trained: Trained, index: Index, scores: Scores, tta: str) -> Section:
@@ -138,11 +151,11 @@ def _overview(trained: Trained, index: Index, scores: Scores, tta: str) -> Secti
 def _learning(trained: Trained) -> list[Section]:
     if trained.run is None or not (trained.run / "metrics.jsonl").is_file():
         return []
-    return [Section("Learning curves", _inline("Learning curves", draw_curves(trained.run)))]
+    return [Section("Learning curves", _inline("Learning curves", curves_of(trained.run / "metrics.jsonl")))]
 
 
-def _inline(title: str, path: Path) -> str:
-    encoded = base64.b64encode(path.read_bytes()).decode()
+def _inline(title: str, picture: bytes) -> str:
+    encoded = base64.b64encode(picture).decode()
     return f"<img alt='{escape(title)}' src='data:image/png;base64,{encoded}'>"
 
 

@@ -34,9 +34,10 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run named after the folder, which a continued run goes on with."""
+    """A run named after the folder. run_id: which a continued run goes on with; its folder's name may be another
+    run's."""
 
-    def __init__(self, config: TrainConfig, folder: Path) -> None:
+    def __init__(self, config: TrainConfig, folder: Path, run_id: str) -> None:
         try:
             wandb = importlib.import_module("wandb")
         except ImportError:
@@ -45,7 +46,7 @@ class WeightsAndBiases:
         self._run = wandb.init(
             project=config.run.wandb_project,
             name=name,
-            id=name,
+            id=run_id,
             resume="allow",
             dir=str(folder),
             config=dataclasses.asdict(config),
@@ -58,11 +59,12 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def make_trackers(config: TrainConfig, folder: Path, resume_step: int) -> list[Tracker]:
-    """What --tensorboard and --wandb ask for; UserError where one is not installed."""
+def make_trackers(config: TrainConfig, folder: Path, resume_step: int, run_id: str) -> list[Tracker]:
+    """What --tensorboard and --wandb ask for; UserError where one is not installed. run_id: what the run is called
+    there, the same when it is continued."""
     trackers: list[Tracker] = []
     if config.run.wandb:
-        trackers.append(WeightsAndBiases(config, folder))
+        trackers.append(WeightsAndBiases(config, folder, run_id))
     if config.run.tensorboard:
         trackers.append(TensorBoard(folder, resume_step))
     return trackers

@@ -18,7 +18,8 @@ from typing import Any
 
 from fastnet.commands import parse
 from fastnet.config import RECIPES, TrainConfig, processes, read_config
-from fastnet.errors import UserError, run_command
+from fastnet.errors import Lenient, UserError, run_command
+from fastnet.run_folder import check_new
 
 RUNS = Path("runs")
 
@@ -38,6 +39,7 @@ TIMM_NAMES = {
 
 # What may change when a run is continued; all else decides what the run computes.
 CHANGEABLE = {
+    "data",  # where it lies now; what it holds is checked
     "epochs",
     "workers",
     "dali_prefetch",
@@ -94,12 +96,12 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
 
 def _absolute(config: TrainConfig) -> TrainConfig:
     """With the data set's place from the root on, so that the run can be continued and evaluated from anywhere."""
-    from data_pipeline.sample import SAMPLE
+    from data_pipeline.sample import SAMPLE, expanded
 
     data = config.data.data
     if data == SAMPLE:
         return config
-    return replace(config, data=replace(config.data, data=os.path.abspath(os.path.expanduser(data))))
+    return replace(config, data=replace(config.data, data=os.path.abspath(expanded(Path(data)))))
 
 
 def _our_name(argument: str) -> str:
@@ -165,15 +167,15 @@ def _images_per_step(saved: TrainConfig, folder: Path) -> int:
 
 
 def run_folder(config: TrainConfig) -> Path:
-    """Where the run goes. UserError if another run is there and was not asked to be continued."""
+    """Where the run goes. UserError if another run, or a file of somebody else's, is there."""
     if config.run.out is None:
         from fastnet.scaling import architecture
 
         resolution = config.model.resolution or architecture(config.model.variant, config.model.scaling).resolution
         return RUNS / f"{config.model.variant}-{resolution}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.run.out)
-    if config.run.resume is None and (folder / "last.safetensors").exists():
-        raise UserError(f"--out {folder} already holds a run: continue it with --resume {folder}, or name another.")
+    if config.run.resume is None:
+        check_new(folder)
     return folder
 
 
@@ -190,6 +192,7 @@ def settle() -> tuple[TrainConfig, Path]:
 
 
 def train() -> int:
+    sys.stdout, sys.stderr = Lenient(sys.stdout), Lenient(sys.stderr)
     if processes() > 1:
         return _train_together()
     config, folder = settle()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import secrets
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,27 +18,29 @@ from rich.console import Console
 from data_pipeline import build_index
 from data_pipeline.prefetch import sent
 from fastnet.build import build_cache, build_loaders, build_model, build_step
-from fastnet.checkpoint import Progress, load_checkpoint, save_checkpoint, write_atomically, write_readable
+from fastnet.checkpoint import Progress, write_atomically
 from fastnet.config import TrainConfig
-from fastnet.device import out_of_memory, pick_amp, pick_device
+from fastnet.device import pick_amp, pick_device
 from fastnet.display import Display, Lines, Preparation, Report
 from fastnet.distributed import ALONE, Ranks, divide
-from fastnet.errors import UserError
+from fastnet.errors import UserError, out_of_memory
 from fastnet.evaluation import Interrupted, evaluate_model, reestimate_batch_norm
 from fastnet.graph import CudaRecorder, pick_cuda_graph
 from fastnet.metrics import Clock, MetricsFile, Sums, peak_memory_gb
 from fastnet.mix import draw_mix
 from fastnet.model import EfficientNet, ModelConfig
-from fastnet.optim import load_optimizer_tensors, optimizer_tensors, set_learning_rate
+from fastnet.optim import set_learning_rate
+from fastnet.peers import check_same_data
 from fastnet.profile import StepProfiler
 from fastnet.resize import DynamicResize
+from fastnet.run_folder import locked, stamp_of
+from fastnet.saved import excluded_text, keep_best, known_in, pack_known, read_run, restore_run, save_run
 from fastnet.scaling import architecture
 from fastnet.schedule import learning_rate, progressive_resolution, step_key
 from fastnet.step import Health
-from fastnet.stop import StopRequest
+from fastnet.stop import WISH_TO_SAVE, StopRequest
 from fastnet.trackers import make_trackers
 from fastnet.tuning import make_tuner, words_for
-from fastnet.weights import save_weights
 from fastnet.words import announce, conclude, out_of_memory_words, resume_command
 from kernels.launch import KernelError
 
@@ -63,8 +67,9 @@ class Trainer:
         arch = architecture(config.model.variant, config.model.scaling)
         self.resolution = config.model.resolution or arch.resolution
         self.resize = DynamicResize(self.resolution)
-        self._saved = ranks.broadcast(load_checkpoint(self.last) if ranks.first and self.last.exists() else None)
-        saved = self._saved[2] if self._saved else {}
+        self._loaded = stamp_of(self.last)
+        self.saved = ranks.broadcast(read_run(self.last) if ranks.first and self.last.exists() else None)
+        saved = self.saved[2] if self.saved else {}
         self.division = divide(
             saved.get("images_per_step", config.images_per_step * (1 if saved else ranks.size)),
             ranks,
@@ -76,7 +81,9 @@ class Trainer:
         # The first process of a machine fills what the others on it read.
         with ranks.first_here():
             # Who replaces a file that went bad depends on all that did, and on the places of all others.
-            self.index = build_index(config.data.data, quarantined=saved.get("quarantined", []))
+            known = known_in(self.saved[1]) if self.saved else None
+            self.index = build_index(config.data.data, quarantined=saved.get("quarantined", []), known=known)
+        check_same_data(ranks, self.index)
         cache = build_cache(config, self.index, self.resolution, self.device, ranks)
         with ranks.first_here():
             self.train_loader, self.val_loader = build_loaders(
@@ -87,15 +94,18 @@ class Trainer:
         self.tuner = make_tuner(
             config.run, self.model.config.kernels, self.device, self.amp, self.say, ranks, self.folder / "kernels.txt"
         )
+        self.known = pack_known(self.index)
+        # An earlier version's is its folder's name.
+        self.run_id: str = saved.get("run_id") or (folder.resolve().name if saved else secrets.token_hex(8))
+        self.excluded = list(self.index.excluded)  # (path, reason), from the beginning and since
         self.progress = Progress()
         self.sums = Sums(self.device, ranks.add)
         self.clock = Clock()
         profiled = config.run.profile and ranks.first
         self.profiler = StepProfiler(folder, self.device, console, self.say) if profiled else None
         self.stop = StopRequest()
-        self._lines: int | None = None  # of metrics.jsonl, as the checkpoint knows it
-        self.stopped_by = 0
-        """The signal that all ranks agreed to stop for."""
+        self.metrics_lines: int | None = None  # of metrics.jsonl, as the checkpoint knows it
+        self.stopped_by = 0  # the signal that all ranks agreed to stop for
 
     @property
     def last(self) -> Path:
@@ -114,54 +124,11 @@ class Trainer:
         bad = dict(chain(*self.ranks.gather(self.train_loader.quarantined + self.val_loader.quarantined)))
         if not self.ranks.first:
             return
-        training = {
-            f"optimizer/{name}": value for name, value in optimizer_tensors(self.model, self.step.optimizer).items()
-        }
-        training |= {f"step/{name}": value for name, value in self.step.state_dict().items()}
-        if self.step.ema is not None:
-            training |= {f"ema/{name}": value for name, value in self.step.ema.state_dict().items()}
-        training["sums"] = self.sums.total
-        metadata = {
-            "progress": dataclasses.asdict(self.progress),
-            "model": self.model.config.to_dict(),
-            "classes": list(self.index.classes),
-            "resolution": self.resolution,
-            "data_fingerprint": self.index.fingerprint,
-            "quarantined": self.index.quarantine_records(bad.items()),
-            "images_per_step": self.division.images,
-            "metrics_lines": self.metrics.lines,
-        }
-        save_checkpoint(self.last, self.model.state_dict(), training, metadata)
-
-    def restore(self) -> None:
-        weights, training, metadata = self._saved or load_checkpoint(self.last)
-        self._saved = None  # the memory of a second model
-        if metadata["classes"] != list(self.index.classes):
-            raise UserError(
-                f"{self.last} was trained on {len(metadata['classes'])} classes and {self.index.root} has "
-                f"{len(self.index.classes)} or other ones: give the run its own data back, or start a new run with "
-                f"--pretrained {self.last}."
-            )
-        if metadata["data_fingerprint"] != self.index.fingerprint:
-            raise UserError(
-                f"{self.index.root} has changed since {self.last} was written: restore the data, or start a new run "
-                f"with --pretrained {self.last}."
-            )
-        self.model.load_state_dict(weights)
-        self.sums.total.copy_(training["sums"])
-        parts: dict[str, dict[str, torch.Tensor]] = {"optimizer": {}, "step": {}, "ema": {}}
-        for name, value in training.items():
-            part, _, rest = name.partition("/")
-            if rest:
-                parts[part][rest] = value
-        load_optimizer_tensors(self.model, self.step.optimizer, parts["optimizer"])
-        self.step.load_state_dict(parts["step"])
-        if self.step.ema is not None:
-            self.step.ema.load_state_dict(parts["ema"])
-        if self.ranks.first:
-            write_readable(self.last, metadata)
-        self.progress = Progress(**metadata["progress"])
-        self._lines = metadata.get("metrics_lines")
+        save_run(self, bad)
+        excluded = [*self.index.excluded, *((path, reason) for path, reason in bad.items())]
+        if excluded != self.excluded:
+            self.excluded = excluded
+            self._write_excluded()
 
     def _train_seconds(self) -> float:
         seconds, self.clock.train_seconds = self.clock.train_seconds, 0.0
@@ -172,7 +139,7 @@ class Trainer:
     def run(self) -> int:
         """Train until the end or a stop; 0, or 128 + the signal that asked to stop (130 for Ctrl-C)."""
         try:
-            with self.stop.installed():
+            with self.stop.installed(), self._folder_to_itself():
                 status = self._run()
             self.step.release_graph()  # not after an error: a replay may still wait for another rank
             return status
@@ -190,9 +157,10 @@ class Trainer:
 
     def _run(self) -> int:
         config = self.config
-        resumed = self._saved is not None
+        resumed = self.saved is not None
         if resumed:
-            self.restore()
+            restore_run(self)
+            self.saved = None  # the memory of a second model
         progress = self.progress
         if self.ranks.first:
             self._open_files()
@@ -224,14 +192,26 @@ class Trainer:
             conclude(self)
         return 0
 
+    @contextmanager
+    def _folder_to_itself(self) -> Iterator[None]:
+        if not self.ranks.first:
+            yield
+            return
+        with locked(self.folder, new=self.saved is None):
+            if stamp_of(self.last) != self._loaded:
+                raise UserError(f"another run has written {self.last} meanwhile: start again to go on from there.")
+            yield
+
     def _open_files(self) -> None:
         """config.json, excluded.txt and metrics.jsonl of the run, the last without what came after the checkpoint."""
-        trackers = make_trackers(self.config, self.folder, self.progress.step)
+        trackers = make_trackers(self.config, self.folder, self.progress.step, self.run_id)
         write_atomically(self.folder / "config.json", self.config.to_json().encode())
-        if self.index.excluded:
-            listed = "".join(f"{path}: {reason}\n" for path, reason in self.index.excluded)
-            write_atomically(self.folder / "excluded.txt", listed.encode("utf-8", "surrogateescape"))
-        self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.progress.step, trackers, self._lines)
+        self._write_excluded()
+        self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.progress.step, trackers, self.metrics_lines)
+
+    def _write_excluded(self) -> None:
+        if self.excluded:
+            write_atomically(self.folder / "excluded.txt", excluded_text(self.excluded))
 
     def _agree_to_stop(self) -> bool:
         self.stopped_by = self.ranks.largest(self.stop.signal or 0)
@@ -264,12 +244,14 @@ class Trainer:
             return
         self._share_quarantine()
         self.model.train()
-        self._tune(Lines(self.display.say))
+        with self.ranks.peers.patient():
+            self._tune(Lines(self.display.say))
         self.resize.resolution = self._resolution_now()
         batches = self.train_loader.batches(progress.epoch, progress.step_in_epoch)
         if self.profiler is not None:
             self.profiler.begin(per_epoch - progress.step_in_epoch)
         for (images, labels), asked, waited in self.clock.batches(batches, lambda: self.train_loader.seconds_held):
+            self.ranks.peers.passed()
             set_learning_rate(
                 self.step.optimizer, learning_rate(progress.step, per_epoch, self.peak_lr, config.optimizer)
             )
@@ -282,16 +264,20 @@ class Trainer:
             progress.images_seen += self.division.images
             if progress.step % config.run.log_every == 0 or progress.step == total:
                 self._log(total)  # waits for the device, so that the clock below is true on average
+            self.ranks.peers.start()  # a first step may take any time
             self.clock.step(time.perf_counter() - asked, waited, self.division.images)
             self.display.advance()
             if self.profiler is not None:
                 self.profiler.step(waited)
-            if self.ranks.largest_before(self.stop.signal or 0):
+            wish = self.ranks.largest_before(self.stop.wish)
+            if wish > WISH_TO_SAVE:
                 return
             # The end of an epoch is saved when it has been evaluated.
             at_end = progress.step_in_epoch == per_epoch
-            if config.run.save_every and progress.step % config.run.save_every == 0 and not at_end:
+            due = config.run.save_every and progress.step % config.run.save_every == 0
+            if (due or wish == WISH_TO_SAVE) and not at_end:
                 self.save()
+                self.stop.save = False
 
     def _resolution_now(self) -> int:
         """Of the training images of this epoch."""
@@ -409,24 +395,6 @@ class Trainer:
         if self.ranks.first:
             for values in results:  # all or none, should a stop come in between
                 self.metrics.write("eval", **values)
-            self._keep(candidates[best["weights"]], best)
+            keep_best(self, candidates[best["weights"]], best)
         progress.epoch += 1
         progress.step_in_epoch = 0
-
-    def _keep(self, model: EfficientNet, values: dict[str, Any]) -> None:
-        """Write what belongs to the best: best.safetensors, and of several checkpoint-<epoch>.safetensors."""
-        progress, hist = self.progress, self.config.run.checkpoint_hist
-        notes = {key: values[key] for key in ("weights", "epoch", "top1", "loss")}
-        common: dict[str, Any] = dict(classes=self.index.classes, resolution=self.resolution, notes=notes)
-        if values["top1"] > progress.best_top1:
-            progress.best_top1, progress.best_epoch = values["top1"], values["epoch"]
-            save_weights(self.folder / "best.safetensors", model, **common)
-        if hist < 2:
-            return
-        ranked = sorted(progress.evaluations, key=lambda one: (-one["top1"], one["epoch"]))
-        kept = {f"checkpoint-{one['epoch']}" for one in ranked[:hist]}
-        if f"checkpoint-{values['epoch']}" in kept:
-            save_weights(self.folder / f"checkpoint-{values['epoch']}.safetensors", model, **common)
-        for path in self.folder.glob("checkpoint-*"):
-            if path.stem not in kept:
-                path.unlink()

@@ -15,7 +15,6 @@ here. What the numbers mean differs too, so it travels with them:
 These are the values of the modules that each library builds.
 """
 
-import json
 import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -29,9 +28,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastnet.arch import VARIANTS, Block, Network, Padding, Scaling, Style
-from fastnet.checkpoint import load_checkpoint, save_checkpoint
+from fastnet.checkpoint import load_checkpoint, one_line, read_metadata, save_checkpoint
 from fastnet.model import EfficientNet, ModelConfig
 from fastnet.scaling import SCALED, Architecture, architecture
+from fastnet.typed import checked_fields, fits
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,31 @@ def load_weights(path: str | Path, *, style: Style | None = None) -> LoadedWeigh
     state, header = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickled(path), {})
     try:
         found = _detect_style(state, header, path, style)
-        if found != "fastnet":
-            return _from_foreign(state, found)
+        loaded = _own(path) if found == "fastnet" else _from_foreign(state, found)
+        refuse_nan(loaded.state_dict)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    # A whole checkpoint will do as well: its optimizer and the like stay behind.
+    return loaded
+
+
+def _own(path: Path) -> LoadedWeights:
+    """A whole checkpoint will do as well: its optimizer and the like stay behind."""
     weights, _, metadata = load_checkpoint(path)
     # How to run is the caller's choice and no property of the weights.
-    config = ModelConfig(**metadata["model"] | {"kernels": "auto"})
-    classes = tuple(metadata["classes"]) if metadata.get("classes") else None
-    return LoadedWeights(weights, config, "fastnet", classes, metadata.get("resolution"))
+    config = ModelConfig(**checked_fields(ModelConfig, (metadata.get("model") or {}) | {"kernels": "auto"}))
+    classes, resolution = metadata.get("classes"), metadata.get("resolution")
+    if not fits(classes, tuple[str, ...] | None) or not fits(resolution, int | None):
+        raise ValueError("its classes or its resolution are damaged: restore it from a backup.")
+    if classes and len(classes) != config.num_classes:
+        raise ValueError(f"it names {len(classes)} classes and tells {config.num_classes} apart: it is damaged.")
+    return LoadedWeights(_checked(weights, config), config, "fastnet", tuple(classes) if classes else None, resolution)
+
+
+def refuse_nan(state: Mapping[str, Tensor]) -> None:
+    """Raises ValueError that names the first tensor with a value that is not finite."""
+    for name, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{name} holds values that are not finite: the training that wrote it had failed.")
 
 
 def save_weights(
@@ -308,8 +323,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
         return load_file(path), header
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors ({error}): fetch or save it again.") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors ({one_line(error)}): fetch or save it again.") from None
 
 
 def _read_pickled(path: Path) -> dict[str, Tensor]:
@@ -330,7 +345,7 @@ def _read_pickled(path: Path) -> dict[str, Tensor]:
 
 
 def _detect_style(state: Mapping[str, Tensor], header: Mapping[str, str], path: Path, asked: Style | None) -> Style:
-    if "fastnet" in header and "model" in json.loads(header["fastnet"]):
+    if "fastnet" in header and "model" in read_metadata(header["fastnet"], path):
         possible: tuple[Style, ...] = ("fastnet",)
     elif "features.0.0.weight" in state:
         possible = ("torchvision",)

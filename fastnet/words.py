@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Protocol
 
@@ -37,6 +38,7 @@ class Run(Protocol):
     val_loader: Loader
     progress: Progress
     clock: Clock
+    excluded: list[tuple[str, str]]
 
     def say(self, text: str) -> None: ...
 
@@ -68,10 +70,14 @@ def announce(trainer: Run, resumed: bool) -> None:
     say_excluded(trainer.console, index.excluded, trainer.folder / "excluded.txt")
 
 
-def resume_command(trainer: Run) -> str:
-    size = trainer.ranks.size
-    program = f"torchrun --nproc-per-node {trainer.ranks.local_size}" if size > 1 else "python"
-    return f"{program} -m fastnet.train --resume {trainer.folder}"
+def resume_command(trainer: Run, *flags: str) -> str:
+    ranks = trainer.ranks
+    program = f"torchrun --nproc-per-node {ranks.local_size}" if ranks.size > 1 else "python"
+    if ranks.nodes > 1:
+        program = f"torchrun --nnodes {ranks.nodes} --nproc-per-node {ranks.local_size} <its --rdzv flags>"
+    shared = f"   (on each node; {trainer.folder} must be a folder that all of them share)" if ranks.nodes > 1 else ""
+    words = [program, "-m fastnet.train --resume", shlex.quote(str(trainer.folder)), *flags]
+    return " ".join(words) + shared
 
 
 def out_of_memory_words(trainer: Run) -> str:
@@ -100,9 +106,10 @@ def conclude(trainer: Run) -> None:
         "throughput": f"{rate:.0f} images/s" if rate else "not measured",
         "waiting for data": f"{waiting:.0f} %",
         "peak memory": f"{peak_memory_gb(trainer.device):.1f} GB",
-        "excluded files": str(len(trainer.index.excluded)),
+        "excluded files": str(len(trainer.excluded)),
     }
     show_table(trainer.console, f"efficientnet_{trainer.config.model.variant} at {trainer.resolution} px", rows)
     trainer.say(f"learning curves: {draw_curves(trainer.folder)}")
     trainer.say(f"evaluate: python -m fastnet.evaluate {trainer.folder}")
-    trainer.say(f"train on: {resume_command(trainer)} --epochs {2 * trainer.config.optimizer.epochs}")
+    epochs = f"--epochs {2 * trainer.config.optimizer.epochs}"
+    trainer.say(f"train on: {resume_command(trainer, epochs)}")

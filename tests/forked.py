@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -72,14 +73,18 @@ def watch(event: str, log: str) -> None:
     into a cache to `log`.decoded.
 
     event: "kill RANK STEP": that rank ends without a word where the step would begin. "stop RANK STEP": it is asked to
-    stop there. "unrecordable RANK 0": steps are recorded as on a GPU, which fails on that rank.
+    stop there. "hang RANK STEP": it hangs there. "unrecordable RANK 0": steps are recorded as on a GPU, which fails on
+    that rank.
     """
     from data_pipeline.pixel_store import PixelStore
+    from fastnet import peers
     from fastnet.trainer import Trainer
 
     what, who, when = event.split() or ("", "", "")
     if what == "unrecordable":
         pretend_to_record(int(who))
+    if what == "hang":
+        peers.LIMIT, peers.CONFIRM, peers.EVERY = 4.0, 3.0, 0.5
     inner, decode = Trainer._drop_scales, PixelStore.decode
 
     def spy(trainer: Trainer) -> Any:
@@ -92,6 +97,8 @@ def watch(event: str, log: str) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             elif what == "stop":
                 trainer.stop.signal = signal.SIGTERM
+            elif what == "hang":
+                threading.Event().wait()
         return inner(trainer)
 
     def spy_decode(store: PixelStore, index: int, out: Any) -> None:
@@ -144,6 +151,12 @@ def answer(request: dict[str, Any]) -> list[int]:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         body = lambda: once(request["event"], request["log"], request["flags"])  # noqa: E731
         children.append(fork(body, Path(request["output"])))
+    what, who, _ = request["event"].split() or ("", "", "")
+    if what == "hang":  # what a hung rank's machine does when the others are gone
+        hung = children[int(who)]
+        statuses = {child: wait(child) for child in children if child != hung}
+        os.kill(hung, signal.SIGKILL)
+        return [statuses[child] if child != hung else wait(child) for child in children]
     return [wait(child) for child in children]
 
 

@@ -2,11 +2,13 @@
 
     python -m tests.kill_trials --trials 200
 
-A trial starts a deterministic run on a CPU in a forked child, ends it with SIGINT, SIGTERM or SIGKILL at a random time,
-or with SIGKILL just before or after one of its writes reaches the disk, up to three times in a row, and then lets it
-finish. Weights, averages, optimizer state, all other state, the best weights, what is known of the run and its metrics
-must then equal those of the run that was left alone; no more than --save-every steps may have been lost, and none where
-the run was asked to stop.
+A trial starts a deterministic run on a CPU in a forked child, ends it with SIGINT, SIGTERM, SIGHUP or SIGKILL at a
+random time, sent to it alone or to all processes of its job, or with SIGKILL just before or after one of its writes
+reaches the disk, up to three times in a row, and then lets it finish. In some trials its workers are killed instead, in
+others a photo is damaged or removed while the run is down. Weights, averages, optimizer state, all other state, the
+best weights, what is known of the run and its metrics must then equal those of the run that was left alone (after the
+damage, where there is some); no more than --save-every steps may have been lost, and none where the run was asked to
+stop.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -38,7 +41,7 @@ from tests.forked import fork, prepare, wait
 from tests.networks import NARROW
 
 PHASES = ("starting", "training", "saving", "evaluating", "ending")
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
 KILLS = 3  # in a row, at most
 STEPS = 6  # of a run, in two epochs
 
@@ -113,11 +116,12 @@ class Seen:
 
 
 class Kill(NamedTuple):
-    """number: the signal. after: seconds from the start, or None. write, before: the write before or after which the
-    child ends itself."""
+    """number: the signal. after: seconds from the start, or None. to: "run", "job" (its workers too) or "workers",
+    who are not the run's end. write, before: the write before or after which the child ends itself."""
 
     number: int
     after: float | None = None
+    to: str = "run"
     write: int = 0
     before: bool = True
 
@@ -192,6 +196,7 @@ def digests(out: Path) -> dict[str, Any]:
         beside = json.loads(path.with_suffix(".json").read_text())
         for one in (known, beside):
             one.get("progress", {}).pop("train_seconds", None)
+            one.pop("run_id", None)
         found[f"{path.name}/metadata"] = known
         found[f"{path.stem}.json"] = beside
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -206,6 +211,15 @@ class Baseline:
     digests: dict[str, Any]
     seconds: float
     writes: int
+
+
+def processes_of(child: int, to: str) -> list[int]:
+    """The processes that a signal goes to: the run first, as systemd and Slurm don't promise, or last."""
+    workers: list[int] = []
+    with suppress(OSError):
+        for task in Path(f"/proc/{child}/task").iterdir():
+            workers += map(int, (task / "children").read_text().split())
+    return {"run": [child], "job": [*workers, child], "workers": workers}[to]
 
 
 class Failure(Exception):
@@ -231,10 +245,28 @@ class Trials:
             self.baselines[case] = Baseline(digests(out), seconds, self.seen.read()[2])
         return self.baselines[case]
 
-    def _start(self, case: Case, out: Path, cache: Path, kill: Kill | None) -> int:
+    def _start(self, case: Case, out: Path, cache: Path, kill: Kill | None, data: Path | None = None) -> int:
         for at in range(3):
             self.seen.put(at, 0)
-        return fork(lambda: run(case, self.data, out, cache, self.seen, kill), out.with_suffix(".txt"))
+        return fork(lambda: run(case, data or self.data, out, cache, self.seen, kill), out.with_suffix(".txt"))
+
+    def _finish(self, case: Case, out: Path, cache: Path, data: Path, story: list[str]) -> dict[str, Any]:
+        """What is left of the run, undisturbed, and its digests."""
+        if (status := wait(self._start(case, out, cache, None, data))) != 0:
+            raise Failure(
+                f"{case}: {story}: continued, it ends with {status}: {out.with_suffix('.txt').read_text()[-2000:]}"
+            )
+        return digests(out)
+
+    def _damage(self, data: Path) -> str:
+        """Spoil a photo that another one can stand in for."""
+        path = data / self.random.choice(["train/dark/5.jpg", "train/bright/2.jpg", "val/dark/0.jpg"])
+        how = self.random.choice(["garbage", "cut", "gone"])
+        if how == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(b"garbage" if how == "garbage" else path.read_bytes()[:-30])
+        return f"{path.relative_to(data)} {how}"
 
     def trial(self, number: int, case: Case) -> str:
         """What was done; Failure where the end is another than without it."""
@@ -243,19 +275,24 @@ class Trials:
         # A new cache is built, and that may be killed too.
         fresh = self.random.random() < 0.5
         cache = self.folder / (f"cache-{number}" if fresh else "cache")
-        story = []
+        data, story = self.data, []
+        damaged = self.random.random() < 0.25
+        if damaged:
+            data = Path(shutil.copytree(self.data, self.folder / f"data-{number}"))
         for _ in range(self.random.randint(1, KILLS)):
-            kill = self._draw(expected, self._saved(out))
-            child = self._start(case, out, cache, kill)
+            kill = self._draw(case, expected, self._saved(out))
+            child = self._start(case, out, cache, kill, data)
             if kill.after is not None:
                 time.sleep(kill.after)
-                os.kill(child, kill.number)
+                for one in processes_of(child, kill.to):
+                    with suppress(ProcessLookupError):
+                        os.kill(one, kill.number)
             phase, step, _ = self.seen.read()
             status = wait(child)
             if kill.after is None:
                 phase, step, _ = self.seen.read()
-            name = signal.Signals(kill.number).name
-            if status == 0:
+            name = signal.Signals(kill.number).name + ("" if kill.to == "run" else f" to {kill.to}")
+            if status == 0 and kill.to != "workers":
                 phase = 4
             self.hits[name, PHASES[phase]] += 1
             how = "at a time" if kill.after is not None else "at a write"
@@ -263,27 +300,35 @@ class Trials:
             self._check_loss(case, out, kill, phase, step, status, story)
             if status == 0:
                 break
-        child = self._start(case, out, cache, None)
-        if (status := wait(child)) != 0:
-            raise Failure(
-                f"{case}: {story}: continued, it ends with {status}: {out.with_suffix('.txt').read_text()[-2000:]}"
-            )
-        found = digests(out)
+            if damaged and len(story) == 1:
+                story.append(self._damage(data))
+                self.hits["damage", "down"] += 1
+                copy = self.folder / f"copy-{number}"
+                if out.exists():
+                    shutil.copytree(out, copy)
+                expected = replace(expected, digests=self._finish(case, copy, cache, data, story))
+                shutil.rmtree(copy)
+        found = self._finish(case, out, cache, data, story)
         different = [name for name in expected.digests | found if expected.digests.get(name) != found.get(name)]
         if different:
             raise Failure(f"{case}: {story}: {len(different)} differ, the first {different[:5]}")
         shutil.rmtree(out)
-        if fresh:
-            shutil.rmtree(cache, ignore_errors=True)
+        for made, folder in ((fresh, cache), (damaged, data)):
+            if made:
+                shutil.rmtree(folder, ignore_errors=True)
         return f"{case.loader}/{case.cache} save every {case.save_every}: " + "; ".join(story)
 
-    def _draw(self, expected: Baseline, saved: int) -> Kill:
+    def _draw(self, case: Case, expected: Baseline, saved: int) -> Kill:
         """A moment of what is left to do."""
         left = 1.1 - saved / STEPS
         if self.random.random() < 0.3:
             write = self.random.randint(1, max(1, round(expected.writes * left)))
             return Kill(signal.SIGKILL, write=write, before=self.random.random() < 0.5)
-        return Kill(self.random.choice(SIGNALS), after=self.random.uniform(0, expected.seconds * min(1.0, left)))
+        after = self.random.uniform(0, expected.seconds * min(1.0, left))
+        if case.loader == "torch" and case.cache == "none" and case.workers and self.random.random() < 0.3:
+            return Kill(signal.SIGKILL, after=after, to="workers")
+        number = self.random.choice(SIGNALS)
+        return Kill(number, after=after, to="job" if number == signal.SIGTERM else self.random.choice(["run", "job"]))
 
     @staticmethod
     def _saved(out: Path) -> int:
@@ -299,6 +344,10 @@ class Trials:
         self, case: Case, out: Path, kill: Kill, phase: int, step: int, status: int, story: list[str]
     ) -> None:
         """A run that was killed has lost what it did since the last save; one that was asked to stop, nothing."""
+        if kill.to == "workers":
+            if status != 0:
+                raise Failure(f"{case}: {story}: ended with {status}: {out.with_suffix('.txt').read_text()[-2000:]}")
+            return
         if phase == 0 or not (out / "last.safetensors").exists():
             return
         asked = kill.number != signal.SIGKILL and status == 128 + kill.number

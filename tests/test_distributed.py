@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -167,6 +170,75 @@ def test_what_goes_wrong_is_said_once(data: Path, tmp_path: Path, server: Server
         assert status == [expected] * 2, said
         assert said.count(words) == 1, said
         assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_or_is_killed_is_named(data: Path, tmp_path: Path, server: Server) -> None:
+    status, said = server.run(3, tmp_path / "hangs", *flags(data, 4), event="hang 1 2")
+    assert status == [1, -9, 1], said
+    host = socket.gethostname()
+    assert re.search(rf"error: rank 1 on node 0 \({host}\) has not answered for \d+ s: ", said), said
+    assert said.count("error:") == 1
+    status, said = server.run(3, tmp_path / "killed", *flags(data, 4), event="kill 2 2")
+    assert status == [1, 1, -9], said
+    assert re.search(r"error: rank 2 \(process \d+, killed from outside or out of memory", said), said
+    assert said.count("error:") == 1
+    assert "Traceback" not in said
+
+
+def copy_of(data: Path, home: Path) -> Path:
+    """A data set that a process with this working folder finds at /proc/self/cwd/data."""
+    shutil.copytree(data, home / "data")
+    return home / "data"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", ["renamed", "missing", ""])
+def test_two_agents_compare_their_data(data: Path, tmp_path: Path, wrong: str) -> None:
+    """Two torchrun on one machine, each with a data set of its own at the same path: a class that is renamed, or a file
+    that is missing on one of them is named by both's first word; with equal ones they train."""
+    homes = [tmp_path / "first", tmp_path / "second"]
+    copies = [copy_of(data, home) for home in homes]
+    if wrong == "renamed":
+        for split in ("train", "val"):
+            (copies[1] / split / "bright").rename(copies[1] / split / "zebra")
+    elif wrong == "missing":
+        (copies[1] / "train" / "bright" / "3.jpg").unlink()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agents = []
+    for number, home in enumerate(homes):
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--node-rank",
+            str(number), "--master-addr", "127.0.0.1", "--master-port", str(port), "-m", "tests.forked", "",
+            str(tmp_path / "seen"), "--out", str(tmp_path / "run"),
+            *flags(Path("/proc/self/cwd/data"), 4), "--epochs", "1",
+        ]  # fmt: skip
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        agents.append(
+            subprocess.Popen(
+                command, env=environment, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+    said = "".join(agent.communicate(timeout=300)[0] for agent in agents)
+    host = socket.gethostname()
+    if not wrong:
+        assert [agent.returncode for agent in agents] == [0, 0], said
+        resume = (
+            f"torchrun --nnodes 2 --nproc-per-node 1 <its --rdzv flags> -m fastnet.train --resume {tmp_path / 'run'}"
+        )
+        assert resume in said
+        assert f"{tmp_path / 'run'} must be a folder that all of them share" in said
+        return
+    assert all(agent.returncode for agent in agents), said
+    one, other = f"node 1 ({host})", f"node 0 ({host})"
+    words = {
+        "renamed": f'{one} has the class "zebra" and not "bright", which {other} has: copy the data set anew',
+        "missing": f"{one} has no train/bright/3.jpg that can be read, which {other} has: copy the data set anew",
+    }[wrong]
+    assert said.count(words) == 1, said
+    assert "step 1" not in said
 
 
 def test_divisions() -> None:

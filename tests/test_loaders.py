@@ -4,6 +4,7 @@ import io
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -455,3 +456,59 @@ def test_evaluation_sees_what_resize_and_centre_crop_see(photos: Path, tmp_path:
         ours = (image * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]) * 255
         assert (ours - theirs).mean().abs() < 0.1
         assert (ours - theirs).abs().quantile(0.99) <= 2
+
+
+STORM = """
+import os, signal, subprocess, sys
+from pathlib import Path
+from data_pipeline import build_index, make_loader, torch_loader
+inner, flag = torch_loader.window, Path(sys.argv[3])
+def window(*rest):
+    if not flag.exists() and sys.argv[4] == "dies":
+        flag.touch()
+        os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where memory ends
+    return inner(*rest)
+torch_loader.window = window
+index = build_index(sys.argv[1], cache_dir=sys.argv[2])
+loader = make_loader(index, "train", backend="torch", resolution=24, batch_size=2, seed=0, train=True,
+                     augmentation=None, workers=2)
+seen = 0
+for number, batch in enumerate(loader.batches(0)):
+    if number == 0 and sys.argv[4] == "storm":
+        workers = [int(pid) for pid in open(f"/proc/self/task/{os.getpid()}/children").read().split()]
+        for pid in workers:
+            for name in ("TERM", "HUP", "USR1", "INT"):
+                subprocess.run(["kill", "-" + name, str(pid)], check=True)  # not from their parent
+        print("workers", *workers)
+        sys.stdout.flush()
+    seen += len(batch.labels)
+print("seen", seen, signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL)
+sys.stdout.flush()
+if sys.argv[4] == "storm":
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["storm", "dies"])
+def test_workers_outlive_signals_to_the_whole_job_and_not_their_parent(index: Index, tmp_path: Path, what: str) -> None:
+    """What systemd and Slurm send to every process of a job does not take the workers from the trainer; a worker that
+    is killed is replaced; and workers end with a parent that is."""
+    command = [sys.executable, "-c", STORM, str(index.root), str(tmp_path), str(tmp_path / "flag"), what]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    images = len(index.splits["train"]) // 2 * 2
+    assert f"seen {images} True" in done.stdout, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.returncode == (-9 if what == "storm" else 0)
+    if what == "dies":
+        assert "a data loading worker died" in done.stderr
+        return
+    workers = [int(pid) for pid in done.stdout.splitlines()[0].split()[1:]]
+    assert len(workers) == 2
+    for _ in range(200):
+        left = [pid for pid in workers if Path(f"/proc/{pid}/status").exists()]
+        left = [pid for pid in left if "zombie" not in Path(f"/proc/{pid}/status").read_text()]
+        if not left:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"workers {left} outlived their parent")

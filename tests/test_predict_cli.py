@@ -56,7 +56,7 @@ def test_lines_for_people_and_bad_files_named(
     said = capsys.readouterr()
     assert status == 1
     assert said.err.splitlines() == [
-        f"error: {tmp_path / 'text.jpg'} cannot be read (not an image): it is left out.",
+        f"error: {tmp_path / 'text.jpg'} cannot be read (not a JPEG, PNG or WebP image): it is left out.",
         f"error: {tmp_path / 'absent.jpg'} cannot be read (no such file or directory): it is left out.",
     ]
     lines = said.out.splitlines()

@@ -174,7 +174,7 @@ def test_damaged_members_are_named_and_left_out(shards: Path, tmp_path: Path) ->
     assert {name.removeprefix(f"{path}::"): reason for name, reason in index.excluded} == {
         "a/empty.jpg": "empty file",
         "a/half.jpg": "truncated: its end is missing",
-        "a/text.png": "not an image",
+        "a/text.png": "not a JPEG, PNG or WebP image",
         "a/two.dots.jpg": "a dot in its key: only the name up to the first dot is the key",
         "none.jpg": "no label: it has neither a .cls nor a .json with a label, nor a folder",
         "c/bad.jpg": "its label c/bad.json is not JSON text",
@@ -309,6 +309,8 @@ def test_bad_input_gets_one_sentence(shards: Path, tmp_path: Path) -> None:
         f"{bad} is not a whole tar file": good[: len(good) // 2],
         f"{bad} is not a whole tar file (": b"<html>404</html>" * 100,
         f"{bad} is not a whole tar file (empty": b"",
+        f"{bad} is not whole, its end is missing after": without_end(good),
+        f"{bad} goes on after its end at byte": good + good,
         f"{bad} is damaged at byte": good[:middle] + b"\xff" * 100 + good[middle + 100 :],
     }
     for sentence, content in cases.items():
@@ -325,3 +327,9 @@ def test_bad_input_gets_one_sentence(shards: Path, tmp_path: Path) -> None:
     pack(nameless / "val.tar", {"x.jpg": image})
     assert "No train shard of" in said(nameless)
     assert "no label" in said(nameless)
+
+
+def without_end(archive: bytes) -> bytes:
+    """Cut between two members, which reads like a shorter archive."""
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        return archive[: tar.getmembers()[-2].offset]

@@ -27,7 +27,7 @@ def test_tensorboard_holds_the_numbers(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
     config = replace(FOOD101, run=replace(FOOD101.run, tensorboard=True))
-    write_two(tmp_path, make_trackers(config, tmp_path, 0))
+    write_two(tmp_path, make_trackers(config, tmp_path, 0, "0a1b"))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == {"train/loss", "train/epoch", "eval_ema/top1"}
@@ -53,9 +53,9 @@ def test_wandb_gets_the_numbers_of_one_run(tmp_path: Path, monkeypatch: pytest.M
     module.init = init  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", module)
     config = replace(FOOD101, run=replace(FOOD101.run, wandb=True))
-    write_two(tmp_path, make_trackers(config, tmp_path, 0))
+    write_two(tmp_path, make_trackers(config, tmp_path, 0, "0a1b"))
     options, *rest = logged
-    assert (options["project"], options["id"], options["resume"]) == ("fastnet", tmp_path.name, "allow")
+    assert (options["project"], options["id"], options["resume"]) == ("fastnet", "0a1b", "allow")
     assert options["config"]["optimizer"]["epochs"] == FOOD101.optimizer.epochs
     assert rest == [{"train/loss": 1.5, "train/epoch": 0, "step": 20}, {"eval_ema/top1": 50.0, "step": 30}, "finished"]
 
@@ -63,9 +63,9 @@ def test_wandb_gets_the_numbers_of_one_run(tmp_path: Path, monkeypatch: pytest.M
 def test_wandb_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
-        make_trackers(replace(FOOD101, run=replace(FOOD101.run, wandb=True)), tmp_path, 0)
+        make_trackers(replace(FOOD101, run=replace(FOOD101.run, wandb=True)), tmp_path, 0, "")
 
 
 def test_nothing_is_imported_unasked(tmp_path: Path) -> None:
-    assert make_trackers(FOOD101, tmp_path, 0) == []
+    assert make_trackers(FOOD101, tmp_path, 0, "") == []
     assert list(tmp_path.iterdir()) == []

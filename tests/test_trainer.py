@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data_pipeline import DataError
 from fastnet.config import FOOD101, TrainConfig
 from fastnet.display import format_seconds
 from fastnet.errors import UserError
@@ -25,6 +26,7 @@ from fastnet.evaluate import evaluate_run
 from fastnet.evaluation import reestimate_batch_norm
 from fastnet.metrics import Clock, Sums
 from fastnet.model import efficientnet
+from fastnet.saved import keep_best, restore_run
 from fastnet.trained import data_of, load_trained
 from fastnet.trainer import Trainer
 
@@ -107,7 +109,8 @@ def without_times(path: Path) -> list[dict[str, Any]]:
 def test_a_run_leaves_its_files_and_says_how_to_go_on(finished: tuple[Path, str]) -> None:
     out, text = finished
     assert {p.name for p in out.iterdir()} == {
-        "best.json", "best.safetensors", "config.json", "curves.png", "last.json", "last.safetensors", "metrics.jsonl",
+        ".fastnet.lock", "best.json", "best.safetensors", "config.json", "curves.png", "last.json", "last.safetensors",
+        "metrics.jsonl",
     }  # fmt: skip
     kinds = [line["kind"] for line in without_times(out / "metrics.jsonl")]
     assert kinds == ["train", "eval", "train", "train", "eval"]
@@ -168,7 +171,7 @@ def test_the_averages_own_weights_are_kept_when_better(folder: Path, tmp_path: P
     with torch.no_grad():
         for p in trainer.step.ema.module.parameters():
             p.mul_(1.5)
-    trainer._keep(trainer.step.ema.module, dict(weights="ema", epoch=0, top1=50.0))
+    keep_best(trainer, trainer.step.ema.module, dict(weights="ema", epoch=0, top1=50.0, loss=1.0))
     kept = load_file(tmp_path / "a" / "best.safetensors")
     assert torch.equal(kept["classifier.weight"], trainer.step.ema.state_dict()["classifier.weight"])
     assert not torch.equal(kept["classifier.weight"], trainer.model.state_dict()["classifier.weight"])
@@ -178,9 +181,9 @@ def test_the_best_epochs_are_kept(folder: Path, tmp_path: Path) -> None:
     trainer = Trainer(tiny(folder, checkpoint_hist=2), tmp_path / "a", Console(file=StringIO()))
     left = []
     for epoch, top1 in enumerate((10.0, 30.0, 20.0, 5.0, 30.0)):
-        values = dict(weights="model", epoch=epoch, top1=top1)
+        values = dict(weights="model", epoch=epoch, top1=top1, loss=1.0)
         trainer.progress.evaluations.append(values)
-        trainer._keep(trainer.model, values)
+        keep_best(trainer, trainer.model, values)
         left.append(sorted(path.name for path in (tmp_path / "a").glob("checkpoint-*.safetensors")))
     names = [[f"checkpoint-{epoch}.safetensors" for epoch in kept] for kept in ([0], [0, 1], [1, 2], [1, 2], [1, 4])]
     assert left == names
@@ -197,7 +200,7 @@ def test_fp16_keeps_its_loss_scale_over_a_stop(folder: Path, tmp_path: Path) -> 
     header = {"fastnet": (tmp_path / "a" / "last.json").read_text()}
     save_file(saved, tmp_path / "a" / "last.safetensors", header)
     trainer = Trainer(config, tmp_path / "a", Console(file=StringIO()))
-    trainer.restore()
+    restore_run(trainer)
     assert trainer.step.health().loss_scale == 1234
 
 
@@ -234,7 +237,7 @@ def test_other_data_is_refused_when_continuing(folder: Path, finished: tuple[Pat
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
     config = tiny(folder)
-    with pytest.raises(UserError, match="--pretrained"):
+    with pytest.raises(DataError, match=r'has no class "bright" any more.*--pretrained'):
         train(replace(config, data=replace(config.data, data=str(other))), finished[0])
 
 

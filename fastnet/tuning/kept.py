@@ -83,7 +83,7 @@ class KeptResults:
             return content["entries"]
         except (FileNotFoundError, NotADirectoryError):
             return {}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"{error.strerror}" if isinstance(error, OSError) else f"{error}" or type(error).__name__
             if not quietly:
                 self._say(f"{self.path} can't be used ({reason}): it is measured again.")
@@ -119,6 +119,8 @@ class KeptResults:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        with open(self.path.with_suffix(".lock"), "w") as lock:
+        # Not through a link, which would truncate what it points to.
+        handle = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        with open(handle, "r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield

@@ -1,0 +1,68 @@
+"""Values from JSON held against the annotations of the dataclass that they are for."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: it is no JSON object, or one of a depth that no file of ours has.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("it is no JSON object")
+    return value
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value may stand where the annotation `hint` does; a whole number may where float does, if finite."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return any(value == one and type(value) is type(one) for one in arguments)
+    if origin in (Union, UnionType):
+        return any(fits(value, one) for one in arguments)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return False
+        hints = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+        return len(value) == len(hints) and all(map(fits, value, hints))
+    if origin in (list, dict):
+        return isinstance(value, origin)
+    if hint is None or hint is NoneType:
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def checked_fields(cls: type, values: Any) -> dict[str, Any]:
+    """The fields of a dataclass from JSON: those that it knows, of the right types.
+
+    Raises:
+        ValueError: the message names the first that is not.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{values!r:.40} stands where {cls.__name__} should")
+    hints = get_type_hints(cls)
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"{unknown[0]!r:.60} is unknown")
+    for name, value in values.items():
+        # A registered network's name is a variant's too.
+        hint = str if name == "variant" else hints[name]
+        if not dataclasses.is_dataclass(hint) and not fits(value, hint):
+            raise ValueError(f"{name} cannot be {value!r:.60}")
+    return values
