@@ -111,14 +111,18 @@ def test_a_cache_that_cannot_be_written_is_named(fake: Path, tmp_path: Path, mon
 
 def test_what_a_cpu_can_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(builds, "amx_permitted", lambda: True)
     info = tmp_path / "cpuinfo"
     avx512 = "avx512f avx512bw avx512dq avx512vl"
     for flags, level in (
         ("sse2", "plain"), ("avx2", "plain"), ("avx2 fma", "avx2"), (f"avx2 fma {avx512}", "avx512"),
         (f"avx2 fma {avx512} avx512_bf16", "avx512-bf16"),
+        (f"avx2 fma {avx512} avx512_bf16 amx_tile amx_bf16", "amx"),
     ):  # fmt: skip
         info.write_text(f"model name\t: x\nflags\t\t: fpu {flags}\n")
         assert cpu_level(info) == level
+    monkeypatch.setattr(builds, "amx_permitted", lambda: False)
+    assert cpu_level(info) == "avx512-bf16"
     info.write_text("flags : fma avx2\nflags : avx2\n")  # cores that differ: what all have
     assert cpu_level(info) == "plain"
     assert cpu_level(tmp_path / "nothing") == "plain"

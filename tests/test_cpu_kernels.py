@@ -12,7 +12,7 @@ from torch import Tensor
 
 import kernels
 from kernels.cpu import ops as cpu_ops
-from kernels.cpu.build import Level, build, cpu_level
+from kernels.cpu.build import Level, build, cpu_level, cpu_levels
 from kernels.cpu.library import Library, using
 from kernels.mbconv import BlockImpl, Unjoined, mbconv_training
 from tests.parity import DEVICE, Outcome, hold, nan_allocations
@@ -22,8 +22,16 @@ pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the tests' tensors are 
 
 F32, BF16 = torch.float32, torch.bfloat16
 POISON = ("-DFASTNET_POISON",)  # scratch starts as NaN
-SMALLER: tuple[Level, ...] = ("avx2", "plain") if "avx512" in cpu_level() else ("plain",)
-LEVELS: tuple[Level, ...] = tuple(dict.fromkeys([cpu_level(), *SMALLER]))
+TESTED: tuple[Level, ...] = ("amx", "avx512-bf16", "avx2", "plain")
+
+
+def build_parameter(level: Level) -> Any:
+    """This CPU's own build is in the daily check; one that it can't run is skipped with the reason."""
+    marks = [pytest.mark.skipif(level not in cpu_levels(), reason=f"this CPU has no {level}")]
+    return pytest.param(level, marks=marks if level == cpu_level() else [*marks, pytest.mark.slow])
+
+
+LEVELS = [build_parameter(level) for level in dict.fromkeys([*TESTED, cpu_level()])]
 
 
 @functools.cache
@@ -31,7 +39,7 @@ def library(level: Level) -> Library:
     return Library(build(level, POISON))
 
 
-@pytest.fixture(params=[LEVELS[0], *(pytest.param(x, marks=pytest.mark.slow) for x in LEVELS[1:])], autouse=True)
+@pytest.fixture(params=LEVELS, autouse=True)
 def level(request: pytest.FixtureRequest) -> Iterator[Level]:
     with using(library(request.param)):
         yield request.param
@@ -54,6 +62,7 @@ BLOCKS = (
     Block(40, 40, 6, 3, 1, (23, 21), squeeze=10),
     Block(24, 40, 6, 5, 2, (23, 21), BF16, squeeze=10),
     Block(12, 12, 6, 5, 1, (2, 3), images=40, scaled=False),
+    Block(16, 32, 6, 3, 1, (7, 9), BF16, squeeze=4),
 )
 
 

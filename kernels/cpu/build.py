@@ -20,21 +20,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-Level = Literal["avx512-bf16", "avx512", "avx2", "neon", "plain"]
+Level = Literal["amx", "avx512-bf16", "avx512", "avx2", "neon", "plain"]
 
 SOURCES = Path(__file__).with_name("src")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi")
 AVX2 = ("-mavx2", "-mfma")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
+AVX512_BF16 = (*AVX512, "-mavx512bf16")
 LEVELS: dict[Level, tuple[str, ...]] = {
-    "avx512-bf16": (*AVX512, "-mavx512bf16"), "avx512": AVX512, "avx2": AVX2, "neon": (), "plain": (),
+    "amx": (*AVX512_BF16, "-mamx-tile", "-mamx-bf16"), "avx512-bf16": AVX512_BF16, "avx512": AVX512, "avx2": AVX2,
+    "neon": (), "plain": (),
 }  # fmt: skip
+HAVE_AVX2 = frozenset({"avx2", "fma"})
+HAVE_AVX512 = HAVE_AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
 NEEDS: tuple[tuple[Level, frozenset[str]], ...] = (
-    ("avx512-bf16", frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "fma"})),
-    ("avx512", frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"})),
-    ("avx2", frozenset({"avx2", "fma"})),
+    ("amx", HAVE_AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"}),
+    ("avx512-bf16", HAVE_AVX512 | {"avx512_bf16"}),
+    ("avx512", HAVE_AVX512),
+    ("avx2", HAVE_AVX2),
 )
 """Flags of /proc/cpuinfo, best first."""
+SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18  # asm/unistd_64.h, asm/prctl.h of Linux
 COMPILE_SECONDS = 300
 
 
@@ -43,16 +49,40 @@ class BuildError(RuntimeError):
 
 
 def cpu_level(cpuinfo: Path = Path("/proc/cpuinfo")) -> Level:
-    """What this machine's CPU can run; "plain" where that isn't known."""
+    """The best that this machine's CPU can run; "plain" where that isn't known."""
+    return cpu_levels(cpuinfo)[0]
+
+
+def cpu_levels(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[Level]:
+    """All that this machine's CPU can run, best first."""
     if platform.machine() in ("aarch64", "arm64"):
-        return "neon"
+        return ["neon"]
     try:
         lines = [line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")]
     except OSError:
-        return "plain"
+        return ["plain"]
     # What every core has.
     flags = frozenset.intersection(*(frozenset(line.partition(":")[2].split()) for line in lines)) if lines else set()
-    return next((level for level, needed in NEEDS if needed <= flags), "plain")
+    levels = [level for level, needed in NEEDS if needed <= flags]
+    if "amx" in levels and not amx_permitted():
+        levels.remove("amx")
+    return [*levels, "plain"]
+
+
+@functools.cache
+def amx_permitted() -> bool:
+    """Whether Linux lets this process use AMX's tiles, for which a process has to ask."""
+    return ctypes.CDLL(None).syscall(SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0
+
+
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """As the system calls this machine's CPU."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        lines = []
+    found = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(found, platform.machine())
 
 
 def cache_folder() -> Path:
@@ -125,8 +155,8 @@ def build(
     extra: flags of the compiler and linker, as a sanitizer's. announce: gets one line before a compilation.
     Raises BuildError.
     """
-    level = level or cpu_level()
     folder, cxx = cache_folder(), compiler()
+    level = level or _compilable(cxx, cpu_level())
     compile_flags, link_flags = (*FLAGS, *LEVELS[level], *extra), (*_link_flags(), *extra)
     prefix = f"block-{level}-{_key(cxx, (*compile_flags, '--', *link_flags))}"
     try:
@@ -143,6 +173,17 @@ def build(
             f"the CPU kernels cannot be kept in {folder} ({error.strerror or error}): make room or make it writable, "
             "or name another place in XDG_CACHE_HOME"
         ) from error
+
+
+@functools.cache
+def _compilable(cxx: str, level: Level) -> Level:
+    """`level`, or the best below it whose flags the compiler knows: one of before AMX compiles for AVX-512."""
+    order = [known for known, _ in NEEDS]
+    for lower in order[order.index(level) :] if level in order else ():
+        command = [cxx, *LEVELS[lower], "-x", "c++", "-fsyntax-only", os.devnull]
+        if subprocess.run(command, capture_output=True, timeout=COMPILE_SECONDS).returncode == 0:
+            return lower
+    return level
 
 
 def _compile(cxx: str, flags: tuple[str, ...], link_flags: tuple[str, ...], folder: Path, prefix: str) -> Path:

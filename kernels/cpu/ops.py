@@ -10,11 +10,13 @@ Sums are cut by shape, so every result has the same bits for any number of threa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from kernels import launch as L
 from kernels import mbconv_ops
@@ -256,11 +258,33 @@ def inference(
     return y
 
 
+OPERATIONS: dict[str, Any] = {}
+"""The operations as torch knows them, by name."""
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether nothing but the result is wanted of an operation on x: no gradient, no trace, no fake tensor."""
+    return (
+        not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and _get_current_dispatch_mode() is None
+    )
+
+
 def _declare(name: str, function: Callable[..., Any], schema: str, fake: Callable[..., Any]) -> Any:
+    """The operation, declared to torch, and called without torch's dispatcher, which takes as long as the function,
+    where that has no part in it."""
     op = torch.library.custom_op(f"fastnet::cpu_{name}", function, mutates_args=(), device_types="cpu", schema=schema)
     op.register_fake(fake)
     L.once_differentiable(op, "mbconv")
-    return op
+    OPERATIONS[name] = op
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        return function(*arguments) if _plain(arguments[0]) else op(*arguments)
+
+    return call
 
 
 def _twin(function: Callable[..., Any]) -> Any:
@@ -286,8 +310,3 @@ project_backward = _twin(project_backward)
 depthwise_gradients = _twin(depthwise_gradients)
 expand_backward = _twin(expand_backward)
 inference = _twin(inference)
-
-OPERATIONS = (
-    expand, joined_expand, depthwise_forward, project, join, join_backward, project_backward, depthwise_gradients,
-    expand_backward, inference,
-)  # fmt: skip

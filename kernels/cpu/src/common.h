@@ -126,9 +126,6 @@ struct Groups {
     long start(int g) const { return rows * g / count; }
 };
 
-// Rows of a block whose operand of `depth` fp32 columns stays in L2.
-INLINE int block_rows(int depth) { return std::max(24, std::min(96, 49152 / depth / TILE * TILE)); }
-
 // Sums of each image of which a group has rows: slots in order, first by group.
 struct Slots {
     std::vector<int> first, image;  // of a group's images: slot of the first; of a slot: the image
@@ -191,6 +188,12 @@ struct NormBackward {
     }
 };
 
+// Tensors larger than this are stored past the caches; in the tests' builds all that can be.
+#ifdef FASTNET_POISON
+constexpr long STREAMED_BYTES = 0;
+#else
+constexpr long STREAMED_BYTES = (long)8 << 20;
+#endif
 constexpr int FEW = 16;  // values that are summed in fp32 before they join a sum in fp64
 
 // Mean and M2 of each group's values, about the group's first value, so that a large mean costs no digits.
@@ -205,8 +208,8 @@ struct Statistics {
           rows(groups) {}
 
     __attribute__((always_inline)) inline void add(int g, int c, vf s, vf q) {
-        double *a = sum + (size_t)g * size + c, *b = square + (size_t)g * size + c;
-        UNROLL for (int i = 0; i < LANES; i++) a[i] += s[i], b[i] += q[i];
+        add_to(sum + (size_t)g * size + c, s);
+        add_to(square + (size_t)g * size + c, q);
     }
 
     // Chan, Golub and LeVeque 1979, in the order of the groups: mean and biased variance [channels].
@@ -227,7 +230,22 @@ struct Statistics {
 };
 
 // Store a strip of a product as T and take its statistics.
-template <int N, class T>
+enum class Store { part, whole, stream };
+
+// How rows of `channels` are stored: past the caches where the tensor of `count` is too large to stay there.
+template <class T>
+INLINE Store store_of(const T* out, long count, long channels) {
+    const bool aligned = (uintptr_t)out % 64 == 0 && channels * sizeof(T) % 64 == 0;  // whole cache lines
+    return aligned && count * (long)sizeof(T) > STREAMED_BYTES ? Store::stream : Store::whole;
+}
+
+// Whether one vector of channels at a time can be stored past the caches: it has to fill a cache line.
+template <class T>
+INLINE bool streams_blocks(const T* out, long count, long channels) {
+    return LANES * sizeof(T) == 64 && store_of(out, count, channels) == Store::stream;
+}
+
+template <int N, Store HOW, class T>
 static void keep_strip_of(Statistics& found, int g, bool first, const float* c, int rows, int from, T* out, long ldo) {
     float* pivots = found.pivot + (size_t)g * found.size + from;
     vf pivot[N], s[N], q[N];
@@ -242,7 +260,12 @@ static void keep_strip_of(Statistics& found, int g, bool first, const float* c, 
         for (const int until = std::min(rows, i + FEW); i < until; i++)
             UNROLL for (int j = 0; j < N; j++) {
                 const vf v = load(c + i * STRIP + j * LANES), beyond = v - pivot[j];
-                store(out + i * ldo + j * LANES, v, lanes[j]);
+                if constexpr (HOW == Store::stream)
+                    stream(out + i * ldo + j * LANES, v);
+                else if constexpr (HOW == Store::whole)
+                    store(out + i * ldo + j * LANES, v);
+                else
+                    store(out + i * ldo + j * LANES, v, lanes[j]);
                 s[j] += beyond, q[j] += beyond * beyond;
             }
         UNROLL for (int j = 0; j < N; j++) found.add(g, from + j * LANES, s[j], q[j]);
@@ -251,20 +274,30 @@ static void keep_strip_of(Statistics& found, int g, bool first, const float* c, 
 
 template <class T>
 INLINE void keep_strip(Statistics& found, int vectors, int g, bool first, const float* c, int rows, int from, T* out,
-                       long ldo) {
-    if (vectors == 2)
-        keep_strip_of<2>(found, g, first, c, rows, from, out, ldo);
-    else
-        keep_strip_of<1>(found, g, first, c, rows, from, out, ldo);
+                       long ldo, Store how) {
+    constexpr auto part = Store::part, whole = Store::whole, past = Store::stream;
+    if (found.channels - from < vectors * LANES) how = part;
+    const auto two = how == past ? keep_strip_of<2, past, T>
+                                 : how == whole ? keep_strip_of<2, whole, T> : keep_strip_of<2, part, T>;
+    const auto one = how == past ? keep_strip_of<1, past, T>
+                                 : how == whole ? keep_strip_of<1, whole, T> : keep_strip_of<1, part, T>;
+    (vectors == 2 ? two : one)(found, g, first, c, rows, from, out, ldo);
 }
 
-// A block of rows as fp32: where it lies, or widened into scratch, rows a whole number of vectors apart.
-template <class T>
-INLINE void widened(const T* x, int rows, int channels, float* scratch) {
-    const int ld = padded(channels);
+// A block of rows as a product's operand, zeros past the channels.
+template <class O, class T>
+INLINE void copy_rows(const T* x, int rows, int channels, O* scratch) {
+    const int ld = leading<O>(channels);
     for (int i = 0; i < rows; i++)
-        for (int c = 0; c < channels; c += LANES)
-            store(scratch + (long)i * ld + c, load(x + (long)i * channels + c, channels - c));
+        for (int c = 0; c < ld; c += LANES)
+            store(scratch + (long)i * ld + c, c < channels ? load(x + (long)i * channels + c, channels - c) : vf{});
+}
+
+// Whether a product can read rows of T where they lie.
+template <class T>
+INLINE bool read_in_place(int rows, int channels) {
+    if (sizeof(Operand<T>) != sizeof(T)) return false;
+    return !PAIRS<T> || (cells<T>(channels) * CELL<T> == channels && (!AMX || rows % 16 == 0));
 }
 
 // --- products of vectors of images -----------------------------------------------------------------------------------
@@ -276,7 +309,7 @@ static void small_product(int rows, int depth, const float* a, long lda, const f
                           float* scratch, const F& then) {
 #pragma omp for schedule(static)
     for (int s = 0; s < strips(columns); s++) {
-        float* product = scratch + (long)depth * STRIP;
+        float* product = scratch + strip_size<float>(depth);
         pack_strip<TURNED>(w, ldw, depth, columns, s, scratch);
         times_strip(rows, depth, a, lda, scratch, vectors_of(columns, s * STRIP), product);
         for (int i = 0; i < rows; i++)

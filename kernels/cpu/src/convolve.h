@@ -11,13 +11,14 @@ struct Map {
           out_width(out_width), top(top), left(left), size(padded(channels)), blocks(padded(channels) / LANES) {}
 };
 
+constexpr long CHUNK_BYTES = (long)192 << 10;  // of L2
 // Channels in chunks whose rows of `bytes` for each block stay in cache, at least a cache line of T wide.
 struct Chunks {
     int blocks, width, count;
     template <class T>
     Chunks(const Map& map, long bytes, const T*) : blocks(map.blocks) {
         const int least = std::max<int>(1, 64 / sizeof(T) / LANES);
-        const int most = std::max<int>(least, 49152 / bytes);
+        const int most = std::max<int>(least, (int)(CHUNK_BYTES / bytes));
         count = (blocks + most - 1) / most;
         width = (blocks + count - 1) / count;
         count = (blocks + width - 1) / width;

@@ -24,6 +24,7 @@ static void forward(Call& call, const Map& map, long K, long S, const T* e, cons
     Statistics found(call.arena, map.images, map.channels);
     std::fill(found.rows.begin(), found.rows.end(), map.out_height * map.out_width);
     const Convolve convolve_row = whole(K, S);
+    const bool past = streams_blocks(d, map.images * map.out_height * map.out_width * map.channels, map.channels);
     const long ring_size = (chunks.width * K + 1) * wide, each = ring_size + map.out_width * LANES;
     float* rings = call.per_thread<float>(each);
 #pragma omp parallel for schedule(dynamic) collapse(2) num_threads(call.threads)
@@ -45,7 +46,7 @@ static void forward(Call& call, const Map& map, long K, long S, const T* e, cons
                             vf v = load(at, map.channels - c);
                             if (norm) {
                                 const vf z = norm.z(v, c);
-                                v = z * sigmoid(z);
+                                v = z * sigmoid<T>(z);
                             }
                             store(row + (b - first) * K * wide + x * LANES, v);
                         }
@@ -67,7 +68,10 @@ static void forward(Call& call, const Map& map, long K, long S, const T* e, cons
                         vf s{}, q{};
                         for (const long until = std::min(map.out_width, x + FEW); x < until; x++) {
                             const vf v = load(result + x * LANES), beyond = v - pivot;
-                            store(out + x * map.channels, v, map.channels - c);
+                            if (past)
+                                stream(out + x * map.channels, v);
+                            else
+                                store(out + x * map.channels, v, map.channels - c);
                             s += beyond, q += beyond * beyond;
                         }
                         found.add(n, c, s, q);
@@ -186,6 +190,7 @@ static void backward(Call& call, const Map& map, long K, long S, const Output<T>
     double* norm_sums = call.arena.zeros<double>((size_t)groups * 2 * map.size);
     const Rows shape(map, K, S, chunks.width);
     float* scratches = call.per_thread<float>(shape.each);
+    const bool past = streams_blocks(du, map.images * map.height * map.width * map.channels, map.channels);
     const long flush = std::max(1L, 512 / map.out_width);  // rows that fp32 sums run over
 #pragma omp parallel for schedule(dynamic) collapse(2) num_threads(call.threads)
     for (int g = 0; g < groups; g++)
@@ -208,7 +213,7 @@ static void backward(Call& call, const Map& map, long K, long S, const Output<T>
                                 prefetch(out.da + p + map.out_width * map.channels);
                                 const vf raw = load(out.d + p, lanes);
                                 const vf dz = (load(out.da + p, lanes) * load(gate + c, lanes) + load(q + c, lanes)) *
-                                              silu(out.norm.z(raw, c)).slope;
+                                              silu<T>(out.norm.z(raw, c)).slope;
                                 store(row + (b - first) * K * rows.ring_width + x * LANES,
                                       out.backward.dx(out.norm, dz, raw, c));
                             }
@@ -221,7 +226,7 @@ static void backward(Call& call, const Map& map, long K, long S, const Output<T>
                             prefetch(source + map.width * map.channels);
                             vf v = load(source, map.channels - c);
                             if (norm) {
-                                const Silu act = silu(norm.z(v, c));
+                                const Silu act = silu<T>(norm.z(v, c));
                                 store(rows.slope + i * rows.map_width + x * LANES, act.slope);
                                 v = act.value;
                             }
@@ -240,10 +245,14 @@ static void backward(Call& call, const Map& map, long K, long S, const Output<T>
                                 v *= load(slope + ix * LANES);
                                 s += v, x += v * (load(e + p, lanes) - centre);
                             }
-                            store(du + p, v, lanes);
+                            if (past)
+                                stream(du + p, v);
+                            else
+                                store(du + p, v, lanes);
                         }
                         double* mine = norm_sums + (size_t)g * 2 * map.size + c;
-                        for (int l = 0; l < LANES; l++) mine[l] += s[l], mine[map.size + l] += x[l];
+                        add_to(mine, s);
+                        add_to(mine + map.size, x);
                     }
                     if (iy % flush == flush - 1 || iy == map.height - 1) {
                         double* mine = tap_sums + g * cells + (long)first * K * K * LANES;

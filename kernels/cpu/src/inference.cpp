@@ -16,9 +16,10 @@ struct Folded {
 };
 
 // Strips of wᵀ [depth x columns], w's rows times `scale`.
-static float* packed_weights(Call& call, const float* w, long depth, long columns, const float* scale) {
+template <class O>
+static O* packed_weights(Call& call, const float* w, long depth, long columns, const float* scale) {
     float* scaled = call.arena.take<float>(columns * depth);
-    float* packed = call.arena.take<float>(strips(columns) * depth * STRIP);
+    O* packed = call.arena.take<O>(strips(columns) * strip_size<O>(depth));
 #pragma omp parallel num_threads(call.threads)
     {
 #pragma omp for schedule(static)
@@ -26,7 +27,7 @@ static float* packed_weights(Call& call, const float* w, long depth, long column
             for (long k = 0; k < depth; k++) scaled[c * depth + k] = w[c * depth + k] * scale[c];
 #pragma omp for schedule(static)
         for (int s = 0; s < strips(columns); s++)
-            pack_strip<true>(scaled, depth, depth, columns, s, packed + s * depth * STRIP);
+            pack_strip<true>(scaled, depth, depth, columns, s, packed + s * strip_size<O>(depth));
     }
     return packed;
 }
@@ -63,7 +64,7 @@ static void depthwise_image(const Map& map, const Chunks& chunks, int chunk, lon
             T* out = d + (n * map.out_height + oy) * map.out_width * map.channels + c;
             vf sum = load(sums + (b - first) * LANES);
             for (long x = 0; x < map.out_width; x++) {
-                const vf z = load(result + x * LANES) + load(folded.bias + c), a = z * sigmoid(z);
+                const vf z = load(result + x * LANES) + load(folded.bias + c), a = z * sigmoid<T>(z);
                 store(out + x * map.channels, a, map.channels - c);
                 sum += a;
             }
@@ -90,8 +91,9 @@ static void inference(long threads, long images, long channels, long height, lon
     const long wave = std::min(images, std::max(1L, WAVE_ROWS / out_area));
     const Folded second(call.arena, channels, g2, b2, m2, v2, eps), third(call.arena, out, g3, b3, m3, v3, eps);
     const Folded first = w1 ? Folded(call.arena, channels, g1, b1, m1, v1, eps) : second;
-    const float* expand = w1 ? packed_weights(call, w1, c_in, channels, first.scale) : nullptr;
-    const float* project = packed_weights(call, w3, channels, out, third.scale);
+    using O = Operand<T>;
+    const O* expand = w1 ? packed_weights<O>(call, w1, c_in, channels, first.scale) : nullptr;
+    const O* project = packed_weights<O>(call, w3, channels, out, third.scale);
     const Map map(wave, channels, height, width, out_height, out_width, top, left);
     float* scaled_taps = call.arena.take<float>(channels * k * k);
     for (long c = 0; c < channels; c++)
@@ -103,14 +105,19 @@ static void inference(long threads, long images, long channels, long height, lon
     T* e_all = w1 ? call.arena.take<T>(wave * area * channels) : nullptr;
     T* d = call.arena.take<T>(wave * out_area * channels);
     float *pooled = call.arena.take<float>(wave * channels), *gate = call.arena.take<float>(wave * channels);
-    const int narrow = padded(squeezed), low = block_rows(c_in), high = block_rows(channels), size = padded(channels);
+    const int narrow = padded(squeezed), low = block_rows<O>(c_in), high = block_rows<O>(channels);
+    const int ldx = leading<O>(c_in), ldd = leading<O>(channels);
     float* active = call.arena.take<float>(wave * narrow);
-    const long each = std::max({ring, (long)low * (padded(c_in) + STRIP), (long)high * (size + STRIP),
+    const long each = std::max({ring, (long)std::max(low, high) * STRIP,
                                 small_scratch(wave, std::max(channels, squeezed))});
+    const long operand_size = std::max((long)low * ldx, (long)high * ldd);
+    O* operands = call.per_thread<O>(operand_size);
     float* scratches = call.per_thread<float>(each);
 #pragma omp parallel num_threads(call.threads)
     {
+        const TileUse use;
         float* scratch = scratches + each * thread();
+        O* operand = operands + operand_size * thread();
         for (long n0 = 0; n0 < images; n0 += wave) {
             const long count = std::min(wave, images - n0);
             const T *input = x + n0 * area * c_in, *e = w1 ? e_all : input;
@@ -118,15 +125,16 @@ static void inference(long threads, long images, long channels, long height, lon
 #pragma omp for schedule(dynamic)
                 for (long r = 0; r < count * area; r += low) {
                     const int rows = (int)std::min<long>(low, count * area - r);
-                    float* product = scratch + (long)low * padded(c_in);
-                    widened(input + r * c_in, rows, c_in, scratch);
+                    float* product = scratch;
+                    copy_rows<O>(input + r * c_in, rows, c_in, operand);
                     for (int s = 0, from = 0; s < strips(channels); s++, from += STRIP) {
                         const int vectors = vectors_of(channels, from);
-                        times_strip(rows, c_in, scratch, padded(c_in), expand + s * c_in * STRIP, vectors, product);
+                        const O* strip = expand + s * strip_size<O>(c_in);
+                        times_strip(rows, c_in, operand, ldx, strip, vectors, product);
                         for (int i = 0; i < rows; i++)
                             for (int c = from; c < from + vectors * LANES; c += LANES) {
                                 const vf z = load(product + i * STRIP + c - from) + load(first.bias + c);
-                                store(e_all + (r + i) * channels + c, z * sigmoid(z), channels - c);
+                                store(e_all + (r + i) * channels + c, z * sigmoid<T>(z), channels - c);
                             }
                     }
                 }
@@ -138,25 +146,27 @@ static void inference(long threads, long images, long channels, long height, lon
             small_product<true>(count, channels, pooled, channels, w_reduce, channels, squeezed, scratch,
                                 [&](int n, int s, vf v, int lanes) {
                                     v += load(b_reduce + s, lanes);
-                                    store(active + n * narrow + s, v * sigmoid(v));
+                                    store(active + n * narrow + s, v * sigmoid<float>(v));
                                 });
             small_product<true>(count, squeezed, active, narrow, w_expand, squeezed, channels, scratch,
                                 [&](int n, int c, vf v, int lanes) {
-                                    store(gate + n * channels + c, sigmoid(v + load(b_expand + c, lanes)), lanes);
+                                    store(gate + n * channels + c, sigmoid<float>(v + load(b_expand + c, lanes)), lanes);
                                 });
 #pragma omp for schedule(dynamic)
             for (long r = 0; r < count * out_area; r += high) {
                 const int rows = (int)std::min<long>(high, count * out_area - r);
-                float* product = scratch + (long)high * size;
+                float* product = scratch;
                 for (int i = 0; i < rows; i++) {
                     const T* at = d + (r + i) * channels;
                     const float* gates = gate + (r + i) / out_area * channels;
                     for (int c = 0; c < channels; c += LANES)
-                        store(scratch + (long)i * size + c, load(at + c, channels - c) * load(gates + c, channels - c));
+                        store(operand + (long)i * ldd + c, load(at + c, channels - c) * load(gates + c, channels - c));
+                    if (padded(channels) < ldd) store(operand + (long)i * ldd + padded(channels), vf{});
                 }
                 for (int s = 0, from = 0; s < strips(out); s++, from += STRIP) {
                     const int vectors = vectors_of(out, from);
-                    times_strip(rows, channels, scratch, size, project + s * channels * STRIP, vectors, product);
+                    const O* strip = project + s * strip_size<O>(channels);
+                    times_strip(rows, channels, operand, ldd, strip, vectors, product);
                     for (int i = 0; i < rows; i++)
                         for (int c = from; c < from + vectors * LANES; c += LANES) {
                             const long at = (n0 * out_area + r + i) * out + c;

@@ -5,15 +5,19 @@
 template <class T, class Source>
 static void product_with_statistics(Call& call, const Source& source, long rows, int depth, const T* w, int channels,
                                     T* e, float* mean, float* var) {
-    const int count = strips(channels), height = block_rows(depth);
-    const long size = (long)depth * STRIP, each = (long)height * padded(depth);
+    using O = Operand<T>;
+    const int count = strips(channels), height = block_rows<O>(depth);
+    const long size = strip_size<O>(depth), each = (long)height * leading<O>(depth);
     const Groups groups(rows, 2 * channels);
     Statistics found(call.arena, groups.count, channels);
-    float* packed = call.arena.take<float>(count * size);
-    float *blocks = call.per_thread<float>(each), *products = call.per_thread<float>(height * STRIP);
+    const Store how = store_of(e, rows * channels, channels);
+    O *packed = call.arena.take<O>(count * size), *blocks = call.per_thread<O>(each);
+    float* products = call.per_thread<float>(height * STRIP);
 #pragma omp parallel num_threads(call.threads)
     {
-        float *scratch = blocks + each * thread(), *product = products + (long)height * STRIP * thread();
+        const TileUse use;
+        O* scratch = blocks + each * thread();
+        float* product = products + (long)height * STRIP * thread();
 #pragma omp for schedule(static)
         for (int s = 0; s < count; s++) pack_strip<true>(w, depth, depth, channels, s, packed + s * size);
 #pragma omp for schedule(dynamic)
@@ -22,14 +26,14 @@ static void product_with_statistics(Call& call, const Source& source, long rows,
             found.rows[g] = end - start;
             for (long r = start; r < end; r += height) {
                 const int n = (int)std::min<long>(height, end - r);
-                const float* a;
+                const O* a;
                 long lda;
                 source(r, n, scratch, &a, &lda);
                 for (int s = 0, from = 0; s < count; s++, from += STRIP) {
                     const int vectors = vectors_of(channels, from);
                     times_strip(n, depth, a, lda, packed + s * size, vectors, product);
                     T* out = e + r * channels + from;
-                    keep_strip(found, vectors, g, r == start, product, n, from, out, channels);
+                    keep_strip(found, vectors, g, r == start, product, n, from, out, channels, how);
                 }
             }
         }
@@ -41,20 +45,22 @@ template <class T>
 static void expand(long threads, long rows, long c_in, long channels, const T* x, const T* w, T* e, float* mean,
                    float* var) {
     Call call(threads);
-    const auto source = [=](long r, int n, float* scratch, const float** a, long* lda) {
-        if constexpr (sizeof(T) == 4) {
-            *a = (const float*)x + r * c_in, *lda = c_in;
+    using O = Operand<T>;
+    const auto source = [=](long r, int n, O* scratch, const O** a, long* lda) {
+        if (read_in_place<T>(n, c_in)) {
+            *a = (const O*)(x + r * c_in), *lda = c_in;
         } else {
-            widened(x + r * c_in, n, c_in, scratch);
-            *a = scratch, *lda = padded(c_in);
+            copy_rows<O>(x + r * c_in, n, c_in, scratch);
+            *a = scratch, *lda = leading<O>(c_in);
         }
     };
     product_with_statistics(call, source, rows, c_in, w, channels, e, mean, var);
 }
 
-// y = scale[b] norm(p) + residual, one row; what was stored also as fp32 where asked for.
+// y = scale[b] norm(p) + residual, one row; what was stored also as an operand, where asked for.
 template <class T>
-INLINE void join_row(const Norm& norm, const T* p, const T* residual, float scale, int channels, T* y, float* kept) {
+INLINE void join_row(const Norm& norm, const T* p, const T* residual, float scale, int channels, T* y,
+                     Operand<T>* kept) {
     for (int c = 0; c < channels; c += LANES) {
         vf v = norm.z(load(p + c, channels - c), c) * scale;
         if (residual) v += load(residual + c, channels - c);
@@ -69,12 +75,14 @@ static void joined_expand(long threads, long images, long area, long c_in, long 
                           const float* bias, double eps, const T* w, T* x, T* e, float* mean, float* var) {
     Call call(threads);
     const Norm norm(call.arena, c_in, mean0, var0, weight, bias, eps);
-    const int ld = padded(c_in);
-    const auto source = [=, &norm](long r, int n, float* scratch, const float** a, long* lda) {
+    using O = Operand<T>;
+    const int ld = leading<O>(c_in);
+    const auto source = [=, &norm](long r, int n, O* scratch, const O** a, long* lda) {
         for (int i = 0; i < n; i++) {
             const long at = (r + i) * c_in;
             join_row(norm, p + at, residual ? residual + at : nullptr, scale ? scale[(r + i) / area] : 1.0f, c_in,
                      x + at, scratch + (long)i * ld);
+            if (padded(c_in) < ld) store(scratch + (long)i * ld + padded(c_in), vf{});
         }
         *a = scratch, *lda = ld;
     };
@@ -90,7 +98,7 @@ static void join(long threads, long images, long area, long channels, const T* p
     for (long r = 0; r < images * area; r++) {
         const long at = r * channels;
         join_row(norm, p + at, residual ? residual + at : nullptr, scale ? scale[r / area] : 1.0f, channels, y + at,
-                 nullptr);
+                 (Operand<T>*)nullptr);
     }
 }
 
@@ -116,10 +124,8 @@ static void join_backward(long threads, long images, long area, long channels, c
                     const vf dz = load(dy + i * channels + c, channels - c);
                     s += dz, q += dz * (load(p + i * channels + c, channels - c) - centre);
                 }
-                for (int l = 0; l < LANES; l++) {
-                    mine[c + l] += (double)s[l] * factor;
-                    mine[size + c + l] += (double)q[l] * factor;
-                }
+                add_to(mine + c, s * factor);
+                add_to(mine + size + c, q * factor);
             }
             r = until;
         }
@@ -133,6 +139,8 @@ static void join_backward(long threads, long images, long area, long channels, c
     }
 }
 
+constexpr long AHEAD = 8;  // rows, of what is prefetched
+
 // dE of a block from dA1 σ'(z), which `depthwise_backward` leaves, and E; dx = dE w (+ the residual's), dw = dEᵀ x.
 template <class T>
 static void expand_backward(long threads, long rows, long c_in, long channels, const T* du, const T* e,
@@ -142,17 +150,24 @@ static void expand_backward(long threads, long rows, long c_in, long channels, c
     Call call(threads);
     const Norm norm(call.arena, channels, mean, var, weight, bias, eps);
     const NormBackward backward(call.arena, channels, norm, sums, rows);
-    const int count = strips(c_in), height = block_rows(channels), ld = padded(channels), ldx = padded(c_in);
-    const long size = (long)channels * STRIP, gradient = (long)channels * ldx;
+    using O = Operand<T>;
+    const int count = strips(c_in), height = block_rows<O>(channels), ld = leading<O>(channels);
+    const int wide_x = leading<O>(c_in), ldx = padded(c_in);
+    const long size = strip_size<O>(channels), gradient = (long)round_up(channels, 16) * ldx;
+    const long left_size = across_size<O>(height, channels), right_size = across_size<O>(height, c_in);
     const Groups groups(rows, gradient);
-    float* packed = call.arena.take<float>(count * size);
+    O* packed = call.arena.take<O>(count * size);
     float* gradients = call.arena.zeros<float>(groups.count * gradient);
-    float *de_all = call.per_thread<float>((long)height * ld), *x_all = call.per_thread<float>((long)height * ldx);
+    O *de_all = call.per_thread<O>((long)height * ld), *x_all = call.per_thread<O>((long)height * wide_x);
     float* products = call.per_thread<float>(height * STRIP);
+    float* sides = call.per_thread<float>(left_size + right_size);
 #pragma omp parallel num_threads(call.threads)
     {
-        float *de = de_all + (long)height * ld * thread(), *wide_x = x_all + (long)height * ldx * thread();
+        const TileUse use;
+        O *de = de_all + (long)height * ld * thread(), *xs = x_all + (long)height * wide_x * thread();
         float* product = products + (long)height * STRIP * thread();
+        float* side = sides + (left_size + right_size) * thread();
+        memset((void*)de, 0, (size_t)height * ld * sizeof(O));
 #pragma omp for schedule(static)
         for (int s = 0; s < count; s++) pack_strip<false>(w, c_in, channels, c_in, s, packed + s * size);
 #pragma omp for schedule(dynamic)
@@ -164,6 +179,8 @@ static void expand_backward(long threads, long rows, long c_in, long channels, c
                     const T *u = du + (r + i) * channels, *raw = e + (r + i) * channels;
                     for (int c = 0; c < channels; c += LANES) {
                         const int left = channels - c;
+                        prefetch(u + AHEAD * channels + c);
+                        prefetch(raw + AHEAD * channels + c);
                         store(de + (long)i * ld + c, backward.dx(norm, load(u + c, left), load(raw + c, left), c));
                     }
                 }
@@ -179,8 +196,11 @@ static void expand_backward(long threads, long rows, long c_in, long channels, c
                             store(dx + at, v, left);
                         }
                 }
-                widened(x + r * c_in, n, c_in, wide_x);
-                add_across(n, channels, de, ld, c_in, wide_x, ldx, gradients + g * gradient, ldx);
+                copy_rows<O>(x + r * c_in, n, c_in, xs);
+                long ldl, ldr;
+                const float* left = left_of<O>(de, ld, n, channels, side, &ldl);
+                const float* right = right_of<O>(xs, wide_x, n, c_in, side + left_size, &ldr);
+                add_across<O>(n, channels, left, ldl, c_in, right, ldr, gradients + g * gradient, ldx);
             }
         }
 #pragma omp for schedule(static)

@@ -20,7 +20,7 @@ static void squeeze(const Norm& norm, const T* d, long area, int channels, const
                     const T* at = d + (r + i) * channels + c;
                     prefetch(at + SWEEP * channels);
                     const vf x = load(at, channels - c);
-                    const Silu act = silu(norm.z(x, c));
+                    const Silu act = silu<T>(norm.z(x, c));
                     a += act.value, s += act.slope, q += act.slope * (x - load(norm.mean + c));
                 }
                 store(partial + c, a), store(partial + size + c, s), store(partial + 2 * size + c, q);
@@ -52,21 +52,26 @@ static void project(long threads, long images, long area, long channels, long ou
         d_norm[c] = norm.mean[c], d_norm[channels + c] = norm.rstd[c];
         d_norm[2 * channels + c] = norm.scale[c], d_norm[3 * channels + c] = norm.bias[c];
     }
-    const int count = strips(out), height = block_rows(channels), size = padded(channels), narrow = padded(squeezed);
-    const long strip = channels * STRIP;
+    using O = Operand<T>;
+    const int count = strips(out), height = block_rows<O>(channels), size = padded(channels), narrow = padded(squeezed);
+    const int ld = leading<O>(channels);
+    const long strip = strip_size<O>(channels);
     const Groups groups(images * area, 2 * out);
     const Slots slots(groups, area);
     Statistics found(call.arena, groups.count, out);
-    float* packed = call.arena.take<float>(count * strip);
+    O *packed = call.arena.take<O>(count * strip), *operands = call.per_thread<O>((long)height * ld);
     double* sums = call.arena.zeros<double>((size_t)slots.count() * 3 * size);
     float* active = call.arena.take<float>(images * narrow);  // silu(hidden)
-    const long each = std::max((long)height * (size + STRIP), small_scratch(images, std::max(channels, squeezed)));
+    const long each = std::max((long)height * STRIP, small_scratch(images, std::max(channels, squeezed)));
     float *scratches = call.per_thread<float>(each), *partials = call.per_thread<float>(3 * size);
     double* totals = call.per_thread<double>(3 * size);
 #pragma omp parallel num_threads(call.threads)
     {
+        const TileUse use;
         float *scratch = scratches + each * thread(), *partial = partials + 3 * size * thread();
+        O* operand = operands + (long)height * ld * thread();
         double* total = totals + 3 * size * thread();
+        memset((void*)operand, 0, (size_t)height * ld * sizeof(O));
 #pragma omp for schedule(static) nowait
         for (int s = 0; s < count; s++) pack_strip<true>(w, channels, channels, out, s, packed + s * strip);
 #pragma omp for schedule(dynamic)
@@ -84,16 +89,16 @@ static void project(long threads, long images, long area, long channels, long ou
                             [&](int n, int s, vf v, int lanes) {
                                 v += load(b_reduce + s, lanes);
                                 store(hidden + n * squeezed + s, v, lanes);
-                                store(active + n * narrow + s, v * sigmoid(v));
+                                store(active + n * narrow + s, v * sigmoid<float>(v));
                             });
         small_product<true>(images, squeezed, active, narrow, w_expand, squeezed, channels, scratch,
                             [&](int n, int c, vf v, int lanes) {
-                                store(gate + n * channels + c, sigmoid(v + load(b_expand + c, lanes)), lanes);
+                                store(gate + n * channels + c, sigmoid<float>(v + load(b_expand + c, lanes)), lanes);
                             });
 #pragma omp for schedule(dynamic)
         for (int g = 0; g < groups.count; g++) {
             const long start = groups.start(g), end = groups.start(g + 1);
-            float* product = scratch + (long)height * size;
+            float* product = scratch;
             found.rows[g] = end - start;
             for (long r = start; r < end; r += height) {
                 const int rows = (int)std::min<long>(height, end - r);
@@ -104,13 +109,14 @@ static void project(long threads, long images, long area, long channels, long ou
                         const int lanes = channels - c;
                         prefetch(at + channels + c);
                         const vf z = norm.z(load(at + c, lanes), c);
-                        store(scratch + (long)i * size + c, z * sigmoid(z) * load(gates + c, lanes));
+                        store(operand + (long)i * ld + c, z * sigmoid<T>(z) * load(gates + c, lanes));
                     }
                 }
                 for (int s = 0, from = 0; s < count; s++, from += STRIP) {
                     const int vectors = vectors_of(out, from);
-                    times_strip(rows, channels, scratch, size, packed + s * strip, vectors, product);
-                    keep_strip(found, vectors, g, r == start, product, rows, from, p + r * out + from, out);
+                    times_strip(rows, channels, operand, ld, packed + s * strip, vectors, product);
+                    keep_strip(found, vectors, g, r == start, product, rows, from, p + r * out + from, out,
+                               Store::whole);
                 }
             }
         }
@@ -120,7 +126,7 @@ static void project(long threads, long images, long area, long channels, long ou
 
 // What follows dA of a strip: stored; its sums with a, σ' and σ' d̂ over rows of one image; and a times the gate in its
 // place, the weight gradient's operand.
-template <int N, class T>
+template <int N, bool PAST, class T>
 static void finish_strip(const Norm& norm, float* product, int rows, int from, int channels, const T* d, T* da,
                          const float* gate, double* sums, int size) {
     vf mean[N], scale[N], bias[N], gates[N], sum[3][N] = {};
@@ -136,15 +142,17 @@ static void finish_strip(const Norm& norm, float* product, int rows, int from, i
             const long at = (long)i * channels + c;
             float* cell = product + i * STRIP + j * LANES;
             const vf g = load(cell), beyond = load(d + at, channels - c) - mean[j];
-            const Silu act = silu(beyond * scale[j] + bias[j]);
-            store(da + at, g, channels - c);
+            const Silu act = silu<T>(beyond * scale[j] + bias[j]);
+            if constexpr (PAST)
+                stream(da + at, g);
+            else
+                store(da + at, g, channels - c);
             sum[0][j] += g * act.value, sum[1][j] += g * act.slope, sum[2][j] += g * act.slope * beyond;
             store(cell, act.value * gates[j]);
         }
     }
-    for (int k = 0; k < 3; k++)
-        for (int j = 0; j < N; j++)
-            for (int l = 0; l < LANES; l++) sums[k * size + from + j * LANES + l] += sum[k][j][l];
+    UNROLL for (int k = 0; k < 3; k++)
+        UNROLL for (int j = 0; j < N; j++) add_to(sums + k * size + from + j * LANES, sum[k][j]);
 }
 
 template <class T>
@@ -159,24 +167,31 @@ static void project_backward(long threads, long images, long area, long channels
     const Norm p_norm(call.arena, out, p_mean, p_var, p_weight, p_bias, eps);
     const NormBackward backward(call.arena, out, p_norm, p_sums, images * area);
     const Norm norm(call.arena, channels, d_norm);
-    const int count = strips(channels), height = block_rows(out), size = padded(channels), ldp = padded(out);
+    using O = Operand<T>;
+    const int count = strips(channels), height = block_rows<O>(out), size = padded(channels), ldp = leading<O>(out);
     const int narrow = padded(squeezed);
-    const long strip = out * STRIP, gradient = out * size;
+    const long strip = strip_size<O>(out), gradient = (long)round_up(out, 16) * size;
+    const long left_size = across_size<O>(height, out), right_size = across_size<O>(height, STRIP);
+    const bool past = store_of(da, images * area * channels, channels) == Store::stream;
     const Groups groups(images * area, gradient);
     const Slots slots(groups, area);
-    float* packed = call.arena.take<float>(count * strip);
+    O *packed = call.arena.take<O>(count * strip), *operands = call.per_thread<O>((long)height * ldp);
     float* gradients = call.arena.zeros<float>(groups.count * gradient);
     double* sums = call.arena.zeros<double>((size_t)slots.count() * 3 * size);
     float *du = call.arena.zeros<float>(images * size), *dv = call.arena.zeros<float>(images * narrow);
     float *linear = call.arena.zeros<float>(images * size), *slanted = call.arena.zeros<float>(images * size);
     float *wide_pooled = call.arena.zeros<float>(images * size), *active = call.arena.zeros<float>(images * narrow);
     float *reduce = call.arena.zeros<float>(squeezed * size), *expand = call.arena.zeros<float>(size * narrow);
-    const long each = std::max((long)height * (ldp + STRIP), small_scratch(images, std::max(channels, squeezed)));
+    const long each = std::max((long)height * STRIP, small_scratch(images, std::max(channels, squeezed)));
+    float* sides = call.per_thread<float>(left_size + right_size);
     float* scratches = call.per_thread<float>(each);
     double* totals = call.per_thread<double>(3 * size);
 #pragma omp parallel num_threads(call.threads)
     {
-        float *dp = scratches + each * thread(), *product = dp + (long)height * ldp;
+        const TileUse use;
+        O* dp = operands + (long)height * ldp * thread();
+        float *product = scratches + each * thread(), *side = sides + (left_size + right_size) * thread();
+        memset((void*)dp, 0, (size_t)height * ldp * sizeof(O));
         double* total = totals + 3 * size * thread();
 #pragma omp for schedule(static)
         for (int s = 0; s < count; s++) pack_strip<false>(w, channels, out, channels, s, packed + s * strip);
@@ -193,6 +208,8 @@ static void project_backward(long threads, long images, long area, long channels
                         store(dp + (long)i * ldp + c, backward.dx(p_norm, dz, load(p + at + c, out - c), c));
                     }
                 }
+                long ldl, ldr;
+                const float* left = left_of<O>(dp, ldp, rows, out, side, &ldl);
                 for (int s = 0, from = 0; s < count; s++, from += STRIP) {
                     const int vectors = vectors_of(channels, from);
                     times_strip(rows, out, dp, ldp, packed + s * strip, vectors, product);
@@ -201,13 +218,16 @@ static void project_backward(long threads, long images, long area, long channels
                         const int until = (int)std::min<long>(rows, (n + 1) * area - r);
                         double* mine = sums + (size_t)slots.of(g, groups, area, n) * 3 * size;
                         const float* gates = gate + n * channels;
-                        const auto finish = vectors == 2 ? finish_strip<2, T> : finish_strip<1, T>;
+                        const auto finish = vectors == 1 ? finish_strip<1, false, T>
+                                            : past       ? finish_strip<2, true, T>
+                                                         : finish_strip<2, false, T>;
                         float* rows_of = product + i * STRIP;
                         finish(norm, rows_of, until - i, from, channels, d + at, da + at, gates, mine, size);
                         i = until;
                     }
-                    add_across(rows, out, dp, ldp, vectors * LANES, product, STRIP, gradients + g * gradient + from,
-                               size);
+                    const int wide = vectors * LANES;
+                    const float* right = right_of<O>(product, STRIP, rows, wide, side + left_size, &ldr);
+                    add_across<O>(rows, out, left, ldl, wide, right, ldr, gradients + g * gradient + from, size);
                 }
             }
         }
@@ -222,14 +242,14 @@ static void project_backward(long threads, long images, long area, long channels
                 wide_pooled[n * size + c] = pooled[n * channels + c];
             }
         }
-        small_product<false>(images, channels, du, size, w_expand, squeezed, squeezed, dp,
+        small_product<false>(images, channels, du, size, w_expand, squeezed, squeezed, product,
                              [&](int n, int s, vf v, int lanes) {
-                                 const Silu act = silu(load(hidden + n * squeezed + s, lanes));
+                                 const Silu act = silu<float>(load(hidden + n * squeezed + s, lanes));
                                  const vf kept = v * act.slope;
                                  store(dv + n * narrow + s, kept, lanes);
                                  store(active + n * narrow + s, act.value, lanes);
                              });
-        small_product<false>(images, squeezed, dv, narrow, w_reduce, channels, channels, dp,
+        small_product<false>(images, squeezed, dv, narrow, w_reduce, channels, channels, product,
                              [&](int n, int c, vf v, int lanes) {
                                  store(q + n * channels + c, v * (1.0f / (float)area), lanes);
                              });
@@ -247,8 +267,8 @@ static void project_backward(long threads, long images, long area, long channels
 #pragma omp for schedule(static)
         for (int c = 0; c < size; c += STRIP) {
             const int wide = std::min<int>(STRIP, size - c), lanes = std::min<int>(STRIP, channels - c);
-            add_across(images, squeezed, dv, narrow, wide, wide_pooled + c, size, reduce + c, size);
-            add_across(images, lanes, du + c, size, narrow, active, narrow, expand + c * narrow, narrow);
+            add_across<float>(images, squeezed, dv, narrow, wide, wide_pooled + c, size, reduce + c, size);
+            add_across<float>(images, lanes, du + c, size, narrow, active, narrow, expand + c * narrow, narrow);
             for (int s = 0; s < squeezed; s++) {
                 memcpy(dw_reduce + s * channels + c, reduce + s * size + c, lanes * sizeof(float));
                 for (int k = c; k < c + lanes; k++) dw_expand[k * squeezed + s] = expand[k * narrow + s];
