@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline import DataError, Index, build_index, food101, make_loader
+from data_pipeline import DataError, Index, build_index, food101, layouts, make_loader
 from data_pipeline.probe import Probe
 
 RNG = np.random.default_rng(0)
@@ -98,7 +98,7 @@ def test_damaged_files_are_left_out_and_named(tmp_path: Path) -> None:
     assert all(reasons.values())
     assert reasons["empty.jpg"] == "empty file"
     assert reasons["no end.jpg"] == "truncated: its end is missing"
-    assert reasons["bitmap.jpg"] == "BMP is not supported, only JPEG, PNG and WebP"
+    assert reasons["bitmap.jpg"] == "not a JPEG, PNG or WebP image"
     assert len(index.splits["train"]) == 4
     assert len(index.splits["val"]) == 4
 
@@ -242,7 +242,7 @@ def test_no_permission_is_said(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = folders(tmp_path / "data", {})
     monkeypatch.setattr(
-        food101, "_names", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied", str(path)))
+        layouts, "_names", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied", str(path)))
     )
     with pytest.raises(DataError, match="check its permissions") as caught:
         indexed(root)
