@@ -5,9 +5,9 @@ starts at any position. A file that DALI refuses ends the pipeline object: the f
 another pipeline goes on from the batch that was asked for.
 
 On a GPU, baseline JPEGs are shared between its JPEG engine and nvJPEG's kernels (`dali_engine_share`), and progressive
-ones go to the latter, whose threads do part of the work. JPEGs of four channels, PNG and WebP are decoded by
-libjpeg-turbo and its like on the threads, as on a CPU. Chroma is upsampled as libjpeg-turbo does it, so that a photo
-looks the same to a model whoever decoded it.
+ones go to the latter, whose threads do part of the work. PNG and plain WebP are decoded on the threads, as on a CPU;
+JPEGs of four channels and rarer files come in as pixels that PIL decoded. Chroma is upsampled as libjpeg-turbo does it,
+so that a photo looks the same to a model whoever decoded it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from data_pipeline.dali_options import DaliOptions
 from data_pipeline.errors import BadFiles, DataError
 from data_pipeline.files import check_photo
 from data_pipeline.loader import Batch, Loader, Plan, Step
-from data_pipeline.probe import CMYK, probe_image
+from data_pipeline.probe import CMYK, PILLOW, probe_image
 from data_pipeline.tar import TarMember, opened
+from data_pipeline.torch_loader import decoded
 
-# Of each image: file name (from shards, its bytes), anchor, shape, flip, and whether the CPU's threads decode it.
+# Of each image: file name (or its bytes), anchor, shape, flip, and whether the CPU's threads decode it.
 _KINDS = [types.UINT8, types.INT32, types.INT32, types.INT32, types.BOOL]
 _RANKS = [1, 1, 1, 0, 0]
-_READERS = 8  # images of shards read at once
+_READERS = 8  # files read at once where bytes are fed
 _TRIES = 3  # of a batch that fails though each of its files can be read
 _READ_AHEAD = 2  # batches that are read before DALI asks for them
 # What DALI, CUDA, nvJPEG and the C library say where memory ends.
@@ -60,7 +61,9 @@ class _Source:
         self.on_threads = plan.split.kinds >= CMYK
         """[N]: not for the GPU."""
         self.routed = on_gpu and bool(self.on_threads.any())
-        self.sharded = any(isinstance(path, TarMember) for path in plan.split.paths)
+        self.by_pil = (plan.split.kinds == CMYK) | (plan.split.kinds == PILLOW)
+        """[N]: DALI takes a JPEG of four channels without Adobe's marker for its negative, and reads no GIF or AVIF."""
+        self.fed_bytes = bool(self.by_pil.any()) or any(isinstance(path, TarMember) for path in plan.split.paths)
         """Bytes are fed, not names: DALI reads whole files only."""
         self._ahead: deque[Future[tuple[Step, tuple[_Column, ...]]]] = deque()
         self._thread: ThreadPoolExecutor | None = None
@@ -89,16 +92,29 @@ class _Source:
         # DALI counts rows first.
         anchors, shapes = step.params.windows[:, 1::-1], step.params.windows[:, :1:-1]
         columns: tuple[_Column, ...] = (
-            self._contents(paths) if self.sharded else _names([_regular(path) for path in paths]),
+            self._contents(step.indices) if self.fed_bytes else _names([_regular(path) for path in paths]),
             np.ascontiguousarray(anchors),
             np.ascontiguousarray(shapes),
             step.params.flips.astype(np.int32),
         )
         return (*columns, self.on_threads[step.indices]) if self.routed else columns
 
-    def _contents(self, paths: list[str]) -> list[NDArray[Any]]:
-        self._readers = self._readers or ThreadPoolExecutor(_READERS, "shards")
-        return [np.frombuffer(content, np.uint8) for content in self._readers.map(_bytes_of, paths)]
+    def _contents(self, indices: NDArray[np.int64]) -> list[NDArray[Any]]:
+        self._readers = self._readers or ThreadPoolExecutor(_READERS, "bytes")
+        return [np.frombuffer(content, np.uint8) for content in self._readers.map(self._bytes_of, indices.tolist())]
+
+    def _bytes_of(self, index: int) -> bytes:
+        """None of them where it cannot be read: DALI refuses that, and the file is looked at."""
+        split = self.plan.split
+        try:
+            if self.by_pil[index]:
+                image = decoded(split.paths[index], int(split.orientations[index]), split.sizes[index])
+                _, height, width = image.shape
+                return b"P6 %d %d 255\n" % (width, height) + image.permute(1, 2, 0).contiguous().numpy().tobytes()
+            with opened(split.paths[index]) as file:
+                return file.read()
+        except (RuntimeError, OSError):
+            return b""
 
     def forget(self) -> None:
         """Drop what was to come."""
@@ -131,15 +147,6 @@ def _regular(path: str) -> str:
     except OSError:
         return os.devnull
     return path
-
-
-def _bytes_of(path: str) -> bytes:
-    """None of them where it cannot be read: DALI refuses that, and the file is looked at."""
-    try:
-        with opened(path) as file:
-            return file.read()
-    except OSError:
-        return b""
 
 
 def _decoded(files: Any, anchors: Any, shapes: Any, device: str, options: DaliOptions) -> Any:
@@ -188,7 +195,7 @@ def _pipeline(source: _Source, device: str, options: DaliOptions) -> Any:
     count = 5 if source.routed else 4
     columns = fn.external_source(source=source, num_outputs=count, dtype=_KINDS[:count], ndim=_RANKS[:count])
     plan = source.plan
-    files = columns[0] if source.sharded else fn.io.file.read(columns[0])
+    files = columns[0] if source.fed_bytes else fn.io.file.read(columns[0])
     return decoded_windows(
         files,
         *columns[1:],

@@ -1,4 +1,4 @@
-"""From the bytes of a photo to pixels: torchvision decodes JPEG and WebP, PIL decodes PNG.
+"""From the bytes of a photo to pixels: torchvision decodes JPEG and plain WebP, PIL all else.
 
 torchvision's PNG decoder ends the whole process on what libpng calls an error, as in a header with one row too many.
 """
@@ -10,12 +10,14 @@ import warnings
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
 from data_pipeline.files import read_photo
-from data_pipeline.probe import PARSE_ERRORS
+from data_pipeline.formats import FORMATS, WORDS
+from data_pipeline.probe import PARSE_ERRORS, is_extended_webp
 from data_pipeline.tar import TarMember
 
 
@@ -27,19 +29,25 @@ def decode_photo(path: str) -> Tensor:
         OSError: it cannot be read.
     """
     data = bytearray(path.read()) if isinstance(path, TarMember) else read_photo(path)
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return _png(data)
-    if data.startswith(b"\xff\xd8") or (data.startswith(b"RIFF") and data[8:12] == b"WEBP"):
+    if data.startswith(b"\xff\xd8") or (data.startswith(b"RIFF") and not is_extended_webp(data)):
         return decode_image(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.RGB)
-    raise RuntimeError("not a JPEG, PNG or WebP image" if data else "empty file")
+    if not data:
+        raise RuntimeError("empty file")
+    return torch.from_numpy(decode_by_pil(data)).permute(2, 0, 1)
 
 
-def _png(data: bytearray) -> Tensor:
+def decode_by_pil(data: bytes | bytearray) -> NDArray[np.uint8]:
+    """[H, W, 3]: the first picture of a file, as PIL turns it into RGB.
+
+    Raises:
+        RuntimeError: it cannot be decoded.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL's remarks on metadata and size
-            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-                pixels = np.array(image.convert("RGB"))
-    except (OSError, *PARSE_ERRORS) as error:
-        raise RuntimeError(f"damaged PNG: {error}") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                return np.array(image.convert("RGB"))
+    except Image.UnidentifiedImageError:
+        raise RuntimeError(f"not a {WORDS} image") from None
+    except (OSError, Image.DecompressionBombError, *PARSE_ERRORS) as error:
+        raise RuntimeError(f"damaged: {error}") from None

@@ -1,8 +1,9 @@
 """Folders of photos as an index: every image that can be decoded, its label, its oriented size.
 
-Four forms of data: Food-101's official layout (images/<class>/<id>.jpg with meta/train.json and meta/test.json, or the
-same as .txt), a plain train/<class>/* with val/<class>/* (or test/), shards (data_pipeline/tar.py), and "sample", which
-is generated.
+The forms of data: Food-101's official layout (images/<class>/<id>.jpg with meta/train.json and meta/test.json, or the
+same as .txt), train/<class>/* with val/, valid/ or validation/<class>/* (or test/), a folder a class, photos with a
+.csv (data_pipeline/table.py), shards (data_pipeline/tar.py), and "sample", which is generated. Where there is nothing
+to validate on, a share of each class is drawn (data_pipeline/divide.py).
 
 Of every file the header and the end are read (data_pipeline/probe.py); files that fail are left out and counted. The
 result is remembered in the user's cache folder by path, size and modification time.
@@ -22,15 +23,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.divide import VAL_FRACTION, divide, divide_as_known, thumbnails
 from data_pipeline.errors import DataError
 from data_pipeline.known import Known, place_as_known, refuse_additions, went_bad
-from data_pipeline.layouts import LAYOUTS, OFFLINE, Listing, listed_in_folders, listed_in_metadata
+from data_pipeline.layouts import LAYOUTS, OFFLINE, VAL_FOLDERS, Listing, listed_in_folders, listed_in_metadata
 from data_pipeline.probe import Probe, scan_files
 from data_pipeline.sample import SAMPLE, expanded, make_sample, user_cache_folder
+from data_pipeline.table import find_table, listed_in_table
 from data_pipeline.tar import Sample, contents, file_of, find_shards, read_shard
 
 NAME = "food-101"  # the official archive's folder
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 _SHARDS_AT_ONCE = 8  # read at once: a network's delays add up
 
 
@@ -69,6 +72,8 @@ class Index:
     """The same with every file's length and modification time: equal where decoded pixels can be reused."""
     quarantined: dict[str, dict[int, str]] = field(default_factory=dict)
     """split -> position -> why: images that the loaders must not ask for, though they keep their places."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of how the data set was read, a sentence each without its full stop."""
 
     def known(self) -> Known:
         """What `build_index` needs to build this index again when files are gone."""
@@ -110,8 +115,9 @@ def _listed_in_shards(root: Path, splits: dict[str, list[str]], cache: Path | No
     return Listing(*contents(root, splits, samples))
 
 
-def list_files(data: Path, cache: Path | None = None) -> tuple[Path, Listing]:
+def list_files(data: Path, cache: Path | None = None, val_fraction: float | None = None) -> tuple[Path, Listing]:
     """The absolute folder of a data set, and what it names. cache: where what was found in shards is remembered.
+    val_fraction: as in `build_index`.
 
     Raises:
         DataError: there is none, or it cannot be read.
@@ -123,32 +129,69 @@ def list_files(data: Path, cache: Path | None = None) -> tuple[Path, Listing]:
         photos = (root / "train").is_dir() or ((root / "meta").is_dir() and (root / "images").is_dir())
         if not photos and (shards := find_shards(root)):
             return shards[0], _listed_in_shards(*shards, cache)
-        return root, _list(root)
+        return (root if root.is_dir() else root.parent), _list(root, val_fraction)
     except OSError as error:
         raise DataError(
             f"{error.filename or root} cannot be read ({error.strerror or error}): check its permissions."
         ) from error
 
 
-def _list(root: Path) -> Listing:
+def _list(root: Path, val_fraction: float | None) -> Listing:
     if not root.exists():
         target = root.parent if root.name == NAME else root
         raise DataError(
             f"There is no folder {root}: expected {LAYOUTS}; `python -m data_pipeline prepare --root {target}` "
             f"downloads Food-101, {OFFLINE}."
         )
+    if root.is_file() and find_table(root):
+        return listed_in_table(root)
     if not root.is_dir():
         raise DataError(f"{root} is a file, not a folder: expected {LAYOUTS}; {OFFLINE}.")
     if not any(root.iterdir()):
         raise DataError(f"The folder {root} is empty: expected {LAYOUTS}; {OFFLINE}.")
     if (root / "meta").is_dir() and (root / "images").is_dir():
         return listed_in_metadata(root)
+    if not (root / "train").is_dir() and (table := find_table(root)):
+        return listed_in_table(table)
     if (root / "train").is_dir():
-        for val in ("val", "test"):
-            if (root / val).is_dir():
-                return listed_in_folders(root, val)
-        raise DataError(f"{root} has train/ but neither val/ nor test/: expected {LAYOUTS}.")
+        return _list_split_folders(root, val_fraction)
+    names = [name for name in sorted(os.listdir(root)) if not name.startswith(".") and (root / name).is_dir()]
+    if named := [name for name in names if name.lower() in (*VAL_FOLDERS, "test", "train", "training")]:
+        raise DataError(f"{root} has {named[0]}/ but no train/: expected {LAYOUTS}.")
+    if len(names) >= 2:
+        listing = listed_in_folders(root, root, None)
+        if listing.files["train"]:
+            return _without_empty(listing)
     raise DataError(f"{root} holds no data set that is known here: expected {LAYOUTS}; {OFFLINE}.")
+
+
+def _list_split_folders(root: Path, val_fraction: float | None) -> Listing:
+    train = root / "train"
+    there = [name for name in VAL_FOLDERS if (root / name).is_dir()]
+    has_test = (root / "test").is_dir()
+    if there:
+        listing = listed_in_folders(root, train, root / there[0])
+        ignored = there[1:] + ["test"] * has_test
+        said = [f"{root} has {' and '.join(f'{name}/' for name in ignored)} too, which is not looked at"]
+        return listing._replace(notes=said if ignored else [])
+    if has_test and val_fraction is None:
+        said = [
+            f"{root} has no {'/, '.join(VAL_FOLDERS)}/: the best epoch is chosen on test/, which makes its figures "
+            "flatter; --val-fraction 0.2 keeps a part of train/ for that instead"
+        ]
+        return listed_in_folders(root, train, root / "test")._replace(notes=said)
+    listing = listed_in_folders(root, train, None)
+    return listing._replace(notes=["test/ is not looked at"]) if has_test else listing
+
+
+def _without_empty(listing: Listing) -> Listing:
+    """Folders without a photo are no classes where nothing else tells what is one."""
+    used = sorted({label for _, label in listing.files["train"]})
+    place = {label: at for at, label in enumerate(used)}
+    files = [(name, place[label]) for name, label in listing.files["train"]]
+    empty = [name for label, name in enumerate(listing.classes) if label not in place]
+    notes = [f"no classes, as they hold no photo: {', '.join(f'{name}/' for name in empty)}"] if empty else []
+    return listing._replace(classes=[listing.classes[label] for label in used], files={"train": files}, notes=notes)
 
 
 def _cache_file(root: Path, cache: Path, of: str = "") -> Path:
@@ -249,6 +292,7 @@ def _check(root: Path, listing: Listing, splits: dict[str, Split], excluded: lis
 
 def build_index(
     data: str | Path,
+    val_fraction: float | None = None,
     *,
     cache_dir: str | Path | None = None,
     quarantined: Sequence[Sequence[Any]] = (),
@@ -261,13 +305,16 @@ def build_index(
     the index is built anew each time. `quarantined`: records of `Index.quarantine_records`, of files that went bad
     during the run that is continued: they keep their places, whatever became of them, so that all others do.
     `known`: what that run began with; its files that are bad or gone now are quarantined in their places.
+    `val_fraction`: share of each class that validates where the data set has no validation split (default: 0.2).
 
     Raises:
         DataError: no folder, no images, a class without images, damaged metadata, no permission; beside `known`, new
             images, other labels or sizes.
     """
     cache = user_cache_folder() if cache_dir is None else Path(cache_dir)
-    root, listing = list_files(make_sample(cache) if str(data) == SAMPLE else Path(data), cache)
+    root, listing = list_files(make_sample(cache) if str(data) == SAMPLE else Path(data), cache, val_fraction)
+    if listing.divide and known is not None:
+        listing = divide_as_known(listing, known)
     added = {} if known is None else place_as_known(root, listing, known)
     kept_places = {record[1]: _probe_of(record[3:7]) for record in quarantined}
     for split, name, label, *_ in quarantined:
@@ -277,6 +324,15 @@ def build_index(
     stamps = _stamps({name: listing.path(root, name) for name in names})
     probes = _probe_all(root, listing, stamps, cache) | kept_places
     refuse_additions(root, added, probes)
+    notes = list(listing.notes)
+    if listing.divide:
+        listing = _divided(root, listing, probes, stamps, cache, val_fraction or VAL_FRACTION)
+        notes.append(
+            f"{len(listing.files['val'])} images, {val_fraction or VAL_FRACTION:.0%} of each class, are kept for "
+            "validation, drawn by a hash of their paths, copies together (--val-fraction)"
+        )
+    elif val_fraction is not None and known is None:
+        notes.append("--val-fraction has no effect here: the data set has images for validation")
     waiting = {} if known is None else went_bad(root, known, probes)
     excluded = [(f"{root}/{name}", reason) for name in names if (reason := probes[name].reason) is not None]
     excluded += listing.left_out
@@ -297,7 +353,28 @@ def build_index(
     fingerprint, content = _hash(listed), _hash([listed, [stamps[name] for name in dict.fromkeys(kept)]])
     for split, name, *_, reason in quarantined:
         waiting.setdefault(split, {})[splits[split].paths.index(f"{root}/{name}")] = reason
-    return Index(root, tuple(listing.classes), splits, tuple(excluded), fingerprint, content, waiting)
+    return Index(root, tuple(listing.classes), splits, tuple(excluded), fingerprint, content, waiting, tuple(notes))
+
+
+def _divided(
+    root: Path, listing: Listing, probes: dict[str, Probe], stamps: dict[str, list[int]], cache: Path, fraction: float
+) -> Listing:
+    """The listing with a validation split that is drawn from the files that can be read; the others stay in training's,
+    from which they are left out. Thumbnails are remembered in `cache`."""
+    good = [file for file in listing.files["train"] if probes[file[0]].reason is None]
+    place = _cache_file(root, cache, "-thumbnails")
+    remembered = _read_cache(place)
+    known = ((name, remembered.get(name, [0, 0])) for name, _ in good)
+    thumbs = {name: bytes.fromhex(kept[2]) for name, kept in known if kept[:2] == stamps[name] and len(kept) == 3}
+    if unknown := [name for name, _ in good if name not in thumbs]:
+        thumbs |= zip(unknown, thumbnails([listing.path(root, name) for name in unknown]), strict=True)
+        _write_cache(place, {name: [*stamps[name], thumb.hex()] for name, thumb in thumbs.items()})
+    val = divide(good, [thumbs[name] for name, _ in good], fraction)
+    if good and not val:
+        raise DataError(f"{root} has one photo a class, too few to validate on some: add photos, or a val/ folder.")
+    drawn = set(val)
+    train = [file for file in listing.files["train"] if file not in drawn]
+    return listing._replace(files={"train": train, "val": val}, divide=False)
 
 
 def _hash(value: object) -> str:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from data_pipeline.errors import DataError
+from data_pipeline.formats import is_picture, is_read, why_not
 from data_pipeline.tar import TarMember, order
 
-_SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp"}
+VAL_FOLDERS = ("val", "valid", "validation")
 LAYOUTS = (
-    "images/<class>/*.jpg with meta/train.json and meta/test.json (Food-101's layout), "
-    "or train/<class>/* and val/<class>/*, or shards train*.tar and val*.tar"
+    "a folder a class, or train/<class>/* and val/<class>/*, or photos beside a .csv with the columns path and label, "
+    "or images/<class>/*.jpg with meta/train.json and meta/test.json (Food-101's layout), or shards train*.tar and "
+    "val*.tar"
 )
 OFFLINE = "`--data sample` works without any photos"
 
@@ -29,7 +31,11 @@ class Listing(NamedTuple):
     members: Mapping[str, TarMember] = {}
     """Those of the paths that lie in shards."""
     left_out: Sequence[tuple[str, str]] = ()
-    """(path, reason) of images that have no place in `files`."""
+    """(path, reason) of files that have no place in `files`."""
+    notes: Sequence[str] = ()
+    """What a user should know of how the layout was read."""
+    divide: bool = False
+    """`files` has only "train", and validation is to be drawn from it."""
 
     def place(self, file: tuple[str, int]) -> tuple[int, tuple[str, str]]:
         """The key by which the files of folders and of shards are sorted."""
@@ -65,7 +71,10 @@ def _by_class(where: Path, names: Iterable[str]) -> dict[str, str]:
 def listed_in_metadata(root: Path) -> Listing:
     """Food-101's layout: meta/{train,test}.json, {class: ["class/id", ...]}, or .txt, one "class/id" a line."""
     entries: dict[str, list[str]] = {}
-    for split, stem in (("train", "train"), ("val", "test")):
+    stems = {"train": "train", "val": "test"}
+    if not any((root / "meta" / f"test{suffix}").is_file() for suffix in (".json", ".txt")):
+        del stems["val"]
+    for split, stem in stems.items():
         as_json, as_text = root / "meta" / f"{stem}.json", root / "meta" / f"{stem}.txt"
         if as_json.is_file():
             try:
@@ -100,7 +109,7 @@ def listed_in_metadata(root: Path) -> Listing:
         ]
         for split, listed in entries.items()
     }
-    return Listing(classes, files)
+    return Listing(classes, files, divide="val" not in files)
 
 
 def _lines(file: Path) -> list[str]:
@@ -110,27 +119,47 @@ def _lines(file: Path) -> list[str]:
         raise DataError(f"{file} is not UTF-8 text ({error}): save it as UTF-8.") from error
 
 
-def listed_in_folders(root: Path, val: str) -> Listing:
-    """train/<class>/* and val/<class>/*; classes are the folders of train."""
-    folders = {"train": root / "train", "val": root / val}
+def listed_in_folders(root: Path, train: Path, val: Path | None) -> Listing:
+    """<class>/* in the folders `train` and, where there is one, `val`, which lie in `root` or are it; classes are the
+    folders of training. Photos may lie at any depth below their class."""
+    folders = {"train": train} if val is None else {"train": train, "val": val}
     found = {
         split: _by_class(path, [name for name in _names(path) if (path / name).is_dir()])
         for split, path in folders.items()
     }
     classes = list(found["train"])
-    if unknown := sorted(set(found["val"]) - set(classes)):
+    if unknown := sorted(set(found.get("val", ())) - set(classes)):
         raise DataError(
             f'{folders["val"]} has the class "{unknown[0]}", which {folders["train"]} does not have: '
             "both need the same class folders."
         )
-    files = {
-        split: [
-            (f"{path.name}/{found[split][name]}/{file}", label)
-            for label, name in enumerate(classes)
-            if name in found[split]
-            for file in _names(path / found[split][name])
-            if os.path.splitext(file)[1].lower() in _SUFFIXES
+    files: dict[str, list[tuple[str, int]]] = {}
+    left_out: list[tuple[str, str]] = []
+    for split, path in folders.items():
+        beside = [name for name in _names(path) if not (path / name).is_dir()]
+        left_out += [
+            (f"{path}/{name}", "beside the class folders, so of no class") for name in beside if is_picture(name)
         ]
-        for split, path in folders.items()
-    }
-    return Listing(classes, files)
+        files[split] = []
+        for label, name in enumerate(classes):
+            if name not in found[split]:
+                continue
+            for file in sorted(below(path / found[split][name], f"{path}/{found[split][name]}")):
+                if is_read(file):
+                    files[split].append((file[len(str(root)) + 1 :], label))
+                else:
+                    left_out.append((file, why_not(file)))
+    return Listing(classes, files, left_out=left_out, divide=val is None)
+
+
+def below(folder: Path, path: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """The files below a folder, hidden ones left out; links are followed, but for those to a folder that they lie
+    in."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    for name in _names(folder):
+        if (folder / name).is_dir() and not is_read(name):
+            yield from below(folder / name, f"{path}/{name}", (*above, real))
+        else:
+            yield f"{path}/{name}"

@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 
 from data_pipeline.errors import DataError
 from data_pipeline.food101 import NAME
-from data_pipeline.probe import FORMATS
+from data_pipeline.formats import FORMATS
 from data_pipeline.sample import SAMPLE, expanded
 
 _TRIES, _TIMEOUT, _BLOCK = 5, 30, 1 << 20

@@ -28,17 +28,16 @@ from PIL import Image
 
 from data_pipeline.errors import DataError
 from data_pipeline.files import MAX_BYTES, open_photo, patiently
+from data_pipeline.formats import FORMATS, WORDS
 from data_pipeline.tar import TarMember, file_of, opened
 
-KINDS = ("baseline", "progressive", "cmyk", "other")
-"""JPEG kinds by number: what a GPU's JPEG engine decodes; what its hybrid decoder does; four-channel JPEGs; the rest
-(rarer JPEGs, PNG, WebP)."""
-BASELINE, PROGRESSIVE, CMYK, OTHER = range(4)
-
-FORMATS = ("JPEG", "PNG", "WEBP")
-"""What is read, and no other of PIL's parsers is shown a file. Both decoders read them; MPO is among the JPEGs."""
+KINDS = ("baseline", "progressive", "cmyk", "other", "pillow")
+"""JPEG kinds by number: what a GPU's JPEG engine decodes; what its hybrid decoder does; four-channel JPEGs; what every
+decoder reads (rarer JPEGs, PNG, plain WebP); what PIL decodes for all of them."""
+BASELINE, PROGRESSIVE, CMYK, OTHER, PILLOW = range(5)
 
 _EXIF_ORIENTATION = 0x0112
+_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}  # 8 bits a channel
 _PNG_END = b"IEND\xaeB`\x82"
 _HEAD, _TAIL = 4096, 256  # bytes read at once: most headers fit, and most files end with their end
 _SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start-of-frame markers
@@ -181,7 +180,7 @@ def decode_fully(path: str, *, every_pixel: bool = False) -> Probe:
     except Image.DecompressionBombError:
         return _failed("too many pixels")
     except Image.UnidentifiedImageError:
-        return _failed("not a JPEG, PNG or WebP image")
+        return _failed(f"not a {WORDS} image")
     except OSError as error:
         return _failed(words_of(error))
     except PARSE_ERRORS as error:
@@ -196,11 +195,12 @@ def _decode_fully(path: str, every_pixel: bool) -> Probe:
                 return _failed("empty file")
             file.seek(0)
             with Image.open(file, formats=FORMATS) as image:
-                assert image.format is not None
-                if unsupported := _unsupported(path, image.format):
+                kind, unsupported = _look_closer(path, image)
+                if unsupported:
                     return _failed(unsupported)
-                orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-                (width, height), kind = image.size, _kind(image)
+                if kind >= OTHER:
+                    image.load()  # which turns a TIFF upright
+                orientation, (width, height) = image.getexif().get(_EXIF_ORIENTATION, 1), image.size
                 if not every_pixel:
                     # Skips most of a JPEG's arithmetic and still reads every byte.
                     image.draft(None, (max(1, width // 8), max(1, height // 8)))
@@ -212,28 +212,39 @@ def _decode_fully(path: str, every_pixel: bool) -> Probe:
 
 
 def _kind(image: Image.Image) -> int:
-    if image.format not in ("JPEG", "MPO"):
-        return OTHER
-    if image.mode == "CMYK":
-        return CMYK
-    return PROGRESSIVE if "progressive" in image.info else BASELINE
+    if image.format in ("JPEG", "MPO"):
+        if image.mode == "CMYK":
+            return CMYK
+        return PROGRESSIVE if "progressive" in image.info else BASELINE
+    return OTHER if image.format in ("PNG", "WEBP") else PILLOW
 
 
-def _unsupported(path: str, form: str) -> str:
-    """Why a decoder refuses or misreads a file whose pixels PIL would read; "" where none does."""
+def _look_closer(path: str, image: Image.Image) -> tuple[int, str]:
+    """(kind, why a decoder refuses or misreads a file whose pixels PIL would read; "" where none does)."""
+    kind = _kind(image)
+    if image.mode not in _MODES:
+        return kind, f"{image.format} of mode {image.mode}, which has more than 8 bits a channel, is not read"
+    if kind < OTHER:
+        with opened(path) as file:
+            return kind, "" if _whole_jpeg_header(file) else "damaged JPEG header"
+    if kind == PILLOW:
+        return kind, ""
     with opened(path) as file:
-        if form in ("JPEG", "MPO"):
-            return "" if _whole_jpeg_header(file) else "damaged JPEG header"
         data = file.read()
-    if form == "WEBP":
-        return "WebP with alpha, animation or metadata is not supported" if data[12:16] == b"VP8X" else ""
-    if data[24:25] == b"\x10":
-        return "PNG with 16 bits a channel is not supported"
+    if image.format == "WEBP":
+        if getattr(image, "is_animated", False):
+            return kind, "an animated WebP is not read"
+        return PILLOW if is_extended_webp(data) else kind, ""
     if _PNG_END not in data:
-        return "truncated PNG"
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        image.verify()  # every checksum: loading passes over some
-    return ""
+        return kind, "truncated PNG"
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as again:
+        again.verify()  # every checksum: loading passes over some
+    return PILLOW if data[24:25] == b"\x10" else kind, ""
+
+
+def is_extended_webp(data: bytes | bytearray) -> bool:
+    """Whether it has alpha, EXIF or ICC, which decoders treat differently."""
+    return data[12:16] == b"VP8X"
 
 
 def _whole_jpeg_header(file: BinaryIO) -> bool:

@@ -1,8 +1,9 @@
 """Shards in webdataset's format: tar files of photos and their labels, read where they lie.
 
 Members of one folder whose names are equal up to the first dot are one sample (https://github.com/webdataset/webdataset):
-<key>.jpg, .jpeg, .png or .webp, and its label in <key>.cls, a number or a class name, or in <key>.json under "label" or
-"class". Without one of these the member's folder is its class, as in a folder of photos that was packed as it is.
+<key>.jpg or another picture that is read, and its label in <key>.cls, a number or a class name, or in <key>.json under
+"label" or "class". Without one of these the member's folder is its class, as in a folder of photos that was packed as
+it is.
 
 Headers are read once, of one shard after the other; an image is then one read at an offset. So shards cannot be
 compressed.
@@ -25,8 +26,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 from data_pipeline.errors import DataError
 from data_pipeline.files import MAX_BYTES, open_photo, patiently
+from data_pipeline.formats import SUFFIXES
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 _SHARD = re.compile(r".+\.(tar|tgz|tar\.(gz|bz2|xz|zst|lz4))", re.IGNORECASE)
 _SPLIT = re.compile(r"(?:^|[-_.])(train|val|test)", re.IGNORECASE)  # "val" is also where "validation" starts
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
@@ -139,9 +140,9 @@ def _members(file: BinaryIO, archive: str) -> dict[str, tarfile.TarInfo]:
 
 
 def _samples(file: BinaryIO, folder: str, members: list[tuple[str, tarfile.TarInfo]]) -> Iterator[Sample]:
-    images = [info for extension, info in members if extension in _SUFFIXES]
+    images = [info for extension, info in members if extension in SUFFIXES]
     # <key>.mask.png belongs to <key>.jpg; alone it is an image whose name has one dot too many.
-    dotted = [info for extension, info in members if os.path.splitext(extension)[1] in _SUFFIXES]
+    dotted = [info for extension, info in members if os.path.splitext(extension)[1] in SUFFIXES]
     label: int | str = ""
     reason = None
     try:

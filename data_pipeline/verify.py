@@ -16,6 +16,7 @@ from rich.table import Table
 
 from data_pipeline.files import patiently
 from data_pipeline.food101 import list_files
+from data_pipeline.formats import is_picture, suffix_of
 from data_pipeline.layouts import Listing
 from data_pipeline.probe import KINDS, Probe, decode_fully, words_of
 from data_pipeline.tar import opened
@@ -35,6 +36,10 @@ class Report:
     extra: list[str] = field(default_factory=list)
     """Files under images/ that no split names."""
     damaged: list[tuple[str, str]] = field(default_factory=list)
+    """(name, reason) of pictures that are not read."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Files that are no photos of a class, by their ending."""
+    notes: list[str] = field(default_factory=list)
     duplicates: list[list[str]] = field(default_factory=list)
     """Groups of files with the same bytes."""
     leaks: list[list[str]] = field(default_factory=list)
@@ -78,7 +83,13 @@ def verify(root: Path) -> Report:
             report.kinds[KINDS[probe.kind]] += 1
             for split, label in homes[name]:
                 report.counts[listing.classes[label]][split] += 1
-    report.damaged += [(path.removeprefix(f"{root}/"), reason) for path, reason in listing.left_out]
+    for path, reason in listing.left_out:
+        report.left_out[suffix_of(path) or "no ending"] += 1
+        if is_picture(path):
+            report.damaged.append((path.removeprefix(f"{root}/"), reason))
+    report.notes = list(listing.notes)
+    if listing.divide:
+        report.notes.append("there is no validation split: training keeps a share of each class for that")
     report.extra = _extra(root, listing)
     report.duplicates = [names for names in by_content.values() if len(names) > 1]
     report.leaks = [names for names in report.duplicates if len({home for n in names for home in homes[n]}) > 1]
@@ -123,6 +134,10 @@ def show(report: Report, console: Console) -> None:
         counts_of = [counts[split] for counts in report.counts.values()]
         console.print(f"{split}: {sum(counts_of)} images, {min(counts_of)} to {max(counts_of)} a class")
     console.print("kinds: " + ", ".join(f"{count} {kind}" for kind, count in report.kinds.most_common()))
+    if report.left_out:
+        console.print("left out: " + ", ".join(f"{count} {kind}" for kind, count in report.left_out.most_common()))
+    for note in report.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     _list(console, "missing", report.missing)
     _list(console, "extra (no split names them)", report.extra)
     _list(console, "damaged", [f"{name}: {reason}" for name, reason in report.damaged])

@@ -49,8 +49,12 @@ class ModelOptions:
 @dataclass(frozen=True)
 class DataOptions:
     data: str = "sample"
-    """A folder in Food-101's layout, or with train/<class>/* and val/<class>/*, or webdataset shards: a folder with
-    train*.tar and val*.tar, or a quoted pattern, 'shards/*.tar'; 'sample' is generated offline."""
+    """A folder with a folder a class, or with train/<class>/* and val/<class>/*, or in Food-101's layout; a .csv of
+    paths and labels, or its folder; webdataset shards: a folder with train*.tar and val*.tar, or a quoted pattern,
+    'shards/*.tar'; 'sample' is generated offline."""
+    val_fraction: float | None = None
+    """Share of each class that validates where the data set has no images for that, drawn by a hash of the files'
+    paths, copies of a photo together. Default: 0.2."""
     loader: Literal["auto", "dali", "torch"] = "auto"
     """Input pipeline: NVIDIA DALI (decodes on the GPU where there is one) or torchvision v2 on a DataLoader."""
     workers: int | None = None
@@ -216,6 +220,7 @@ class TrainConfig:
             ("--resolution", self.model.resolution, 32, 4096),
             ("--dropout", self.model.dropout, 0, 0.999),
             ("--drop-connect-rate", self.model.drop_connect_rate, 0, 0.999),
+            ("--val-fraction", self.data.val_fraction, 0.001, 0.9),
             ("--workers", self.data.workers, 0, 1024),
             ("--cache-side", self.data.cache_side, 16, 16384),
             ("--epochs", self.optimizer.epochs, 1, 1e6),

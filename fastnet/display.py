@@ -12,6 +12,7 @@ from rich.table import Table
 
 Report = Callable[[str, int, int], None]  # what is being done, how much of it is, out of how much
 
+NAMED_EACH = 5  # files left out for one reason that are named one by one
 EXCLUDED_SHOWN = 20  # unreadable files named on screen; the run's folder names all
 
 
@@ -115,10 +116,20 @@ def format_seconds(seconds: float) -> str:
 
 
 def say_excluded(console: Console, excluded: Sequence[tuple[str, str]], listed_in: Path) -> None:
-    """Name (path, reason) of files that were left out, the first of them if they are many."""
-    lines = [f"left out {path}: {reason}" for path, reason in excluded[:EXCLUDED_SHOWN]]
-    if len(excluded) > EXCLUDED_SHOWN:
-        lines.append(f"left out {len(excluded) - EXCLUDED_SHOWN} more, all in {listed_in}")
+    """Name (path, reason) of files that were left out; of many for one reason one, and their number."""
+    by_reason: dict[str, list[str]] = {}
+    for path, reason in excluded:
+        by_reason.setdefault(reason, []).append(path)
+    lines: list[str] = []
+    for reason, paths in by_reason.items():
+        if len(paths) <= NAMED_EACH:
+            lines += [f"left out {path}: {reason}" for path in paths]
+        else:
+            lines.append(f"left out {len(paths)} files like {paths[0]}: {reason}")
+    if len(lines) > EXCLUDED_SHOWN:
+        lines = [*lines[:EXCLUDED_SHOWN], f"left out {len(excluded)} files in all"]
+    if lines:
+        lines.append(f"all that were left out are listed in {listed_in}")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

@@ -116,6 +116,8 @@ def evaluate(
     )
     folder = _report_folder(trained, out) if report else None
     index = data_of(trained, data)
+    for note in index.notes:
+        print(f"data: {note}", file=sys.stderr)
     if folder is not None:
         _check_images(gradcam_images)
     found, scores = evaluate_run(

@@ -93,10 +93,11 @@ def verification_images(trained: Trained, data: str | None) -> tuple[Tensor, str
     from data_pipeline import DataError, build_index
     from fastnet.predictions import load_views, subset
 
-    source = data or (trained.config.data.data if trained.config else None)
+    own = trained.config.data if trained.config else None
+    source = data or (own.data if own else None)
     if source is not None:
         try:
-            index = build_index(source)
+            index = build_index(source, val_fraction=own.val_fraction if own else None)
         except DataError:
             if data is not None:
                 raise

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from data_pipeline.formats import WORDS, is_read
 from fastnet.arch import EFFICIENTNET, Kernels, Style, Variant
 from fastnet.commands import parse
 from fastnet.errors import UserError, run_command
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from fastnet.predictions import Tta
     from fastnet.step import Amp
     from fastnet.trained import Trained
-
-SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp"}
 
 
 def expand(images: Iterable[str]) -> list[Path]:
@@ -29,9 +28,9 @@ def expand(images: Iterable[str]) -> list[Path]:
         if not path.is_dir():
             files.append(path)
             continue
-        found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        found = sorted(file for file in path.rglob("*") if is_read(file.name))
         if not found:
-            raise UserError(f"{path} holds no image ({', '.join(sorted(SUFFIXES))}): name another folder.")
+            raise UserError(f"{path} holds no image ({WORDS}): name another folder.")
         files += found
     return files
 

@@ -81,8 +81,8 @@ class Trainer:
         # The first process of a machine fills what the others on it read.
         with ranks.first_here():
             # Who replaces a file that went bad depends on all that did, and on the places of all others.
-            known = known_in(self.saved[1]) if self.saved else None
-            self.index = build_index(config.data.data, quarantined=saved.get("quarantined", []), known=known)
+            bad, known = saved.get("quarantined", []), known_in(self.saved[1]) if self.saved else None
+            self.index = build_index(config.data.data, config.data.val_fraction, quarantined=bad, known=known)
         check_same_data(ranks, self.index)
         cache = build_cache(config, self.index, self.resolution, self.device, ranks)
         with ranks.first_here():

@@ -57,6 +57,8 @@ def announce(trainer: Run, resumed: bool) -> None:
         f"data {index.root}: {len(index.classes)} classes, {trainer.train_loader.num_images} training and "
         f"{trainer.val_loader.num_images} validation images"
     )
+    for note in index.notes:
+        trainer.say(f"data: {note}")
     if trainer.ranks.size > 1:
         norm = "over all" if config.run.sync_bn else "over its own"
         trainer.say(

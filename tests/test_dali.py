@@ -22,7 +22,7 @@ from data_pipeline.dali import DaliLoader
 from data_pipeline.dali_options import DaliOptions
 from data_pipeline.loader import Loader, Plan
 from data_pipeline.prefetch import SideStream
-from data_pipeline.probe import BASELINE, CMYK, PROGRESSIVE
+from data_pipeline.probe import BASELINE, OTHER, PROGRESSIVE
 from data_pipeline.tar import TarMember
 from tests.batches import one_sentence, same, write_photos
 
@@ -108,11 +108,11 @@ def test_on_a_gpu_the_engine_gets_its_share_of_jpegs_and_everything_after_stays_
 
 
 def test_four_channel_jpegs_stay_on_the_threads_of_a_gpu_pipeline(index: Index) -> None:
-    nodes = gpu_graph(plan_of(index, (BASELINE, CMYK)), DaliOptions())
+    nodes = gpu_graph(plan_of(index, (BASELINE, OTHER)), DaliOptions())
     decoders = {node["device"]: node for node in nodes if node["operator"] == "decoders__ImageSlice"}
     assert set(decoders) == {"cpu", "mixed"}
     assert "hw_decoder_load" not in decoders["cpu"]
-    fed = dali._Source(plan_of(index, (BASELINE, CMYK)), on_gpu=True)
+    fed = dali._Source(plan_of(index, (BASELINE, OTHER)), on_gpu=True)
     step = fed.plan.step(0, 0)
     assert [int(index) for index, cpu in zip(step.indices, fed.fed(step)[4], strict=True) if cpu] == [
         index for index in step.indices.tolist() if index == 1
@@ -148,7 +148,7 @@ def test_a_file_that_dali_alone_refuses_is_quarantined(
 
 def test_dali_is_fed_arrays(index: Index) -> None:
     """A list costs DALI a call for each image."""
-    source = dali._Source(plan_of(index, (BASELINE, CMYK)), on_gpu=True)
+    source = dali._Source(plan_of(index, (BASELINE, OTHER)), on_gpu=True)
     step = source.plan.step(0, 1)
     names, anchors, shapes, flips, on_threads = source.fed(step)
     for column in (names, anchors, shapes, flips, on_threads):
@@ -163,11 +163,11 @@ def test_dali_is_fed_arrays(index: Index) -> None:
 def test_shards_are_read_ahead_by_another_thread(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[tuple[str, str]] = []
 
-    def bytes_of(path: str) -> bytes:
-        read.append((path, threading.current_thread().name))
+    def bytes_of(source: dali._Source, index: int) -> bytes:
+        read.append((source.plan.split.paths[index], threading.current_thread().name))
         return b"photo"
 
-    monkeypatch.setattr(dali, "_bytes_of", bytes_of)
+    monkeypatch.setattr(dali._Source, "_bytes_of", bytes_of)
     split = index.splits["train"]
     members = tuple(TarMember("s.tar", f"{at}.jpg", 512, 5) for at in range(len(split)))
     plan = Plan(dataclasses.replace(split, paths=members), 24, 2, 3, True, Augmentation())
@@ -325,7 +325,7 @@ def test_no_memory_to_start_with_is_said(index: Index, error: Exception, monkeyp
 def test_on_a_gpu_the_images_are_torchvisions(photos: Path, tmp_path: Path, decode: Any, cuda: torch.device) -> None:
     index = build_index(photos, cache_dir=tmp_path)
     kinds = index.splits["val"].kinds.copy()
-    kinds[::5] = CMYK  # those go over the threads
+    kinds[::5] = OTHER  # those go over the threads
     index.splits["val"] = dataclasses.replace(index.splits["val"], kinds=kinds)
     common: dict[str, Any] = dict(resolution=200, batch_size=50, seed=0, train=False, workers=4, augmentation=None)
     ours = make_loader(index, "val", backend="dali", device=cuda, dali=DaliOptions(dali_decode=decode), **common)

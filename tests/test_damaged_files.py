@@ -66,9 +66,9 @@ def test_png_pixels_are_those_of_pil(tmp_path: Path, mode: str) -> None:
 
 def test_other_formats_are_shown_to_no_parser(tmp_path: Path) -> None:
     path = tmp_path / "photo.jpg"
-    path.write_bytes(encoded("GIF"))
-    assert decode_fully(str(path)).reason == "not a JPEG, PNG or WebP image"
-    with pytest.raises(RuntimeError, match="not a JPEG, PNG or WebP"):
+    path.write_bytes(encoded("JPEG2000"))
+    assert decode_fully(str(path)).reason == "not a JPEG, PNG, WebP, BMP, TIFF, PPM, GIF or AVIF image"
+    with pytest.raises(RuntimeError, match="not a JPEG, PNG, WebP"):
         decode_photo(str(path))
 
 

@@ -58,7 +58,7 @@ LEFT_OUT: dict[str, Content] = {
     "garbage": RNG.bytes(3000),
     "header only": JPEG[: JPEG.index(b"\xff\xda")],
     "16-bit": sixteen_bit(),
-    "gif": encoded("GIF"),
+    "jpeg 2000": encoded("JPEG2000"),
     "directory": lambda path: path.mkdir(),
     "dangling link": lambda path: path.symlink_to("nowhere"),
 }

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data_pipeline.formats import WORDS
 from fastnet.errors import UserError
 from fastnet.evaluate import evaluate_run
 from fastnet.predict import expand, predict, predict_files
@@ -56,7 +57,7 @@ def test_lines_for_people_and_bad_files_named(
     said = capsys.readouterr()
     assert status == 1
     assert said.err.splitlines() == [
-        f"error: {tmp_path / 'text.jpg'} cannot be read (not a JPEG, PNG or WebP image): it is left out.",
+        f"error: {tmp_path / 'text.jpg'} cannot be read (not a {WORDS} image): it is left out.",
         f"error: {tmp_path / 'absent.jpg'} cannot be read (no such file or directory): it is left out.",
     ]
     lines = said.out.splitlines()

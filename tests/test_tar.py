@@ -174,7 +174,7 @@ def test_damaged_members_are_named_and_left_out(shards: Path, tmp_path: Path) ->
     assert {name.removeprefix(f"{path}::"): reason for name, reason in index.excluded} == {
         "a/empty.jpg": "empty file",
         "a/half.jpg": "truncated: its end is missing",
-        "a/text.png": "not a JPEG, PNG or WebP image",
+        "a/text.png": "not a JPEG, PNG, WebP, BMP, TIFF, PPM, GIF or AVIF image",
         "a/two.dots.jpg": "a dot in its key: only the name up to the first dot is the key",
         "none.jpg": "no label: it has neither a .cls nor a .json with a label, nor a folder",
         "c/bad.jpg": "its label c/bad.json is not JSON text",
