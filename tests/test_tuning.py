@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -498,6 +499,18 @@ def test_few_images_are_checked_and_divide_the_batch(monkeypatch: pytest.MonkeyP
     for most, expected in ((1, 1), (48 * 100 * 7, 6), (10**9, 60)):
         monkeypatch.setattr(trial, "CHECKED_ELEMENTS", most)
         assert trial.distinct_images(subject) == expected
+
+
+@pytest.mark.parametrize("form", ["torch", "triton-ops"])
+def test_no_form_is_timed_as_another(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a block that follows another, too, where the fused form leaves its residual to the next."""
+    monkeypatch.setattr(layers, "mbconv_training", mock.Mock(side_effect=AssertionError("the fused form")))
+    subject = Subject(("block", 4, 4, 3, 1, 2, "symmetric"), 2, 3, 3, torch.float32, True)
+    bench = Bench(torch.device("cpu"), "off", ModelConfig(kernels="torch"), HostTimer(), 1)
+    found = bench._trial(subject, Context(True, (True, True))).runner(form, join=False)()
+    assert found["y"].shape == (2, 4, 3, 3)
+    with pytest.raises(AssertionError, match="the fused form"):
+        bench._trial(subject, Context(True, (True, True))).runner("triton", join=False)()
 
 
 @pytest.mark.slow

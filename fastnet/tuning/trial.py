@@ -87,11 +87,12 @@ class Trial:
     ) -> Callable[[], dict[str, Tensor]]:
         """A call that computes the block on the whole batch: y, and in training dx and a "d" of each parameter, unless
         without `backward`, where y keeps what that needs. Without `join` a fused block leaves its residual to the next,
-        as most do in the model."""
+        as most do in the model; no other form can."""
         block, module, pending = self.subject.is_block, self.module, self.context.pending
         scale = self._batch(self.scale) if self.context.scaled and self.subject.training else None
         dy = self._batch(self.dy)
         former: list[Tensor | None] = []
+        join = join or form != "triton"
         if pending is not None and form == "triton":
             x = self._batch(self.x)
             weight, bias, mean, var = self.norm_before
