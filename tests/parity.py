@@ -33,6 +33,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "bn_drop_connect_add": ("x", "residual", "scale", *NORM),
 }
 CONSTANT = ("scale", "running_mean", "running_var")
+DRAWS = 8
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU the kernels run in Triton's interpreter
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -57,14 +58,14 @@ class Outcome(NamedTuple):
         return tolerance.measure(self.kernel[name], self.pytorch[name], self.oracle[name], moved)
 
 
-def hold(outcome: Callable[[int], Outcome], names: Iterable[str] | None = None) -> None:
+def hold(outcome: Callable[[int], Outcome], names: Iterable[str] | None = None, draws: int = DRAWS) -> None:
     """Hold the results of `outcome` (of a seed) to the tolerance rule, all of them or `names`."""
     for name in list(outcome(0).kernel) if names is None else names:
         first = outcome(0).errors(name)
         if not first.right:
             assert not first.gross, f"{name}: {first}"  # luck of PyTorch's does not explain this
-            errors = tolerance.worst(outcome(seed).errors(name) for seed in range(DRAWS))
-            assert errors.right, f"{name}: {errors} over {DRAWS} draws"
+            errors = tolerance.worst(outcome(seed).errors(name) for seed in range(draws))
+            assert errors.right, f"{name}: {errors} over {draws} draws"
 
 
 def hold_one(kernel: Tensor, pytorch: Tensor, oracle: Tensor, name: str = "y") -> None:
@@ -119,7 +120,6 @@ SHAPES = (
     ((1, 112, 7, 7), 22),
 )
 WALK = (3, 24, 15, 15)  # six tiles: two programs of three
-DRAWS = 8
 QUICK = {torch.float32: SHAPES[:4], torch.float16: SHAPES[:2], torch.bfloat16: SHAPES[:2]}
 
 

@@ -21,6 +21,7 @@ from tests.test_mbconv import Block, Values, call, inputs, run
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the tests' tensors are on a GPU here")
 
 F32, BF16 = torch.float32, torch.bfloat16
+DRAWS = 32  # which cost little here; the largest of errors amplified by a small variance needs many
 POISON = ("-DFASTNET_POISON",)  # scratch starts as NaN
 TESTED: tuple[Level, ...] = ("amx", "avx512-bf16", "avx2", "plain")
 
@@ -56,7 +57,8 @@ BLOCKS = (
     Block(22, 22, 1, 3, 1, (6, 7), images=1, scaled=False, squeeze=5),
     Block(24, 40, 6, 5, 1, (7, 7), BF16, images=2, scaled=False, squeeze=6),
     Block(6, 10, 6, 5, 2, (9, 6), BF16, padding="same"),
-    Block(6, 4, 6, 5, 2, (1, 1), squeeze=1),
+    # Of one pixel: enough images that no variance is near zero, which would make an error a matter of luck.
+    Block(6, 4, 6, 5, 2, (1, 1), images=16, scaled=False, squeeze=1),
     Block(4, 4, 1, 3, 2, (2, 1), BF16, squeeze=1),
     Block(16, 16, 1, 5, 2, (12, 9)),
     Block(40, 40, 6, 3, 1, (23, 21), squeeze=10),
@@ -83,7 +85,7 @@ def test_parity(block: Block, level: Level) -> None:
         assert torch.isfinite(value).all(), f"{name} has NaN or inf: something was not written"
     assert kernel["y"].is_contiguous(memory_format=torch.channels_last)
     assert kernel["dx"].is_contiguous(memory_format=torch.channels_last)
-    hold(functools.partial(outcome, block, level))
+    hold(functools.partial(outcome, block, level), draws=DRAWS)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
