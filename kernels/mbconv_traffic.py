@@ -82,10 +82,12 @@ def _join(p: Shape, dtype: torch.dtype, *, residual: bool, scaled: bool, from_me
 
 def _depthwise(shape: Shape, dtype: torch.dtype, g: Geometry, norm: bool, from_memory: bool, gpu: Gpu) -> Bytes:
     moved = depthwise.traffic(shape, dtype, g, norm=norm, stats=True, again=not from_memory, gpu=gpu)
-    if from_memory:  # means and counts, which the merge reads twice, once
+    if from_memory:  # vectors and taps once a launch; means and counts, which the merge reads twice, once
         c = shape[1]
-        partials = depthwise.forward_plan(shape, dtype, g, norm=norm, stats=True, gpu=gpu)[0].partials
-        moved["_merge_counted_stats_kernel"] = 4 * partials * (2 * c + 1) + 4 * 2 * c
+        plan = depthwise.forward_plan(shape, dtype, g, norm=norm, stats=True, gpu=gpu)[0]
+        vectors = 4 * plan.blocks * g.kernel_size**2 * BLOCK_C + (16 * c if norm else 0)
+        moved["_depthwise_kernel"] -= (plan.partials - 1) * vectors
+        moved["_merge_counted_stats_kernel"] = 4 * plan.partials * (2 * c + 1) + 4 * 2 * c
     return moved
 
 
