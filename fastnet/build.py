@@ -142,7 +142,9 @@ def build_step(
         ema = ModelEma(model, config.ema.model_ema_decay, warmup=config.ema.model_ema_warmup, capturable=capturable)
     together: dict[str, Any] = {}
     if ranks.size > 1:
-        together["all_reduce"] = GradientAllReduce(model.parameters(), in_order=config.run.deterministic)
+        together["all_reduce"] = GradientAllReduce(
+            model.parameters(), in_order=config.run.deterministic, before_wait=ranks.peers.passed
+        )
         together["reduce_found_inf"] = ranks.maximum
     return TrainStep(
         model,

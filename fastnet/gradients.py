@@ -12,7 +12,7 @@ does the same work, but lays its first step out otherwise and wants 11 steps of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,9 +45,18 @@ class GradientAllReduce:
 
     in_order: ranks are added in their order, so that the sum does not depend on where in a message a gradient lies nor
     on how the ranks are connected; of two numbers there is one sum. Costs (ranks - 1) / 2 times the traffic.
+    before_wait: called where this rank has done its part and begins to wait for the others.
     """
 
-    def __init__(self, params: Iterable[Tensor], *, in_order: bool = False, bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        *,
+        in_order: bool = False,
+        bucket_bytes: int = BUCKET_BYTES,
+        before_wait: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._before_wait = before_wait
         ranks = dist.get_world_size()
         self._buckets = [_bucket(p, ranks if in_order and ranks > 2 else 0) for p in _divide(params, bucket_bytes)]
         self._missing: list[int] = []
@@ -67,6 +76,7 @@ class GradientAllReduce:
             self._missing = []
         for bucket in self._buckets[len(self._sent) :]:
             self._send(bucket)
+        self._before_wait()
         for bucket, work in zip(self._buckets, self._sent, strict=True):
             work.wait()  # on a GPU: its stream waits, not the host
             if bucket.gathered is not None:

@@ -134,8 +134,10 @@ class Peers:
                     late = self._late(store, seen)
                     if late and self.points == seen and not self._end.is_set():
                         self._leave(store, late, nodes, time.monotonic() - since)
-        except RuntimeError:  # the store went with the process that kept it: the main thread will know
-            return
+        except RuntimeError:  # the store went with the process that kept it
+            seen = self.points
+            if not self._end.wait(CONFIRM) and self.points == seen:
+                os._exit(1)  # that one said why; the main thread would have known by now if it could
 
     def _publish(self, store: Any) -> None:
         self._signs += 1
