@@ -31,7 +31,7 @@ from fastnet.tuning.timers import HostTimer
 from fastnet.tuning.tuner import Tuner
 from kernels import configs, launch, mbconv_ops
 from kernels.mbconv import Unjoined
-from tests.networks import variant
+from tests.networks import THREE_BLOCKS, variant
 from tests.runs import make_pictures
 from tests.tuning import IMAGES, RESOLUTION, A, B, C, Machine, Other, block_forms, machine, small_model
 
@@ -552,7 +552,7 @@ def test_a_run_measures_falls_back_and_the_next_one_reads(
 ) -> None:
     data = make_pictures(tmp_path / "data", per_class=2)
     common = f"--data {data} --loader torch --workers 0 --device cpu --batch-size 2 --epochs 2 --resolution 40".split()
-    common += ["--progressive", "2", "--progressive-start", "32", "--log-every", "1"]
+    common += ["--variant", THREE_BLOCKS, "--progressive", "2", "--progressive-start", "32", "--log-every", "1"]
     machine.configs = {A: 3.0, B: 1.0, C: 2.0}
     machine.fault = lambda channels, form, y: y + (0.1 if (channels, form) == (32, "triton") else 0.0)
 
