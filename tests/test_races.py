@@ -22,7 +22,7 @@ pytest.importorskip("ttsem", reason="ttsem is not here: `make races` runs this f
 
 from ttsem.sanitize import KernelFault
 
-from kernels import all_specs, configs, launch
+from kernels import all_specs, batch_norm, configs, launch
 from kernels.augment import OUTPUTS, augment
 from kernels.conv2d import pointwise_conv2d
 from kernels.device import Gpu
@@ -80,7 +80,12 @@ CONVOLUTIONS = (
         for mode in MODES
     ),
 )
-BLOCKS = (*test_mbconv.QUICK, *test_mbconv.SLOW)
+BLOCKS = (
+    *test_mbconv.QUICK,
+    *test_mbconv.SLOW,
+    # Whose expansion's backward has three blocks of channels, of few inputs and of more.
+    *(test_mbconv.Block(c, c, ratio, 3, 1, (5, 4), BF16, images=2) for c, ratio in ((16, 10), (24, 6))),
+)
 
 
 def with_each_candidate(run: Callable[[], Mapping[str, Tensor]]) -> None:
@@ -139,6 +144,10 @@ def leave_joins(dtype: torch.dtype) -> dict[str, Tensor]:
     return test_mbconv.chained(blocks, join=False)
 
 
+def add_up(partials: int) -> dict[str, Tensor]:
+    return {"sums": batch_norm.sum_partials(torch.randn(2, partials, 12))}
+
+
 def augmented(dtype: torch.dtype) -> dict[str, Tensor]:
     photos, table = test_augment_kernel.noise(*test_augment_kernel.SIZES), test_augment_kernel.full_table()
     return {"images": augment(*photos, table, resolution=37, margin=2, dtype=dtype, impl="triton")}
@@ -173,6 +182,7 @@ RUNS: dict[str, tuple[Callable[[Any], dict[str, Tensor]], Sequence[Any]]] = {
     "block": (train, BLOCKS),
     "inference": (infer, INFERRED),
     "joins": (leave_joins, tuple(NAMES)),
+    "sums": (add_up, (3, 33, 300)),
     "augment": (augmented, tuple(OUTPUTS)),
 }
 
