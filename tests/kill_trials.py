@@ -227,8 +227,8 @@ class Failure(Exception):
 
 
 class Trials:
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.random = folder, random.Random(seed)
+    def __init__(self, folder: Path, seed: int, *, kills_only: bool = False) -> None:
+        self.folder, self.random, self.kills_only = folder, random.Random(seed), kills_only
         self.data = make_data(folder / "data")
         self.seen = Seen()
         self.hits: Counter[tuple[str, str]] = Counter()
@@ -276,7 +276,7 @@ class Trials:
         fresh = self.random.random() < 0.5
         cache = self.folder / (f"cache-{number}" if fresh else "cache")
         data, story = self.data, []
-        damaged = self.random.random() < 0.25
+        damaged = self.random.random() < 0.25 and not self.kills_only
         if damaged:
             data = Path(shutil.copytree(self.data, self.folder / f"data-{number}"))
         for _ in range(self.random.randint(1, KILLS)):
@@ -325,7 +325,8 @@ class Trials:
             write = self.random.randint(1, max(1, round(expected.writes * left)))
             return Kill(signal.SIGKILL, write=write, before=self.random.random() < 0.5)
         after = self.random.uniform(0, expected.seconds * min(1.0, left))
-        if case.loader == "torch" and case.cache == "none" and case.workers and self.random.random() < 0.3:
+        exposed = case.loader == "torch" and case.cache == "none" and case.workers and not self.kills_only
+        if exposed and self.random.random() < 0.3:
             return Kill(signal.SIGKILL, after=after, to="workers")
         number = self.random.choice(SIGNALS)
         return Kill(number, after=after, to="job" if number == signal.SIGTERM else self.random.choice(["run", "job"]))
@@ -364,6 +365,7 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--seed", type=int, default=None, help="of the moments; default: another each time, printed")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no trial after so long")
+    parser.add_argument("--kills-only", action="store_true", help="damage no file and kill no worker")
     arguments = parser.parse_args()
     seed = random.randrange(2**32) if arguments.seed is None else arguments.seed
     print(f"seed {seed}", flush=True)
@@ -374,7 +376,7 @@ def main() -> int:
     # A kill loses nothing that was written, on whatever disk; in memory, fsync does not wait.
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
-        trials, all_cases = Trials(Path(folder), seed), cases()
+        trials, all_cases = Trials(Path(folder), seed, kills_only=arguments.kills_only), cases()
         for number in range(arguments.trials):
             if time.perf_counter() - start > arguments.seconds:
                 break

@@ -47,7 +47,8 @@ class Hiding:
 
     def find_spec(self, name, path=None, target=None):
         providers = PROVIDERS.get(name.partition(".")[0], ALLOWED)
-        return self.finder.find_spec(name, path, target) if providers & (ALLOWED | PROVIDERS.get("fastnet", set())) else None
+        wanted = providers & (ALLOWED | PROVIDERS.get("fastnet", set()))
+        return self.finder.find_spec(name, path, target) if wanted else None
 
 sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
 discover = metadata.Distribution.discover  # pytest finds its plugins by it
