@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import ROOT, commit, photos_folder
+from fastnet.checkpoint import write_atomically
 from fastnet.errors import UserError, run_command
 
 RESULTS = ROOT / "bench" / "results"
@@ -166,10 +167,7 @@ class Results:
 
     def add(self, key: str, found: Found) -> None:
         self.cases[key] = found
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self.path.with_suffix(".tmp")
-        scratch.write_text(json.dumps({"cases": self.cases}, indent=1) + "\n")
-        scratch.replace(self.path)
+        write_atomically(self.path, (json.dumps({"cases": self.cases}, indent=1) + "\n").encode())
 
     def of(self, row: Row, budget: Budget) -> list[Found]:
         keys = [key_of(row, budget, seed) for seed in range(budget.seeds)]

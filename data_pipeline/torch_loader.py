@@ -76,22 +76,17 @@ def view(split: Split, index: int, box: NDArray[np.int32], side: int, margin: in
     that is `margin` pixels larger on each side, which are cut off.
 
     Raises:
-        RuntimeError: as `window`.
-    """
-    whole = side + 2 * margin
-    found = window(split.paths[index], int(split.orientations[index]), split.sizes[index], box, (whole, whole))
-    return found[:, margin : margin + side, margin : margin + side]
-
-
-def window(path: str, orientation: int, size: NDArray[np.int32], box: NDArray[np.int32], to: tuple[int, int]) -> Tensor:
-    """[3, H, W] uint8: `box` (x, y, width, height) of the upright image, resized with antialiasing to (width, height).
-
-    Raises:
         RuntimeError: as `decoded`.
     """
+    image = decoded(split.paths[index], int(split.orientations[index]), split.sizes[index])
+    return cut(image, box, side, margin)
+
+
+def cut(image: Tensor, box: NDArray[np.int32], side: int, margin: int) -> Tensor:
+    """`view` of an upright image [3, H, W]."""
     x, y, width, height = box.tolist()
-    image = decoded(path, orientation, size)
-    return F.resize(image[:, y : y + height, x : x + width], [to[1], to[0]], antialias=True)
+    found = F.resize(image[:, y : y + height, x : x + width], [side + 2 * margin] * 2, antialias=True)
+    return found[:, margin : margin + side, margin : margin + side]
 
 
 def decoded(path: str, orientation: int, size: NDArray[np.int32]) -> Tensor:

@@ -15,11 +15,12 @@ from torchvision.transforms.v2 import functional as F
 
 from data_pipeline.augment import EVAL_MARGIN, eval_params
 from data_pipeline.finish import finish
+from data_pipeline.torch_loader import cut
 from fastnet.arch import Kernels, Style, variant_name
 from fastnet.device import pick_device
 from fastnet.errors import UserError
 from fastnet.model import EfficientNet
-from fastnet.predict import predict_files
+from fastnet.predict import predict_files, ranked
 from fastnet.predictions import log_probabilities
 from fastnet.trained import RunFile, Trained, load_trained
 
@@ -37,10 +38,7 @@ class Transform:
         pixels = _pixels(picture)
         _, height, width = pixels.shape
         params = eval_params([(width, height)], self.resolution, self.crop_fraction)
-        x, y, across, down = params.windows[0].tolist()
-        side, margin = self.resolution, EVAL_MARGIN
-        seen = F.resize(pixels[:, y : y + down, x : x + across], [side + 2 * margin] * 2, antialias=True)
-        seen = seen[:, margin : margin + side, margin : margin + side]
+        seen = cut(pixels, params.windows[0], self.resolution, EVAL_MARGIN)
         return finish(seen[None], params, torch.device("cpu"))[0]
 
 
@@ -74,11 +72,7 @@ class LoadedModel:
     def _seen(self, image: Image.Image | NDArray[np.uint8] | Tensor, top: int) -> list[dict[str, Any]]:
         view = self.transform(image)[None].to(self.trained.device)
         said = log_probabilities(self.model, view, self.trained.resolution, amp="off")[0].exp().cpu()
-        best = said.topk(min(top, len(self.classes)))
-        return [
-            {"class": self.classes[label], "label": label, "probability": probability}
-            for probability, label in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        ]
+        return ranked(self.trained, *said.topk(min(top, len(self.classes))))
 
 
 def load(

@@ -15,6 +15,8 @@ from fastnet.commands import parse
 from fastnet.errors import UserError, run_command
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fastnet.predictions import Tta
     from fastnet.step import Amp
     from fastnet.trained import Trained
@@ -63,12 +65,16 @@ def predict_files(
         results |= {path: {"file": path, "error": reason} for path, reason in loader.quarantined}
         best = found.probabilities.topk(min(top, trained.model.config.num_classes), 1)
         for position, values, labels in zip(found.positions.tolist(), *best, strict=True):
-            ranked = [
-                {"class": trained.class_name(label), "label": label, "probability": probability}
-                for probability, label in zip(values.tolist(), labels.tolist(), strict=True)
-            ]
-            results[paths[position]] = {"file": paths[position], "top": ranked}
+            results[paths[position]] = {"file": paths[position], "top": ranked(trained, values, labels)}
     return [results[str(file)] for file in files]
+
+
+def ranked(trained: Trained, values: Tensor, labels: Tensor) -> list[dict[str, Any]]:
+    """An image's most probable classes by name, from their probabilities and labels, best first."""
+    return [
+        {"class": trained.class_name(label), "label": label, "probability": probability}
+        for probability, label in zip(values.tolist(), labels.tolist(), strict=True)
+    ]
 
 
 def write_grad_cams(trained: Trained, results: list[dict[str, Any]], stages: Sequence[int], folder: Path) -> list[Path]:

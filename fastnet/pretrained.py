@@ -78,9 +78,16 @@ def _installed_file(variant: str) -> Path:
 def read_pretrained(pretrained: str | Path, variant: str, style: Style | None = None) -> LoadedWeights:
     """The weights that `--pretrained` means, for images normalised by ImageNet's mean and deviation."""
     loaded = load_weights(pretrained_file(pretrained, variant), style=style)
-    if pretrained != IMAGENET or family(variant) is EFFICIENTNET:
+    return normalised_as_imagenet(loaded) if pretrained == IMAGENET else loaded
+
+
+def normalised_as_imagenet(loaded: LoadedWeights) -> LoadedWeights:
+    """Published weights for images normalised by ImageNet's mean and deviation, as B0–B7's are anyway.
+
+    Lite was trained on (p - 0.5) / 0.5, which is (std z + mean - 0.5) / 0.5 of such an image z: the stem takes that in.
+    """
+    if loaded.config.network.family is EFFICIENTNET:
         return loaded
-    # Lite was trained on (p - 0.5) / 0.5, which is (std z + mean - 0.5) / 0.5 of an image z as it comes here.
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     state = dict(loaded.state_dict)
     stem = state["stem.conv.weight"]

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from data_pipeline.files import open_lock
 from fastnet.errors import UserError
 
 LOCK = ".fastnet.lock"
@@ -50,8 +51,7 @@ def locked(folder: Path, *, new: bool) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         if new:
             check_new(folder)
-        # Not through a link, which would truncate or create what it points to.
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        handle = open_lock(folder / LOCK)
     except OSError as error:
         raise UserError(
             f"no run can be written to {folder} ({error.strerror or error}): name another folder with --out."

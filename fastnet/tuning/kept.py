@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import kernels
+from data_pipeline.files import open_lock
 from data_pipeline.sample import user_cache_folder
 from kernels.device import gpu
 
@@ -119,8 +120,6 @@ class KeptResults:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        # Not through a link, which would truncate what it points to.
-        handle = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        with open(handle, "r+") as lock:
+        with open(open_lock(self.path.with_suffix(".lock")), "r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
