@@ -6,7 +6,7 @@ import dataclasses
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
@@ -97,7 +97,7 @@ class Trainer:
         self.known = pack_known(self.index)
         # An earlier version's is its folder's name.
         self.run_id: str = saved.get("run_id") or (folder.resolve().name if saved else secrets.token_hex(8))
-        self.excluded = list(self.index.excluded)  # (path, reason), from the beginning and since
+        self.excluded = self._excluded_with(self.train_loader.quarantined + self.val_loader.quarantined)
         self.progress = Progress()
         self.sums = Sums(self.device, ranks.add)
         self.clock = Clock()
@@ -125,7 +125,7 @@ class Trainer:
         if not self.ranks.first:
             return
         save_run(self, bad)
-        excluded = [*self.index.excluded, *((path, reason) for path, reason in bad.items())]
+        excluded = self._excluded_with(bad.items())
         if excluded != self.excluded:
             self.excluded = excluded
             self._write_excluded()
@@ -208,6 +208,10 @@ class Trainer:
         write_atomically(self.folder / "config.json", self.config.to_json().encode())
         self._write_excluded()
         self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.progress.step, trackers, self.metrics_lines)
+
+    def _excluded_with(self, bad: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """(path, reason) of what is left out, from the beginning and since."""
+        return [*self.index.excluded, *bad]
 
     def _write_excluded(self) -> None:
         if self.excluded:

@@ -186,6 +186,9 @@ def test_a_file_that_went_bad_while_the_run_was_down_is_named_and_left_out(
         stopped(config, parts, step)
     assert trainer_of(config, parts).run() == 0
     assert digests(parts) == digests(whole)
+    (whole / "excluded.txt").unlink()  # as a kill leaves it between the last checkpoint and the list
+    assert trainer_of(config, whole).run() == 0
+    assert digests(parts) == digests(whole)
 
 
 def test_a_file_that_came_back_stays_out(config: TrainConfig, tmp_path: Path) -> None:
