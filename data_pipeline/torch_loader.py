@@ -7,9 +7,9 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,8 +26,8 @@ from data_pipeline.loader import Batch, Loader, Plan, Step
 _PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when the thread that started it ends
 _DEATHS = 2  # workers that may die in turn before it is said why
 
-
 _log = logging.getLogger("data_pipeline")
+T = TypeVar("T")
 
 
 class _Prepared(NamedTuple):
@@ -215,24 +215,34 @@ class TorchLoader(Loader):
         if self._loader is None:
             self._loader = self._start()
         self._positions.positions = [(epoch, number, self.plan.quarantined) for number in numbers]
-        with _deaths.told():
-            self._passing = iter(self._loader)
+        self._of_workers(self._begin)
         for _ in range(len(self._positions)):
-            prepared = self._next()
+            prepared = self._of_workers(self._next)
+            self._deaths = 0
             if prepared.bad:
                 raise BadFiles(prepared.bad)
             yield self._batch(prepared.pixels, prepared.step)
 
+    def _begin(self) -> None:
+        assert self._loader is not None
+        self._passing = iter(self._loader)
+
     def _next(self) -> _Prepared:
         assert self._passing is not None
+        return next(self._passing)
+
+    def _of_workers(self, asked: Callable[[], T]) -> T:
+        """What `asked` gives, in which a worker may be found dead: when a pass begins as well as later.
+
+        Raises:
+            BadFiles: one died, and others take over; none is bad.
+            DataError: several in a row.
+        """
         try:
             with _deaths.told():
-                prepared = next(self._passing)
+                return asked()
         except (RuntimeError, OSError) as error:
             reason = reason_of(error).rstrip(".")
-        else:
-            self._deaths = 0
-            return prepared
         # Raised out here: the other error's frames hold the iterator, and its processes would be waited for.
         self._end_workers()
         self._deaths += 1

@@ -458,6 +458,30 @@ def test_evaluation_sees_what_resize_and_centre_crop_see(photos: Path, tmp_path:
         assert (ours - theirs).abs().quantile(0.99) <= 2
 
 
+BETWEEN = """
+import os, signal, sys, time
+from data_pipeline import build_index, make_loader
+index = build_index(sys.argv[1], cache_dir=sys.argv[2])
+loader = make_loader(index, "train", backend="torch", resolution=24, batch_size=2, seed=0, train=True,
+                     augmentation=None, workers=1)
+passes = []
+for epoch in (0, 0):
+    passes.append([images.sum().item() for images, _ in loader.batches(epoch)])
+    for pid in open(f"/proc/self/task/{os.getpid()}/children").read().split():
+        os.kill(int(pid), signal.SIGKILL)
+    time.sleep(0.1)
+print("same", passes[0] == passes[1], len(passes[1]))
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_between_two_passes_is_replaced(index: Index, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", BETWEEN, str(index.root), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert f"same True {len(index.splits['train']) // 2}" in done.stdout, done.stdout + done.stderr
+
+
 STORM = """
 import os, signal, subprocess, sys
 from pathlib import Path
