@@ -38,7 +38,7 @@ test-all: install  ## Every test, the full products of shapes and dtypes too.
 # checked is compiled by the torch and triton that are locked, and nothing large is installed twice. ttsem asks for
 # Python 3.12 without using it, hence --ignore-requires-python; the planted faults show that it works on this one.
 races: .venv-races/installed  ## Races, overruns and unwritten memory in the compiled kernels, without a GPU.
-	.venv-races/bin/python -m pytest -p tests.races tests/test_races.py $(SPREAD)
+	.venv-races/bin/python -m pytest -p tests.races tests/kernels/test_races.py $(SPREAD)
 
 .venv-races/installed: requirements-races.lock .venv/installed
 	$(BIN)/python -m venv --clear --without-pip .venv-races

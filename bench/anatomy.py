@@ -14,7 +14,7 @@ from bench.measure import synchronise
 from bench.shapes import model_blocks, model_shapes
 from bench.stages import Case
 from bench.traffic import DTYPE, operation
-from kernels import mbconv_traffic
+from kernels.block import traffic as mbconv_traffic
 
 MOST = 10
 

@@ -15,11 +15,11 @@ import torch
 from bench.cases import DIRECTIONS, BlockCase, OpCase, timed_shapes
 from bench.launches import describe
 from bench.measure import ColdCache, copy_bandwidth, synchronise
-from bench.proof_blocks import FUSED, time_block, timed_blocks
-from bench.proof_kernels import DTYPE, time_case
+from bench.proof.blocks import FUSED, time_block, timed_blocks
+from bench.proof.kernels import DTYPE, time_case
 from bench.shapes import OpShape
 from bench.stages import Context
-from kernels.mbconv_traffic import Block
+from kernels.block.traffic import Block
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels run on a CUDA device: there is none")
 

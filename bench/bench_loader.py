@@ -24,9 +24,9 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from data_pipeline import Augmentation, Index, build_index, choose_cache, make_loader
-from data_pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
-from data_pipeline.loader import dali_installed
-from data_pipeline.probe import scan
+from data_pipeline.dataset.probe import scan
+from data_pipeline.loaders.augment import IMAGENET_MEAN, IMAGENET_STD
+from data_pipeline.loaders.loader import dali_installed
 
 RESOLUTION, BATCH, WORKERS, PAIRS = 200, 64, 2, 5
 STEP_RATE = 5000

@@ -15,7 +15,7 @@ from fastnet.arch import BlockShape, Kernels
 from fastnet.layers import BatchNorm, MBConv
 from fastnet.model import ModelConfig
 from kernels import reference
-from kernels.mbconv_traffic import Block
+from kernels.block.traffic import Block
 from kernels.tolerance import Errors, approximated, measure, most_wrong, worst
 
 Direction = Literal["forward", "backward"]

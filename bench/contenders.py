@@ -14,11 +14,12 @@ from bench.measure import sample, synchronise
 from bench.shapes import activations
 from fastnet.arch import Kernels
 from fastnet.config import OptimizerOptions
-from fastnet.graph import CudaRecorder
+from fastnet.device import Amp
 from fastnet.model import efficientnet
-from fastnet.optim import make_optimizer
 from fastnet.scaling import architecture
-from fastnet.step import Amp, TrainStep
+from fastnet.training.cuda_graph import CudaRecorder
+from fastnet.training.optim import make_optimizer
+from fastnet.training.step import TrainStep
 
 NUM_CLASSES = 101
 OURS = "fastnet"
@@ -201,7 +202,7 @@ class StepRunner:
         **options: Any,
     ) -> None:
         """compile_options: None is eager; else ours is compiled by regions and a peer whole, with those options.
-        graph: the step is recorded after `fastnet.graph.WARMUP_STEPS` calls and then replayed. own_joins: no block of
+        graph: the step is recorded after `fastnet.training.cuda_graph.WARMUP_STEPS` calls and then replayed. own_joins: no block of
         ours leaves its residual join to the next."""
         torch.manual_seed(0)
         layout = FORMATS[memory_format]

@@ -17,7 +17,7 @@ import torch
 
 from bench.contenders import StepRunner, Workload, compared_peers
 from bench.measure import interleaved, summarise
-from fastnet.step import Amp
+from fastnet.device import Amp
 from kernels.cpu.build import cpu_levels
 
 Mode = Literal["eager", "compiled"]

@@ -16,17 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnet.forms import block_name
-from kernels import pointwise
 from kernels.batch_norm import sum_partials
-from kernels.depthwise import depthwise, merge_stats
-from kernels.depthwise_backward import OutNorm, depthwise_backward
+from kernels.block import pointwise
+from kernels.block.depthwise import depthwise, merge_stats
+from kernels.block.depthwise_backward import OutNorm, depthwise_backward
+from kernels.block.pointwise_blocks import plan
+from kernels.block.strips import geometry
+from kernels.block.traffic import Block
 from kernels.device import gpu
-from kernels.drop_connect import join, reduce_sums
-from kernels.excite import excite, excite_backward
-from kernels.mbconv_traffic import Block
-from kernels.pointwise_blocks import plan
-from kernels.squeeze_excite import Norm, image_plan, squeeze
-from kernels.strips import geometry
+from kernels.ops.drop_connect import join, reduce_sums
+from kernels.ops.excite import excite, excite_backward
+from kernels.ops.squeeze_excite import Norm, image_plan, squeeze
 
 EPS = 1e-3
 Results = tuple[Tensor, ...]
@@ -213,7 +213,7 @@ def expand_backward_job(da1: Tensor, e: Tensor, v: Vectors, w: Tensor, x: Tensor
 
 
 def schedule(block: Block, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Iterator[tuple[str, Launch]]:
-    """Every step of the block on random tensors, named and ordered as in `kernels.mbconv_traffic`.
+    """Every step of the block on random tensors, named and ordered as in `kernels.block.traffic`.
 
     A step's inputs are what the steps before give, by PyTorch; only symmetric padding.
     """

@@ -21,7 +21,7 @@ import kernels
 from fastnet.model import efficientnet
 from fastnet.scaling import architecture
 from fastnet.summary import training_blocks
-from kernels.mbconv_traffic import Block
+from kernels.block.traffic import Block
 
 CALLED_BY_MODEL = ("bn_silu", "bn_silu_squeeze_excite", "bn_drop_connect_add")
 # Operations that the model reaches only inside a larger one see the same shapes as that one.

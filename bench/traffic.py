@@ -24,7 +24,10 @@ from bench.contenders import OURS, TORCHVISION, available_peers, build
 from bench.count_dispatch import step_bytes
 from bench.shapes import OpShape, activations, model_blocks, model_shapes
 from fastnet.scaling import SCALED
-from kernels import batch_norm_silu, batch_norm_silu_squeeze_excite, drop_connect, mbconv_traffic
+from kernels.block import traffic as mbconv_traffic
+from kernels.ops import bn_silu as batch_norm_silu
+from kernels.ops import bn_silu_squeeze_excite as batch_norm_silu_squeeze_excite
+from kernels.ops import drop_connect
 
 DTYPE = torch.bfloat16
 

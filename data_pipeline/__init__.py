@@ -1,18 +1,18 @@
 """From files to a batch on the device: `build_index`, then `make_loader`, then `Loader.batches(epoch)`.
 
-Names load on first use, so that `import data_pipeline.augment` (which the command line is built from) needs no torch.
+Names load on first use, so that `import data_pipeline.loaders.augment` (which the command line is built from) needs no torch.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data_pipeline.augment import Augmentation
-    from data_pipeline.cache import PixelCache, choose_cache
-    from data_pipeline.choice import make_loader
+    from data_pipeline.dataset.index import Index, Split, build_index
     from data_pipeline.errors import DataError
-    from data_pipeline.food101 import Index, Split, build_index
-    from data_pipeline.loader import Batch, Loader, Shard
+    from data_pipeline.loaders.augment import Augmentation
+    from data_pipeline.loaders.cache import PixelCache, choose_cache
+    from data_pipeline.loaders.choice import make_loader
+    from data_pipeline.loaders.loader import Batch, Loader, Shard
 
 __all__ = [
     "Augmentation",
@@ -29,17 +29,17 @@ __all__ = [
 ]
 
 _HOME = {
-    "Augmentation": "augment",
-    "Batch": "loader",
+    "Augmentation": "loaders.augment",
+    "Batch": "loaders.loader",
     "DataError": "errors",
-    "Index": "food101",
-    "Loader": "loader",
-    "PixelCache": "cache",
-    "Shard": "loader",
-    "Split": "food101",
-    "build_index": "food101",
-    "choose_cache": "cache",
-    "make_loader": "choice",
+    "Index": "dataset.index",
+    "Loader": "loaders.loader",
+    "PixelCache": "loaders.cache",
+    "Shard": "loaders.loader",
+    "Split": "dataset.index",
+    "build_index": "dataset.index",
+    "choose_cache": "loaders.cache",
+    "make_loader": "loaders.choice",
 }
 
 

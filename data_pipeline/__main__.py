@@ -16,7 +16,7 @@ def _prepare(root: Path, short_side: int | None = None) -> int:
         root: Folder that gets food-101/.
         short_side: Also write a copy whose photos have this short side in pixels, food-101-<short side>/.
     """
-    from data_pipeline.prepare import prepare
+    from data_pipeline.dataset.download import prepare
 
     print(f"ready: python -m fastnet.train --data {prepare(root, short_side)}")
     return 0
@@ -32,7 +32,7 @@ def _verify(root: Path) -> int:
     """
     from rich.console import Console
 
-    from data_pipeline.verify import show, verify
+    from data_pipeline.dataset.verify import show, verify
 
     report = verify(root)
     show(report, Console())
@@ -51,8 +51,8 @@ def _tune(root: Path, resolution: int = 224, batch_size: int = 128, seconds: flo
     import torch
     from rich.console import Console
 
-    from data_pipeline.food101 import build_index
-    from data_pipeline.tune import tune
+    from data_pipeline.dataset.index import build_index
+    from data_pipeline.loaders.tune import tune
     from kernels.nvidia import unusable
 
     if resolution < 1 or batch_size < 1 or seconds < 0:

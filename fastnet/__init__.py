@@ -14,15 +14,15 @@ DISTRIBUTION = "fastnet-efficientnet"
 
 _EXPORTS = {
     "CompoundScaler": "fastnet.scaling",
-    "DynamicResize": "fastnet.resize",
+    "DynamicResize": "fastnet.training.resize",
     "EfficientNet": "fastnet.model",
-    "FeatureExtractor": "fastnet.backbone",
+    "FeatureExtractor": "fastnet.features",
     "architecture": "fastnet.scaling",
     "create_model": "fastnet.create",
     "efficientnet": "fastnet.model",
     "load": "fastnet.loaded",
-    "load_weights": "fastnet.weights",
-    "save_weights": "fastnet.weights",
+    "load_weights": "fastnet.loading.weights",
+    "save_weights": "fastnet.loading.weights",
 }
 
 __all__ = [

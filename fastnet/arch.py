@@ -297,7 +297,7 @@ class ModelConfig:
     kernels: "torch" is plain PyTorch; "triton" fuses whole MBConv blocks and never falls back; "triton-ops" keeps
     PyTorch's convolutions and fuses what lies between them; "native" is "triton" in C++ on a CPU, and never falls back;
     "auto" is "torch" without CUDA and on it "triton", but for blocks that were found wrong or slower so on the GPU at
-    hand (``fastnet.tuning``).
+    hand (``fastnet.training.tuning``).
     """
 
     variant: str = "b0"

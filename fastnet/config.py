@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from data_pipeline.augment import Augmentation
-from data_pipeline.dali_options import DaliOptions
+from data_pipeline.loaders.augment import Augmentation
+from data_pipeline.loaders.dali_options import DaliOptions
 from fastnet.arch import EFFICIENTNET, Kernels, Padding, Scaling, Style, Variant, coefficients
 from fastnet.errors import UserError
 from fastnet.typed import checked_fields, parse_object

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastnet.arch import Style, variant_name
 from fastnet.errors import UserError
+from fastnet.loading.pretrained import IMAGENET, read_pretrained
 from fastnet.model import EfficientNet, efficientnet
-from fastnet.pretrained import IMAGENET, read_pretrained
 from fastnet.scaling import Architecture
 
 

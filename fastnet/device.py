@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
 from fastnet.arch import Kernels, family
 from fastnet.errors import UserError
-from fastnet.step import Amp
 from kernels import launch
 from kernels.cpu.library import library
 from kernels.device import gpu, has_bf16, is_gpu, unsupported
 from kernels.mbconv import resolve as resolve_block
 from kernels.nvidia import unusable
+
+Amp = Literal["bf16", "fp16", "off"]
 
 
 def tell(text: str) -> None:

@@ -17,10 +17,10 @@ TOP1_APART, LOSS_APART = 0.1, 0.005
 
 if TYPE_CHECKING:
     from data_pipeline import Index
-    from fastnet.predictions import Predictions, Tta
-    from fastnet.scores import Scores
-    from fastnet.step import Amp
-    from fastnet.trained import Trained
+    from fastnet.analysis.predictions import Predictions, Tta
+    from fastnet.analysis.scores import Scores
+    from fastnet.device import Amp
+    from fastnet.loading.trained import Trained
 
 
 def evaluate_run(
@@ -34,8 +34,8 @@ def evaluate_run(
     workers: int = 0,
 ) -> tuple[Predictions, Scores]:
     """Predict the validation split of `index` once and score it; the images are streamed."""
-    from fastnet.predictions import collect, view_loader
-    from fastnet.scores import score
+    from fastnet.analysis.predictions import collect, view_loader
+    from fastnet.analysis.scores import score
 
     batches = view_loader(trained, index, tta=tta, backend=loader, batch_size=batch_size, workers=workers)
     try:
@@ -97,7 +97,7 @@ def evaluate(
     """
     from fastnet.allocator import keep_memory
     from fastnet.device import pick_amp, pick_device, pick_workers
-    from fastnet.trained import data_of, load_trained
+    from fastnet.loading.trained import data_of, load_trained
 
     check_numbers(batch_size=batch_size, workers=workers or 0, gradcam_stages=gradcam_stages)
     if worst < 0:
@@ -133,7 +133,7 @@ def evaluate(
     if expect_reported:
         _compare(scores, trained.path)
     if folder is not None:
-        from fastnet.report import write_report
+        from fastnet.analysis.report import write_report
 
         page = write_report(
             trained, index, found, scores, folder, tta=tta, worst=worst, stages=gradcam_stages, explained=gradcam_images
@@ -146,7 +146,7 @@ def evaluate(
 
 def _compare(scores: Scores, path: Path) -> None:
     """UserError where a run reported other numbers of the weights in `path`, beyond what a kernel choice rounds."""
-    from fastnet.checkpoint import notes_of
+    from fastnet.loading.checkpoint import notes_of
 
     reported = notes_of(path)
     if not {"top1", "loss"} <= reported.keys():
@@ -164,7 +164,7 @@ def _report_folder(trained: Trained, out: str | None) -> Path | None:
     work starts."""
     if out is None and trained.run is None:
         return None
-    from fastnet.report import check_folder
+    from fastnet.analysis.report import check_folder
 
     folder = Path(out) if out is not None else trained.run / "report"  # type: ignore[operator]
     try:
@@ -176,7 +176,7 @@ def _report_folder(trained: Trained, out: str | None) -> Path | None:
 
 
 def _check_images(files: tuple[str, ...]) -> None:
-    from fastnet.predictions import index_files
+    from fastnet.analysis.predictions import index_files
 
     for path, reason in index_files(files)[1]:
         raise UserError(f"--gradcam-images {path} cannot be read ({reason}): name another image.", exit_status=2)

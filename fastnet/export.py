@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from fastnet.loading.trained import Trained
     from fastnet.model import EfficientNet, ModelConfig
-    from fastnet.trained import Trained
 
 Target = Literal["onnx", "pt2", "torchvision", "timm"]
 ENDINGS = {"onnx": ".onnx", "pt2": ".pt2", "torchvision": "-torchvision.pth", "timm": "-timm.safetensors"}
@@ -91,7 +91,7 @@ def verification_images(trained: Trained, data: str | None) -> tuple[Tensor, str
     """(images [8, 3, R, R], what they are): validation images of `data` or of the run's own data set; generated
     patterns where there is none."""
     from data_pipeline import DataError, build_index
-    from fastnet.predictions import load_views, subset
+    from fastnet.analysis.predictions import load_views, subset
 
     own = trained.config.data if trained.config else None
     source = data or (own.data if own else None)
@@ -113,8 +113,8 @@ def generated_images(resolution: int) -> Tensor:
     import torch
     from torchvision.transforms.v2 import functional as F
 
-    from data_pipeline.augment import IMAGENET_MEAN, IMAGENET_STD
-    from data_pipeline.sample import PATTERNS, render
+    from data_pipeline.dataset.synthetic import PATTERNS, render
+    from data_pipeline.loaders.augment import IMAGENET_MEAN, IMAGENET_STD
 
     pictures = [torch.from_numpy(render(name, 0)).permute(2, 0, 1) for name in sorted(PATTERNS)[:IMAGES]]
     pixels = torch.stack([F.resize(picture, [resolution, resolution], antialias=True) for picture in pictures])
@@ -175,7 +175,7 @@ def _torchvision(model: EfficientNet, path: Path, images: Tensor) -> Callable[[T
     import torch
     import torchvision
 
-    from fastnet.weights import to_torchvision
+    from fastnet.loading.weights import to_torchvision
 
     torch.save(to_torchvision(model), path)
     config = model.config
@@ -190,7 +190,7 @@ def _timm(model: EfficientNet, path: Path, images: Tensor) -> Callable[[Tensor],
     import timm
     from safetensors.torch import save_file
 
-    from fastnet.weights import to_timm
+    from fastnet.loading.weights import to_timm
 
     config, name = model.config, _timm_name(model.config)
     # The name tells timm's two families apart, whose keys are the same.
@@ -260,7 +260,7 @@ def export(
     import torch
 
     from fastnet.allocator import keep_memory
-    from fastnet.trained import load_trained
+    from fastnet.loading.trained import load_trained
 
     keep_memory(torch.device("cpu"))
     # On a CPU in fp32, where the libraries can be compared to the last digits.

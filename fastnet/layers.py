@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from fastnet.arch import Activation, BlockShape, Kernels, ModelConfig, Padding
 from fastnet.forms import Form, chosen
 from kernels import ConvNorm, Excite, bn_drop_connect_add, bn_silu, bn_silu_squeeze_excite, mbconv, reference
-from kernels.excite import MAX_SQUEEZE
 from kernels.launch import Impl, resolve
 from kernels.mbconv import BlockImpl, mbconv_training
-from kernels.vectors import Unjoined
+from kernels.ops.excite import MAX_SQUEEZE
+from kernels.vectors import PendingResidual
 
 UNFUSED = (
     "kernels={!r} can't fuse a block whose batch norms are frozen while gradients flow through it: such blocks run "
@@ -235,17 +235,17 @@ class MBConv(nn.Module):
         self.defers_join = True  # where the next block can make this one's output; False: never
 
     def forward(
-        self, x: Tensor | Unjoined, scale: Tensor | None = None, *, join: bool = True, form: Form | None = None
-    ) -> Tensor | Unjoined:
+        self, x: Tensor | PendingResidual, scale: Tensor | None = None, *, join: bool = True, form: Form | None = None
+    ) -> Tensor | PendingResidual:
         """x [B, C_in, H, W], drop-connect scale [B] (None: 1) → [B, C_out, H/stride, W/stride].
 
-        x may be Unjoined, and without `join` the output is, where `EfficientNet.forward` says so. form: instead of the
+        x may be PendingResidual, and without `join` the output is, where `EfficientNet.forward` says so. form: instead of the
         one that `self.form` names.
         """
         bn = self.project.bn
         if not bn.training:
             scale = None  # nothing is dropped from a frozen block
-        if isinstance(x, Unjoined) or not join:
+        if isinstance(x, PendingResidual) or not join:
             native = self.kernels == "native"
             return mbconv_training(x, *self._layers, scale, **self._options, join=join, native=native)
         form = self.form(x, x.shape[2], x.shape[3]) if form is None else form
@@ -301,9 +301,9 @@ class MBConv(nn.Module):
     def _takes_gradients(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
 
-    def leaves_its_join_to(self, following: MBConv, x: Tensor | Unjoined) -> bool:
+    def can_defer_residual(self, following: MBConv, x: Tensor | PendingResidual) -> bool:
         """Whether the next block's expansion can make this one's output as it loads: both train fused."""
-        x = x.p if isinstance(x, Unjoined) else x
+        x = x.p if isinstance(x, PendingResidual) else x
         height, width = (math.ceil(side / self.shape.stride) for side in x.shape[2:])
         return (
             following.expand is not None

@@ -13,16 +13,16 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from data_pipeline.augment import EVAL_MARGIN, eval_params
-from data_pipeline.finish import finish
-from data_pipeline.torch_loader import cut
+from data_pipeline.loaders.augment import EVAL_MARGIN, eval_params
+from data_pipeline.loaders.postprocess import finish
+from data_pipeline.loaders.torch_loader import cut
+from fastnet.analysis.predictions import log_probabilities
 from fastnet.arch import Kernels, Style, variant_name
 from fastnet.device import pick_device
 from fastnet.errors import UserError
+from fastnet.loading.trained import RunFile, Trained, load_trained
 from fastnet.model import EfficientNet
 from fastnet.predict import predict_files, ranked
-from fastnet.predictions import log_probabilities
-from fastnet.trained import RunFile, Trained, load_trained
 
 Picture: TypeAlias = "str | Path | Image.Image | NDArray[np.uint8] | Tensor"
 """A file, a PIL image, an array [H, W, 3] or a tensor [3, H, W] of 8-bit pixels."""

@@ -110,7 +110,7 @@ class EfficientNet(nn.Module):
         blocks = list(self._mbconvs())
         tapped = {} if tap is None else {i: stage for i, stage in self.network.ends.items() if stage in stages}
         for i, (block, following, scale) in enumerate(zip(blocks, [*blocks[1:], None], scales, strict=True)):
-            join = following is None or i in tapped or not block.leaves_its_join_to(following, x)
+            join = following is None or i in tapped or not block.can_defer_residual(following, x)
             x = block(x, scale, join=join)
             if tap is not None and i in tapped:
                 x = tap(tapped[i], x)

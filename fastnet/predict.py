@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from data_pipeline.formats import WORDS, is_read
+from data_pipeline.dataset.formats import WORDS, is_read
 from fastnet.arch import EFFICIENTNET, Kernels, Style, Variant
 from fastnet.commands import parse
 from fastnet.errors import UserError, run_command
@@ -17,9 +17,9 @@ from fastnet.errors import UserError, run_command
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fastnet.predictions import Tta
-    from fastnet.step import Amp
-    from fastnet.trained import Trained
+    from fastnet.analysis.predictions import Tta
+    from fastnet.device import Amp
+    from fastnet.loading.trained import Trained
 
 
 def expand(images: Iterable[str]) -> list[Path]:
@@ -51,7 +51,7 @@ def predict_files(
 
     The images are cut, resized and normalised as validation images are.
     """
-    from fastnet.predictions import collect, index_files, view_loader
+    from fastnet.analysis.predictions import collect, index_files, view_loader
 
     index, bad = index_files(files)
     results: dict[str, dict[str, Any]] = {path: {"file": path, "error": reason} for path, reason in bad}
@@ -82,9 +82,9 @@ def write_grad_cams(trained: Trained, results: list[dict[str, Any]], stages: Seq
     file that is there is replaced."""
     import torch
 
-    from fastnet.figures import grad_cam_grid, save
-    from fastnet.gradcam import grad_cam
-    from fastnet.predictions import index_files, load_views
+    from fastnet.analysis.figures import grad_cam_grid, save
+    from fastnet.analysis.gradcam import grad_cam
+    from fastnet.analysis.predictions import index_files, load_views
 
     written: list[Path] = []
     for result in results:
@@ -147,7 +147,7 @@ def predict(
     """
     from fastnet.allocator import keep_memory
     from fastnet.device import pick_amp, pick_device
-    from fastnet.trained import load_trained
+    from fastnet.loading.trained import load_trained
 
     check_numbers(top=top, batch_size=batch_size, workers=workers, gradcam_stages=gradcam_stages)
     if not images:

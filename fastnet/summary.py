@@ -20,7 +20,7 @@ from fastnet.errors import UserError, run_command
 from fastnet.scaling import Architecture, architecture
 
 if TYPE_CHECKING:
-    from kernels.mbconv_traffic import Block
+    from kernels.block.traffic import Block
 
 COUNTED_IMAGES = 128
 CLASS_COUNTS = (101, 1000)
@@ -57,7 +57,7 @@ class ModelSummary:
 
 def training_blocks(arch: Architecture, resolution: int, images: int) -> list[Block]:
     """Every MBConv of the model in order on `images` images, as it stands in training."""
-    from kernels.mbconv_traffic import Block
+    from kernels.block.traffic import Block
 
     side = -(-resolution // 2)  # behind the stem
     blocks = []
@@ -87,7 +87,8 @@ def _stage_bytes(arch: Architecture, resolution: int) -> list[int]:
     """Bytes of each of the nine stages in a training step, of COUNTED_IMAGES images in bf16."""
     import torch
 
-    from kernels import batch_norm_silu, mbconv_traffic
+    from kernels.block import traffic as mbconv_traffic
+    from kernels.ops import bn_silu as batch_norm_silu
 
     dtype, images = torch.bfloat16, COUNTED_IMAGES
     blocks, network = training_blocks(arch, resolution, images), arch.network

@@ -19,7 +19,7 @@ from typing import Any
 from fastnet.commands import parse
 from fastnet.config import RECIPES, TrainConfig, processes, read_config
 from fastnet.errors import Lenient, UserError, run_command
-from fastnet.run_folder import check_new
+from fastnet.training.run_folder import check_new
 
 RUNS = Path("runs")
 
@@ -96,7 +96,7 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
 
 def _absolute(config: TrainConfig) -> TrainConfig:
     """With the data set's place from the root on, so that the run can be continued and evaluated from anywhere."""
-    from data_pipeline.sample import SAMPLE, expanded
+    from data_pipeline.dataset.synthetic import SAMPLE, expanded
 
     data = config.data.data
     if data == SAMPLE:
@@ -179,13 +179,13 @@ def run_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def settle() -> tuple[TrainConfig, Path]:
+def resolve_config() -> tuple[TrainConfig, Path]:
     """What the command line means, and the run's folder; offers to download a data set that is not there."""
     config = parse_arguments(sys.argv[1:])
     config.validate()
     folder = run_folder(config)
 
-    from data_pipeline.prepare import offer
+    from data_pipeline.dataset.download import offer
 
     offer(config.data.data)
     return config, folder
@@ -195,14 +195,14 @@ def train() -> int:
     sys.stdout, sys.stderr = Lenient(sys.stdout), Lenient(sys.stderr)
     if processes() > 1:
         return _train_together()
-    config, folder = settle()
+    config, folder = resolve_config()
 
     import torch
     from rich.console import Console
 
     from fastnet.allocator import keep_memory
     from fastnet.device import pick_device
-    from fastnet.trainer import Trainer
+    from fastnet.training.trainer import Trainer
 
     torch.set_flush_denormal(True)  # arithmetic on denormals is many times slower on a CPU
     keep_memory(pick_device(config.run.device, say=lambda text: None))  # the trainer says it
@@ -218,17 +218,17 @@ def _train_together() -> int:
 
     from fastnet.allocator import keep_memory
     from fastnet.device import pick_device
-    from fastnet.distributed import join
-    from fastnet.trainer import Trainer
+    from fastnet.training.distributed import join
+    from fastnet.training.trainer import Trainer
 
     ranks = join()
-    if not ranks.first:
+    if not ranks.is_main:
         logging.getLogger("data_pipeline").setLevel(logging.ERROR)
     torch.set_flush_denormal(True)
-    with ranks.one_voice():
-        config, folder = ranks.decide(settle)
+    with ranks.one_report():
+        config, folder = ranks.broadcast_from_main(resolve_config)
         keep_memory(pick_device(config.run.device, say=lambda text: None))
-        return Trainer(config, folder, Console(quiet=not ranks.first), ranks).run()
+        return Trainer(config, folder, Console(quiet=not ranks.is_main), ranks).run()
 
 
 def main() -> None:

@@ -6,15 +6,17 @@ back, "torch" is `kernels.reference`. A Triton operation can be differentiated o
 
 from __future__ import annotations
 
-from kernels import augment, batch_norm, batch_norm_silu, depthwise, depthwise_backward, drop_connect, excite, pointwise
-from kernels import squeeze_excite as _squeeze_excite_file
-from kernels.batch_norm_silu import bn_silu
-from kernels.batch_norm_silu_squeeze_excite import bn_silu_squeeze_excite
-from kernels.conv2d import depthwise_conv2d, pointwise_conv2d
-from kernels.drop_connect import bn_drop_connect_add, drop_connect_add
+from kernels import augment, batch_norm
+from kernels.block import depthwise, depthwise_backward, pointwise
 from kernels.launch import Impl, KernelSpec
 from kernels.mbconv import ConvNorm, Excite, mbconv
-from kernels.squeeze_excite import squeeze_excite
+from kernels.ops import bn_silu as batch_norm_silu
+from kernels.ops import drop_connect, excite
+from kernels.ops import squeeze_excite as _squeeze_excite_file
+from kernels.ops.bn_silu import bn_silu
+from kernels.ops.bn_silu_squeeze_excite import bn_silu_squeeze_excite
+from kernels.ops.drop_connect import bn_drop_connect_add, drop_connect_add
+from kernels.ops.squeeze_excite import squeeze_excite
 
 __all__ = [
     "ConvNorm",
@@ -25,10 +27,8 @@ __all__ = [
     "bn_drop_connect_add",
     "bn_silu",
     "bn_silu_squeeze_excite",
-    "depthwise_conv2d",
     "drop_connect_add",
     "mbconv",
-    "pointwise_conv2d",
     "squeeze_excite",
 ]
 

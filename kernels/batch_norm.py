@@ -29,7 +29,7 @@ from kernels import launch as L
 from kernels.configs import Site
 from kernels.device import REFERENCE, Gpu
 from kernels.launch import IN_INTERPRETER, tl
-from kernels.sync import join_statistics
+from kernels.sync import all_gather_stats
 
 MERGE_CHANNELS = 8
 MERGE: dict[str, Any] = {"BLOCK_P": L.MAX_PARTIALS, "BLOCK_C": MERGE_CHANNELS}
@@ -290,7 +290,7 @@ def statistics(
     if not training:
         return running_mean, running_var
     mean, var = batch_stats(x.detach())
-    mean, var, rows = join_statistics(mean, var, x.numel() // x.shape[1], group)
+    mean, var, rows = all_gather_stats(mean, var, x.numel() // x.shape[1], group)
     with torch.no_grad():
         running_mean.lerp_(mean, momentum)
         running_var.lerp_(var * (rows / (rows - 1)), momentum)

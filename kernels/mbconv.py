@@ -1,7 +1,7 @@
 """A whole MBConv, in training: what each batch norm needs is reduced where its input is made, and applied where it is
 read, so nothing normalised or activated ever reaches memory.
 
-    E = x W1ᵀ                D = depthwise(silu(BN1(E)))        g = gate(mean_HW silu(BN2(D)))   (kernels.excite)
+    E = x W1ᵀ                D = depthwise(silu(BN1(E)))        g = gate(mean_HW silu(BN2(D)))   (kernels.ops.excite)
     P = (silu(BN2(D)) g) W3ᵀ                                    y = scale[b] BN3(P) (+ x where the block has a residual)
 
 A block without expansion has x for silu(BN1(E)). Saved for backward: x, E, D, P, [C] and [B, C] vectors, weights.
@@ -28,10 +28,10 @@ Statistics after F1, F2 and F5 and sums after B1, B4 and B5 are where several pr
 
 in elements, vectors and partials aside; `bench.traffic` counts every byte. Unfused PyTorch moves 6 E + 9 D + 6 P or
 more forward and twice that backward. The two halves of B2 read dy, P and D twice; those of B7 dA1 and E, but where
-C_exp × C_in is small, in the blocks with the largest images, one kernel does both (`kernels.expand_backward`). With
-k 5, B5 has a pass of its own that makes dy, 2 D more (`kernels.depthwise_backward`).
+C_exp × C_in is small, in the blocks with the largest images, one kernel does both (`kernels.block.expand_backward`). With
+k 5, B5 has a pass of its own that makes dy, 2 D more (`kernels.block.depthwise_backward`).
 
-In a model F6 is left to the next block where that has an expansion (`Unjoined`): its F1 makes y of P and x as it loads,
+In a model F6 is left to the next block where that has an expansion (`PendingResidual`): its F1 makes y of P and x as it loads,
 and stores it once, for y is that block's residual and its weight gradient's operand. That saves a read of y; the price
 is that the programs of other output columns make y again, from P and x in L2.
 
@@ -50,13 +50,14 @@ import torch
 from torch import Tensor
 
 from kernels import launch as L
-from kernels import mbconv_ops, reference
+from kernels import reference
+from kernels.block import mbconv_ops
+from kernels.block.strips import CONFIGURATIONS, Padding
 from kernels.cpu import ops as cpu_ops
-from kernels.drop_connect import bn_drop_connect_add_op
-from kernels.excite import resolve as resolve_squeeze
-from kernels.strips import CONFIGURATIONS, Padding
-from kernels.sync import group_size, join_statistics, join_sums
-from kernels.vectors import ConvNorm, Excite, Unjoined
+from kernels.ops.drop_connect import bn_drop_connect_add_op
+from kernels.ops.excite import resolve as resolve_squeeze
+from kernels.sync import all_gather_stats, all_reduce_sums, group_size
+from kernels.vectors import ConvNorm, Excite, PendingResidual
 
 BlockImpl = Literal["auto", "triton", "native", "torch"]
 
@@ -84,8 +85,8 @@ def _operations(native: bool) -> Any:
 
 
 class _MBConv(torch.autograd.Function):
-    """y, or without `join` what stands for it (see `Unjoined`), and the batch statistics (mean1, var1,) mean2, var2,
-    mean3, var3, which are not differentiable; nor is x, which comes last where it is made here from `former`."""
+    """y, or without `join` what stands for it (see `PendingResidual`), and the batch statistics (mean1, var1,) mean2, var2,
+    mean3, var3, which are not differentiable; nor is x, which comes last where it is made here from `prev`."""
 
     @staticmethod
     def forward(
@@ -105,12 +106,12 @@ class _MBConv(torch.autograd.Function):
             if mean0 is None:
                 e, mean1, var1 = ops.expand(x, w1_stored)
             else:
-                x, e, mean1, var1 = ops.joined_expand(x, x0, scale0, mean0, var0, g0, b0, w1_stored, eps)
-            mean1, var1, _ = join_statistics(mean1, var1, _rows(e), group)
+                x, e, mean1, var1 = ops.residual_expand(x, x0, scale0, mean0, var0, g0, b0, w1_stored, eps)
+            mean1, var1, _ = all_gather_stats(mean1, var1, _rows(e), group)
         d, mean2, var2 = ops.depthwise_forward(e, mean1, var1, g1, b1, taps, eps, stride, padding)
-        mean2, var2, _ = join_statistics(mean2, var2, _rows(d), group)
+        mean2, var2, _ = all_gather_stats(mean2, var2, _rows(d), group)
         p, mean3, var3, d_norm, *vectors = ops.project(d, mean2, var2, g2, b2, wr, br, we, be, w3_stored, eps)
-        mean3, var3, _ = join_statistics(mean3, var3, _rows(p), group)
+        mean3, var3, _ = all_gather_stats(mean3, var3, _rows(p), group)
         y = p
         if join:
             shortcut = x if residual else None
@@ -143,11 +144,11 @@ class _MBConv(torch.autograd.Function):
             mean3, var3, g3, b3, w1, taps, wr, we, w3,
         ) = ctx.saved_tensors  # fmt: skip
         sums3 = ops.join_backward(dy, p, scale, mean3, var3, eps)
-        joint = join_sums(sums3, _rows(p), group)
+        joint = all_reduce_sums(sums3, _rows(p), group)
         da, q, sums2, dw3, dwr, dbr, dwe, dbe = ops.project_backward(
             dy, p, scale, joint, mean3, var3, g3, b3, d, d_norm, w3, wr, we, pooled, hidden, gate, slopes, eps
         )
-        joint = join_sums(sums2, _rows(d), group)
+        joint = all_reduce_sums(sums2, _rows(d), group)
         da1, dtaps, sums1 = ops.depthwise_gradients(
             da, d, gate, q, joint, mean2, var2, g2, b2, x if e is None else e, mean1, var1, g1, b1, taps, eps, stride,
             padding,
@@ -156,7 +157,7 @@ class _MBConv(torch.autograd.Function):
         if e is None:
             dx, dw1, dg1, db1 = da1 + dy if residual else da1, None, None, None
         else:
-            joint = join_sums(sums1, _rows(e), group)
+            joint = all_reduce_sums(sums1, _rows(e), group)
             dx, dw1 = ops.expand_backward(da1, e, joint, mean1, var1, g1, b1, x, w1, dy if residual else None, eps)
             dw1, dg1, db1 = L.with_strides(dw1[:, :, None, None], strides1), sums1[1], sums1[0]
         return (
@@ -243,7 +244,7 @@ def mbconv(
 
 
 def mbconv_training(
-    x: Tensor | Unjoined,
+    x: Tensor | PendingResidual,
     expand: ConvNorm | None,
     depthwise: ConvNorm,
     excite: Excite,
@@ -258,22 +259,22 @@ def mbconv_training(
     group: str,
     join: bool,
     native: bool = False,
-) -> Tensor | Unjoined:
+) -> Tensor | PendingResidual:
     """The fused path of `mbconv` in training, for arguments whose shapes fit, also from and to a block that is joined
-    with this one: x may be Unjoined where there is an expansion; without `join` the output is."""
-    former: Unjoined | None = None
-    if isinstance(x, Unjoined):
-        former, x = x, x.p
+    with this one: x may be PendingResidual where there is an expansion; without `join` the output is."""
+    prev: PendingResidual | None = None
+    if isinstance(x, PendingResidual):
+        prev, x = x, x.p
     if not native:
         resolve_squeeze("triton", x, excite.w_reduce.shape[0])
     _check_rows(x, stride)
     x = _in_autocast(x)
     y, *others = _MBConv.apply(
-        x, *((None,) * 6 if former is None else former[1:]), scale,
+        x, *((None,) * 6 if prev is None else prev[1:]), scale,
         *((None,) * 3 if expand is None else expand[:3]), *depthwise[:3], *excite, *project[:3], stride, padding,
         residual, join, eps, group, native,
     )  # fmt: skip
-    shortcut: Tensor = x.detach() if former is None else others.pop()
+    shortcut: Tensor = x.detach() if prev is None else others.pop()
     rows, ranks = _rows(y), group_size(group)
     counted = [] if expand is None else [(expand, _rows(x))]
     normed = [(layer, ranks * n) for layer, n in (*counted, (depthwise, rows), (project, rows))]
@@ -282,7 +283,7 @@ def mbconv_training(
         return y
     mean, var = others[-2:]
     norm = project.norm_weight.detach(), project.norm_bias.detach()
-    return Unjoined(y, shortcut if residual else None, scale, mean, var, *norm)
+    return PendingResidual(y, shortcut if residual else None, scale, mean, var, *norm)
 
 
 def _check_rows(x: Tensor, stride: int) -> None:

@@ -2,7 +2,7 @@
 
 `group` is a process group's name (`torch.distributed.group.WORLD.group_name`), "" where a process stands alone. A
 rank's share of the gradient through common statistics needs Σ dz and Σ dz x̂ over all ranks divided by the rows of all;
-what `join_sums` returns may be divided by this rank's rows instead, as the kernels do.
+what `all_reduce_sums` returns may be divided by this rank's rows instead, as the kernels do.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _process_group(name: str) -> Any:
     return distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
-def join_statistics(mean: Tensor, var: Tensor, rows: int, group: str) -> tuple[Tensor, Tensor, Tensor | int]:
+def all_gather_stats(mean: Tensor, var: Tensor, rows: int, group: str) -> tuple[Tensor, Tensor, Tensor | int]:
     """Mean and biased variance [C] of all ranks' rows, and their number (an int where nothing is gathered)."""
     if not group:
         return mean, var, rows
@@ -45,7 +45,7 @@ def join_statistics(mean: Tensor, var: Tensor, rows: int, group: str) -> tuple[T
     return joint, m2 / total, total
 
 
-def join_sums(sums: Tensor, rows: int, group: str) -> Tensor:
+def all_reduce_sums(sums: Tensor, rows: int, group: str) -> Tensor:
     """Σ over all ranks of [2, C], times this rank's rows over all ranks'."""
     if not group:
         return sums
@@ -65,7 +65,7 @@ class _BatchNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rows = x.numel() // x.shape[1]
         var, mean = torch.var_mean(x.to(weight.dtype), (0, 2, 3), correction=0)
-        mean, var, total = join_statistics(mean, var, rows, group)
+        mean, var, total = all_gather_stats(mean, var, rows, group)
         ctx.save_for_backward(x, weight, mean, var)
         ctx.eps, ctx.group = eps, group
         total = torch.as_tensor(total, dtype=mean.dtype, device=mean.device)
@@ -80,7 +80,7 @@ class _BatchNorm(torch.autograd.Function):
         x_hat = (x.to(weight.dtype) - mean[:, None, None]) * rstd[:, None, None]
         dz = dy.to(weight.dtype)
         sums = torch.stack([dz.sum((0, 2, 3)), (dz * x_hat).sum((0, 2, 3))])
-        joint = join_sums(sums, rows, ctx.group) / rows
+        joint = all_reduce_sums(sums, rows, ctx.group) / rows
         dx = dz - joint[0][:, None, None] - x_hat * joint[1][:, None, None]
         return (dx * (weight * rstd)[:, None, None]).to(x.dtype), sums[1], sums[0], None, None
 

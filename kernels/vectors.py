@@ -26,7 +26,7 @@ class Excite(NamedTuple):
     b_expand: Tensor
 
 
-class Unjoined(NamedTuple):
+class PendingResidual(NamedTuple):
     """A block's output that the next block's expansion makes as it loads: projection [B, C, H, W], residual or None,
     drop-connect scale [B] or None, and the projection's batch norm [C].
 

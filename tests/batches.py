@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from data_pipeline import Batch, Index, make_loader
-from data_pipeline.cache import choose_cache
-from data_pipeline.loader import Loader
+from data_pipeline.loaders.cache import choose_cache
+from data_pipeline.loaders.loader import Loader
 
 
 def picture(number: int, width: int, height: int, **options: Any) -> bytes:

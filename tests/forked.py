@@ -23,8 +23,8 @@ from tests.networks import NARROW
 # By a run on its way, at seconds each.
 IMPORTED_LATE = (
     "torch._inductor", "torch.distributed.fsdp", "torchvision.transforms.v2", "matplotlib.backends.backend_agg",
-    "fastnet.trainer", "fastnet.figures", "fastnet.train", "tyro", "tyro.conf", "data_pipeline.prepare",
-    "data_pipeline.torch_loader", "data_pipeline.cached_loader", "PIL.Image",
+    "fastnet.training.trainer", "fastnet.analysis.figures", "fastnet.train", "tyro", "tyro.conf", "data_pipeline.dataset.download",
+    "data_pipeline.loaders.torch_loader", "data_pipeline.loaders.cached_loader", "PIL.Image",
 )  # fmt: skip
 ROOT = Path(__file__).parents[1]
 
@@ -76,9 +76,9 @@ def watch(event: str, log: str) -> None:
     stop there. "hang RANK STEP": it hangs there. "unrecordable RANK 0": steps are recorded as on a GPU, which fails on
     that rank.
     """
-    from data_pipeline.pixel_store import PixelStore
-    from fastnet import peers
-    from fastnet.trainer import Trainer
+    from data_pipeline.loaders.pixel_store import PixelStore
+    from fastnet.training import peers
+    from fastnet.training.trainer import Trainer
 
     what, who, when = event.split() or ("", "", "")
     if what == "unrecordable":
@@ -112,7 +112,7 @@ def watch(event: str, log: str) -> None:
 
 def pretend_to_record(failing: int) -> None:
     """From here on runs record their step, though on a CPU; on one rank that is impossible."""
-    from fastnet import trainer
+    from fastnet.training import trainer
 
     class Recorder:
         def __init__(self, device: Any) -> None:

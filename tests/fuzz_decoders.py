@@ -157,7 +157,7 @@ def damaged(seed: int, number: int) -> tuple[str, bytes]:
 
 def index_of(probes: list[tuple[str, Any]]) -> Any:
     """An index of these (path, probe) alone, as a validation split."""
-    from data_pipeline.food101 import Index, Split
+    from data_pipeline.dataset.index import Index, Split
 
     split = Split(
         tuple(path for path, _ in probes),
@@ -173,11 +173,11 @@ def child(folder: Path, seed: int, first: int, end: int, log: Path) -> int:
     """Tries files first to end - 1; writes to `log` what it is about to do, and what came out."""
     import torch
 
-    from data_pipeline import loader as loaders
     from data_pipeline import make_loader
-    from data_pipeline.cache import PixelCache
-    from data_pipeline.probe import scan
-    from data_pipeline.verify import _look
+    from data_pipeline.dataset.probe import scan
+    from data_pipeline.dataset.verify import _look
+    from data_pipeline.loaders import loader as loaders
+    from data_pipeline.loaders.cache import PixelCache
 
     torch.set_num_threads(1)
     logging.getLogger("data_pipeline").setLevel(logging.ERROR)

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from data_pipeline.loader import dali_installed
+from data_pipeline.loaders.loader import dali_installed
 from fastnet.config import FOOD101, TrainConfig
 from tests.forked import fork, prepare, wait
 from tests.networks import NARROW
@@ -130,7 +130,8 @@ def run(case: Case, data: Path, out: Path, cache: Path, seen: Seen, kill: Kill |
     """The body of a child."""
     from rich.console import Console
 
-    from fastnet import trainer, words
+    from fastnet.training import messages as words
+    from fastnet.training import trainer
 
     os.environ["XDG_CACHE_HOME"] = str(cache)
     words.draw_curves = lambda folder: folder  # of the metrics, which are compared
@@ -154,7 +155,7 @@ def run(case: Case, data: Path, out: Path, cache: Path, seen: Seen, kill: Kill |
         (trainer.Trainer, "_train_epoch", 1),
         (trainer.Trainer, "save", 2),
         (trainer.Trainer, "_finish_epoch", 3),
-        (trainer, "conclude", 4),
+        (trainer, "log_summary", 4),
     ):
         in_phase(owner, name, phase)
 
@@ -371,7 +372,7 @@ def main() -> int:
     print(f"seed {seed}", flush=True)
     prepare()
     if dali_installed():
-        import_module("data_pipeline.dali")
+        import_module("data_pipeline.loaders.dali_loader")
     start, done, failed = time.perf_counter(), 0, []
     # A kill loses nothing that was written, on whatever disk; in memory, fsync does not wait.
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None

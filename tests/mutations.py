@@ -40,13 +40,17 @@ class Mutation:
         return source.replace(self.old, self.new)
 
 
-BN_SILU = ("tests/test_batch_norm_silu.py", "-k", "test_bn_silu and fp32")
-STATISTICS = ("tests/test_batch_norm_silu.py", "-k", "statistics")
-SQUEEZE = ("tests/test_squeeze_excite.py", "-k", "fp32")
-DROP = ("tests/test_drop_connect.py", "-k", "bn_drop_connect_add and fp32 and train")
-DEPTHWISE = ("tests/test_depthwise.py", "-k", "sums and k3-s1-1x10")
-POINTWISE = ("tests/test_pointwise.py", "-k", "test_pointwise and 22-6 and (forward or dgrad or wgrad)")
-TOGETHER = ("tests/test_pointwise.py", "-k", "test_pointwise and bf16-3x3x5-32-8-16-walk and expansion_backward")
+BN_SILU = ("tests/kernels/ops/test_bn_silu.py", "-k", "test_bn_silu and fp32")
+STATISTICS = ("tests/kernels/ops/test_bn_silu.py", "-k", "statistics")
+SQUEEZE = ("tests/kernels/ops/test_squeeze_excite.py", "-k", "fp32")
+DROP = ("tests/kernels/ops/test_drop_connect.py", "-k", "bn_drop_connect_add and fp32 and train")
+DEPTHWISE = ("tests/kernels/block/test_depthwise.py", "-k", "sums and k3-s1-1x10")
+POINTWISE = ("tests/kernels/block/test_pointwise.py", "-k", "test_pointwise and 22-6 and (forward or dgrad or wgrad)")
+TOGETHER = (
+    "tests/kernels/block/test_pointwise.py",
+    "-k",
+    "test_pointwise and bf16-3x3x5-32-8-16-walk and expansion_backward",
+)
 
 MUTATIONS = (
     Mutation(
@@ -86,21 +90,21 @@ MUTATIONS = (
     ),
     Mutation(
         "wrong reduction: every image gets the first one's scale",
-        "kernels/drop_connect.py",
+        "kernels/ops/drop_connect.py",
         "tl.load(scale_ptr + rows // area,",
         "tl.load(scale_ptr + rows * 0,",
         DROP,
     ),
     Mutation(
         "dropped term in backward: the mean's share of dx",
-        "kernels/batch_norm_silu.py",
+        "kernels/ops/bn_silu.py",
         "dz -= channel_vector(sums_ptr, c0, channels, BLOCK_C) * inverse_rows",
         "dz -= 0.0",
         BN_SILU,
     ),
     Mutation(
         "dropped term in backward: the variance's share of dx",
-        "kernels/drop_connect.py",
+        "kernels/ops/drop_connect.py",
         "sums_ptr + channels, c0, channels, BLOCK_C) *",
         "sums_ptr + channels, c0, channels, BLOCK_C) * 0.0 *",
         DROP,
@@ -114,7 +118,7 @@ MUTATIONS = (
     ),
     Mutation(
         "dropped term in backward: what a pixel receives through the mean",
-        "kernels/squeeze_excite.py",
+        "kernels/ops/squeeze_excite.py",
         "d = dy * gate + channel_vector(q_ptr + image * channels, c0, channels, BLOCK_C)",
         "d = dy * gate",
         SQUEEZE,
@@ -124,63 +128,63 @@ MUTATIONS = (
         "kernels/batch_norm.py",
         "var * (rows / (rows - 1))",
         "var",
-        ("tests/test_batch_norm_silu.py", "-k", "running"),
+        ("tests/kernels/ops/test_bn_silu.py", "-k", "running"),
     ),
     Mutation(
         "padding activated: zero becomes silu(bias)",
-        "kernels/depthwise.py",
+        "kernels/block/depthwise.py",
         "x = tl.where(inside, z * sigmoid(z), 0.0)",
         "x = z * sigmoid(z)",
         DEPTHWISE,
     ),
     Mutation(
         "depthwise statistics without the distance between tiles' means",
-        "kernels/depthwise.py",
+        "kernels/block/depthwise.py",
         "all_m2 += m2 + delta * delta * (all_count * share)",
         "all_m2 += m2",
-        ("tests/test_depthwise.py", "-k", "large_mean"),
+        ("tests/kernels/block/test_depthwise.py", "-k", "large_mean"),
     ),
     Mutation(
         "taps of the gradient mirrored",
-        "kernels/depthwise_backward.py",
+        "kernels/block/depthwise_backward.py",
         "dx += d * taps[j % STRIDE + b * STRIDE]",
         "dx += d * taps[K - 1 - (j % STRIDE + b * STRIDE)]",
         DEPTHWISE,
     ),
     Mutation(
         "dropped term in backward: the variance's share of the depthwise gradient",
-        "kernels/depthwise_backward.py",
+        "kernels/block/depthwise_backward.py",
         "(centred * slant + shift)",
         "shift",
         DEPTHWISE,
     ),
     Mutation(
         "every image gets the first one's gate",
-        "kernels/pointwise_operand.py",
+        "kernels/block/pointwise_operand.py",
         "tl.load(gate_ptr + (rows // area) * channels + cols,",
         "tl.load(gate_ptr + (rows * 0) * channels + cols,",
         POINTWISE,
     ),
     Mutation(
         "sums of the gate count rows of the next image",
-        "kernels/pointwise_gemm.py",
+        "kernels/block/pointwise_gemm.py",
         "end = tl.minimum(start + rows_per_program, (image + 1) * area)",
         "end = start + rows_per_program",
         POINTWISE,
     ),
     Mutation(
         "expansion's backward in one kernel without the residual's gradient",
-        "kernels/expand_backward.py",
+        "kernels/block/expand_backward.py",
         "dx += tl.load(residual_ptr",
         "dx += 0.0 * tl.load(residual_ptr",
         TOGETHER,
     ),
     Mutation(
         "weight gradient of rows past the end",
-        "kernels/pointwise_wgrad.py",
+        "kernels/block/pointwise_wgrad.py",
         "narrow = tl.where(row + tl.arange(0, BLOCK_M)[:, None] < end, narrow, 0.0).to(narrow.dtype)",
         "narrow = narrow",
-        ("tests/test_pointwise.py", "-k", "test_pointwise and fp16 and 24-72-40 and projection_wgrad"),
+        ("tests/kernels/block/test_pointwise.py", "-k", "test_pointwise and fp16 and 24-72-40 and projection_wgrad"),
     ),
 )
 

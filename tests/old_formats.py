@@ -70,7 +70,7 @@ def anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
 def main(target: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from fastnet.trainer import Trainer
+    from fastnet.training.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch, "root")

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from fastnet.config import FOOD101
+from fastnet.loading.weights import save_weights
 from fastnet.model import EfficientNet, efficientnet
-from fastnet.weights import save_weights
 
 CLASSES = ("apple <pie>", "bread", "soup")
 

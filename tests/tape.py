@@ -11,7 +11,7 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastnet.graph import Outputs
+from fastnet.training.cuda_graph import Outputs
 
 
 class RefuseHostReads(TorchDispatchMode):

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from fastnet import forms, layers
-from fastnet.distributed import Ranks
 from fastnet.forms import Form
 from fastnet.model import EfficientNet, ModelConfig
-from fastnet.tuning import Tuner, measure, tuner
-from fastnet.tuning.timers import HostTimer
+from fastnet.training.distributed import Ranks
+from fastnet.training.tuning import Tuner, measure, tuner
+from fastnet.training.tuning.timers import HostTimer
 from kernels import configs, launch, reference
 from kernels.configs import Site
 from kernels.device import REFERENCE, Gpu
@@ -126,7 +126,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[Machine]
     for name in single:
         monkeypatch.setattr(layers, name, operation(name))
     # Joined blocks have kernels of their own.
-    monkeypatch.setattr(layers.MBConv, "leaves_its_join_to", lambda *args: False)
+    monkeypatch.setattr(layers.MBConv, "can_defer_residual", lambda *args: False)
     monkeypatch.setattr(tuner, "subjects", _unjoined(tuner.subjects))
     yield made
     torch.set_num_threads(threads)
@@ -169,5 +169,5 @@ class Other(Ranks):
         super().__init__(rank=0, size=1)
         self.theirs = theirs
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         return [value, self.theirs(value)]

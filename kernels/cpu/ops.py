@@ -1,4 +1,4 @@
-"""The operations of a training-mode MBConv on a CPU: `kernels.mbconv_ops` in C++, with the same signatures.
+"""The operations of a training-mode MBConv on a CPU: `kernels.block.mbconv_ops` in C++, with the same signatures.
 
 What is different: `depthwise_gradients` returns dA1 σ'(z1), which it has in cache, where the Triton form returns dA1
 and `expand_backward` computes σ' again; without an expansion both return E's gradient. dgrad and wgrad of a convolution
@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from kernels import launch as L
-from kernels import mbconv_ops
+from kernels.block import mbconv_ops
+from kernels.block.strips import Geometry, empty_nhwc, geometry
 from kernels.cpu.library import STORAGE_DTYPES, library
-from kernels.strips import Geometry, empty_nhwc, geometry
 
 
 def _image(name: str, x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -80,7 +80,7 @@ def expand(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return e, mean, var
 
 
-def joined_expand(
+def residual_expand(
     p: Tensor, residual: Tensor | None, scale: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor,
     w: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -92,7 +92,7 @@ def joined_expand(
     x, e = L.empty_image(p), empty_nhwc(p, channels, *p.shape[2:])
     e_mean, e_var = L.empty((channels,), p), L.empty((channels,), p)
     library().call(
-        "joined_expand", p.dtype, images, _area(p), c_in, channels, p, residual, *vectors, eps, w, x, e, e_mean, e_var
+        "residual_expand", p.dtype, images, _area(p), c_in, channels, p, residual, *vectors, eps, w, x, e, e_mean, e_var
     )
     return x, e, e_mean, e_var
 
@@ -296,7 +296,7 @@ def _twin(function: Callable[..., Any]) -> Any:
 
 
 expand = _twin(expand)
-joined_expand = _twin(joined_expand)
+residual_expand = _twin(residual_expand)
 join = _declare(
     "join", join,
     "(Tensor p, Tensor? residual, Tensor? scale, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps)"

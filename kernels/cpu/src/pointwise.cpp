@@ -70,7 +70,7 @@ INLINE void join_row(const Norm& norm, const T* p, const T* residual, float scal
 }
 
 template <class T>
-static void joined_expand(long threads, long images, long area, long c_in, long channels, const T* p, const T* residual,
+static void residual_expand(long threads, long images, long area, long c_in, long channels, const T* p, const T* residual,
                           const float* scale, const float* mean0, const float* var0, const float* weight,
                           const float* bias, double eps, const T* w, T* x, T* e, float* mean, float* var) {
     Call call(threads);
@@ -214,7 +214,7 @@ static void expand_backward(long threads, long rows, long c_in, long channels, c
 }
 
 OPERATION(expand)
-OPERATION(joined_expand)
+OPERATION(residual_expand)
 OPERATION(join)
 OPERATION(join_backward)
 OPERATION(expand_backward)

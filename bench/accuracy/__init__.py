@@ -1,0 +1,1 @@
+"""What fine-tuning reaches beside timm and torchvision: `python -m bench.accuracy`."""

@@ -1,0 +1,1 @@
+"""From the index of a data set to batches on a device."""

@@ -1,0 +1,1 @@
+"""What looks at a trained model: predictions, scores, pictures and the report."""

@@ -1,0 +1,1 @@
+"""From a file of weights to a model, whoever wrote it."""

@@ -1,0 +1,166 @@
+"""RUN_OR_FILE: from a run's folder, a file of weights or the word "imagenet" to a model that is ready to predict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from data_pipeline import Index, build_index
+from data_pipeline.loaders.augment import CROP_FRACTION
+from fastnet.arch import EFFICIENTNET, Kernels, Style, coefficients
+from fastnet.config import TrainConfig, read_config
+from fastnet.device import check_kernels
+from fastnet.errors import UserError
+from fastnet.loading.pretrained import IMAGENET, imagenet_file, normalised_as_imagenet, published
+from fastnet.loading.weights import LoadedWeights, load_weights
+from fastnet.model import EfficientNet
+from fastnet.scaling import architecture
+
+RunFile = Literal["best", "last"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model in evaluation mode, channels_last, on its device, and how its images are cut.
+
+    path: the weights file. run: the folder of the run that it belongs to, if any. resolution: pixels.
+    crop_fraction: share of the short side. classes: names, where the file or the run tells.
+    """
+
+    path: Path
+    run: Path | None
+    config: TrainConfig | None
+    model: EfficientNet
+    resolution: int
+    crop_fraction: float
+    classes: tuple[str, ...] | None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.classifier.weight.device
+
+    def class_name(self, label: int) -> str:
+        return self.classes[label] if self.classes else f"class {label}"
+
+
+def resolve_weights_file(target: Path, which: RunFile = "best") -> Path:
+    """The weights that RUN_OR_FILE means: a file itself, or a run's best (else last) or last checkpoint."""
+    if target.is_dir():
+        wanted = ("best.safetensors", "last.safetensors") if which == "best" else ("last.safetensors",)
+        for name in wanted:
+            if (target / name).is_file():
+                return target / name
+        raise UserError(f"{target} holds no {' or '.join(wanted)}: name a run's folder or a file.")
+    if not target.is_file():
+        raise UserError(f"{target} does not exist: name a run's folder or a weights file.")
+    return target
+
+
+def load_trained(
+    target: str | Path,
+    *,
+    which: RunFile = "best",
+    variant: str | None = None,
+    style: Style | None = None,
+    resolution: int | None = None,
+    crop_fraction: float | None = None,
+    device: torch.device | str = "cpu",
+    kernels: Kernels = "auto",
+) -> Trained:
+    """The model of a run, of a .safetensors or .pth file, or ("imagenet" and a variant) of torchvision.
+
+    Resolution and crop are the run's or the file's own; otherwise those that torchvision publishes for the variant.
+    Raises UserError where the target cannot be read, is another variant, or kernels do not work on the device.
+    """
+    if str(target) == IMAGENET:
+        if variant is None:
+            raise UserError("imagenet needs --variant, such as b0.", exit_status=2)
+        path = imagenet_file(variant)
+    else:
+        path = resolve_weights_file(Path(target), which)
+    try:
+        loaded = load_weights(path, style=style)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if str(target) == IMAGENET:
+        loaded = normalised_as_imagenet(loaded)
+    if variant is not None and variant != loaded.config.variant:
+        raise UserError(
+            f"{path} holds a {loaded.config.variant}: leave out --variant {variant} or name another file.",
+            exit_status=2,
+        )
+    run = path.parent if (path.parent / "config.json").is_file() else None
+    config = read_config(path.parent / "config.json") if run else None
+    own_resolution, own_crop = _own_view(loaded, config)
+    resolution, crop_fraction = resolution or own_resolution, crop_fraction or own_crop
+    if not 32 <= resolution <= 4096:
+        raise UserError(f"--resolution {resolution} must lie between 32 and 4096.", exit_status=2)
+    if not 0.1 <= crop_fraction <= 1:
+        raise UserError(f"--crop-fraction {crop_fraction} must lie between 0.1 and 1.", exit_status=2)
+    return Trained(
+        path,
+        run,
+        config,
+        _build(loaded, torch.device(device), kernels),
+        resolution,
+        crop_fraction,
+        _class_names(loaded, path),
+    )
+
+
+def _build(loaded: LoadedWeights, device: torch.device, kernels: Kernels) -> EfficientNet:
+    check_kernels(kernels, device, variant=loaded.config.variant)
+    model = EfficientNet(replace(loaded.config, kernels=kernels))
+    model.load_state_dict(loaded.state_dict)
+    return model.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+
+
+def _own_view(loaded: LoadedWeights, config: TrainConfig | None) -> tuple[int, float]:
+    """(resolution, crop fraction) that the weights were evaluated with."""
+    if loaded.style == "fastnet":
+        arch = architecture(loaded.config.variant, loaded.config.scaling)
+        trained_at = config.model.resolution if config else None
+        return loaded.resolution or trained_at or arch.resolution, CROP_FRACTION
+    if loaded.config.network.family is not EFFICIENTNET:
+        return coefficients(loaded.config.variant).resolution, CROP_FRACTION
+    view = published(loaded.config.variant).transforms()
+    return view.crop_size[0], view.crop_size[0] / view.resize_size[0]
+
+
+def _class_names(loaded: LoadedWeights, path: Path) -> tuple[str, ...] | None:
+    if loaded.classes is not None:
+        return loaded.classes
+    if loaded.style != "fastnet" and loaded.config.num_classes == 1000:
+        return tuple(published("b0").meta["categories"])  # ImageNet's, of every model
+    # Weights that were written without names, beside the checkpoint of their run.
+    last = path.with_name("last.safetensors")
+    beside = load_weights(last).classes if last.is_file() and last != path else None
+    return beside if beside and len(beside) == loaded.config.num_classes else None
+
+
+def data_of(trained: Trained, data: str | None) -> Index:
+    """The data set to evaluate on: `data`, else the run's own; its classes have to be the model's.
+
+    Raises UserError where none is named or the classes differ, DataError where it cannot be read.
+    """
+    if data is None:
+        if trained.config is None:
+            raise UserError(f"{trained.path} belongs to no run: say with --data what to evaluate it on.", exit_status=2)
+        data = trained.config.data.data
+    index = build_index(data, val_fraction=trained.config.data.val_fraction if trained.config else None)
+    known = trained.model.config.num_classes
+    if len(index.classes) != known:
+        raise UserError(
+            f"{trained.path} knows {known} classes and {index.root} has {len(index.classes)}: "
+            "evaluate it on the data set that it was trained on."
+        )
+    if trained.run and trained.classes and trained.classes != index.classes:
+        name = next(a for a, b in zip(trained.classes, index.classes, strict=True) if a != b)
+        raise UserError(
+            f'{trained.path} knows the class "{name}", which {index.root} has not at that place: '
+            "evaluate it on the data set that it was trained on."
+        )
+    return index

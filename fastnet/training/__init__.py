@@ -1,0 +1,1 @@
+"""What trains: the step, the trainer, and what they are given and leave."""

@@ -1,0 +1,166 @@
+"""From a configuration to what a run is made of: loaders, model, optimizer, average, step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+
+from data_pipeline import Index, Loader, PixelCache, choose_cache, make_loader
+from fastnet.config import TrainConfig
+from fastnet.create import create_model
+from fastnet.device import Amp, check_kernels, pick_workers
+from fastnet.errors import UserError, out_of_memory
+from fastnet.model import EfficientNet, ModelConfig
+from fastnet.training.distributed import BatchLayout, Ranks, sync_batch_norm
+from fastnet.training.ema import ModelEma
+from fastnet.training.gradients import GradientAllReduce
+from fastnet.training.optim import freeze_stages, make_optimizer
+from fastnet.training.step import TrainStep
+
+
+def build_cache(config: TrainConfig, index: Index, resolution: int, device: torch.device, ranks: Ranks) -> PixelCache:
+    """Where the run keeps decoded images; all ranks call it together."""
+    with cache_memory(config):
+        return choose_cache(
+            config.data.cache,
+            index,
+            resolution,
+            augmentation=config.augment,
+            side=config.data.cache_side,
+            device=device,
+            memory=ranks.shared_memory if ranks.size > 1 else None,
+            agree=ranks.broadcast_from_main,
+        )
+
+
+@contextmanager
+def cache_memory(config: TrainConfig) -> Iterator[None]:
+    """UserError that names --cache where memory ends in the body and there is a cache in memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if config.data.cache in ("none", "disk") or not out_of_memory(error):
+            raise
+        raise UserError(f"out of memory for --cache {config.data.cache}: use --cache disk or --cache none.") from error
+
+
+def build_loaders(
+    config: TrainConfig,
+    index: Index,
+    cache: PixelCache,
+    resolution: int,
+    device: torch.device,
+    batch_layout: BatchLayout,
+) -> tuple[Loader, Loader]:
+    """(training, validation). A training batch is this rank's share of a whole step's, however many parts it goes
+    through the model in."""
+    images, ranks = len(index.splits["train"].paths), batch_layout.ranks
+    if images < batch_layout.images:
+        flags = f"--batch-size {config.optimizer.batch_size}"
+        if config.optimizer.grad_accum_steps > 1:
+            flags += f" x --grad-accum-steps {config.optimizer.grad_accum_steps}"
+        if ranks.size > 1:
+            flags += f" x {ranks.size} processes"
+        raise UserError(
+            f"{flags} is more than the {images} training images of {index.root}: choose a smaller one.", exit_status=2
+        )
+    common: dict[str, Any] = dict(
+        backend=config.data.loader,
+        cache=cache,
+        resolution=resolution,
+        seed=config.run.seed,
+        device=device,
+        workers=pick_workers(config.data.workers, device, ranks.local_size),
+        dali=config.dali,
+    )
+    with cache_memory(config):
+        train = make_loader(
+            index,
+            "train",
+            train=True,
+            augmentation=config.augment,
+            batch_size=batch_layout.images,
+            shard=batch_layout.shard,
+            **common,
+        )
+        val = make_loader(
+            index,
+            "val",
+            train=False,
+            augmentation=None,
+            batch_size=config.optimizer.batch_size * ranks.size,
+            shard=batch_layout.shard._replace(parts=1),
+            **common,
+        )
+        return train, val
+
+
+def build_model(
+    config: TrainConfig, classes: int, device: torch.device, saved: ModelConfig | None, say: Callable[[str], None]
+) -> EfficientNet:
+    """The model to train, on `device`, with its first stages frozen if so asked.
+
+    saved: what a continued run's checkpoint holds, which will fill the weights; --pretrained is then not read again.
+    """
+    options = config.model
+    check_kernels(options.kernels, device, say, variant=options.variant)
+    torch.manual_seed(config.run.seed)
+    model = EfficientNet(saved) if saved is not None else _created(config, classes, say)
+    freeze_stages(model, config.optimizer.freeze_stages)
+    return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _created(config: TrainConfig, classes: int, say: Callable[[str], None]) -> EfficientNet:
+    options = config.model
+    try:
+        return create_model(
+            options.variant,
+            options.pretrained,
+            num_classes=classes,
+            weights_style=options.weights_style,
+            say=say,
+            scaling=options.scaling,
+            dropout=options.dropout,
+            drop_connect_rate=options.drop_connect_rate,
+            padding=options.padding,
+            kernels=options.kernels,
+        )
+    except (ValueError, OSError) as error:
+        raise UserError(f"--pretrained {options.pretrained}: {error}") from error
+
+
+def build_step(
+    config: TrainConfig, model: EfficientNet, device: torch.device, amp: Amp, batch_layout: BatchLayout
+) -> TrainStep:
+    """The training step of a model that is not yet compiled, with its optimizer and average; all ranks' models become
+    rank 0's."""
+    ranks = batch_layout.ranks
+    ranks.broadcast_tensors(chain(model.parameters(), model.buffers()))
+    if config.run.sync_bn and ranks.size > 1:
+        sync_batch_norm(model)
+    ema, capturable = None, device.type == "cuda"
+    if config.ema.model_ema:
+        ema = ModelEma(model, config.ema.model_ema_decay, warmup=config.ema.model_ema_warmup, capturable=capturable)
+    together: dict[str, Any] = {}
+    if ranks.size > 1:
+        together["all_reduce"] = GradientAllReduce(
+            model.parameters(), in_order=config.run.deterministic, before_wait=ranks.peers.passed
+        )
+        together["reduce_found_inf"] = ranks.all_reduce_max_
+    return TrainStep(
+        model,
+        make_optimizer(model, config.optimizer, config.peak_lr(batch_layout.images), capturable=capturable),
+        device=device,
+        amp=amp,
+        label_smoothing=config.optimizer.label_smoothing,
+        clip_grad_norm=config.optimizer.clip_grad_norm,
+        ema=ema,
+        grad_accum_steps=batch_layout.parts,
+        capturable=capturable,
+        images=batch_layout.images,
+        **together,
+    )

@@ -1,0 +1,117 @@
+"""What a run says about itself: its beginning, how it is continued, and what came out."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from rich.console import Console
+
+from data_pipeline import Index, Loader
+from fastnet.allocator import kept_memory
+from fastnet.config import TrainConfig
+from fastnet.device import Amp
+from fastnet.loading.checkpoint import Progress
+from fastnet.model import EfficientNet
+from fastnet.training.console import format_seconds, say_excluded, show_table
+from fastnet.training.curves import draw_curves
+from fastnet.training.distributed import BatchLayout, Ranks
+from fastnet.training.metrics import Clock, peak_memory_gb
+
+
+class Run(Protocol):
+    """What a trainer has to tell."""
+
+    config: TrainConfig
+    folder: Path
+    console: Console
+    device: torch.device
+    amp: Amp
+    resolution: int
+    index: Index
+    ranks: Ranks
+    batch_layout: BatchLayout
+    model: EfficientNet
+    train_loader: Loader
+    val_loader: Loader
+    progress: Progress
+    clock: Clock
+    excluded: list[tuple[str, str]]
+
+    def say(self, text: str) -> None: ...
+
+
+def log_start(trainer: Run, resumed: bool) -> None:
+    """What is trained, on what, where."""
+    config, index = trainer.config, trainer.index
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    trainer.say(
+        f"{'continuing' if resumed else 'training'} efficientnet_{config.model.variant} "
+        f"({parameters / 1e6:.1f} M parameters) at {trainer.resolution} px on {trainer.device}, amp {trainer.amp}, "
+        f"compile {config.run.compile}, kernels {trainer.model.config.kernels}, "
+        f"loader {trainer.train_loader.description}"
+    )
+    trainer.say(
+        f"data {index.root}: {len(index.classes)} classes, {trainer.train_loader.num_images} training and "
+        f"{trainer.val_loader.num_images} validation images"
+    )
+    for note in index.notes:
+        trainer.say(f"data: {note}")
+    if trainer.ranks.size > 1:
+        norm = "over all" if config.run.sync_bn else "over its own"
+        trainer.say(
+            f"{trainer.ranks.size} processes, {trainer.batch_layout.images} images a step; batch norm in each {norm} images"
+        )
+    if config.data.cache != "none":
+        trainer.say(f"cache {trainer.train_loader.cache_note}")
+    if kept := kept_memory():
+        trainer.say(f"memory: {kept}")
+    trainer.say(f"run {trainer.folder}")
+    say_excluded(trainer.console, index.excluded, trainer.folder / "excluded.txt")
+
+
+def resume_command(trainer: Run, *flags: str) -> str:
+    ranks = trainer.ranks
+    program = f"torchrun --nproc-per-node {ranks.local_size}" if ranks.size > 1 else "python"
+    if ranks.nodes > 1:
+        program = f"torchrun --nnodes {ranks.nodes} --nproc-per-node {ranks.local_size} <its --rdzv flags>"
+    shared = f"   (on each node; {trainer.folder} must be a folder that all of them share)" if ranks.nodes > 1 else ""
+    words = [program, "-m fastnet.train --resume", shlex.quote(str(trainer.folder)), *flags]
+    return " ".join(words) + shared
+
+
+def out_of_memory_words(trainer: Run) -> str:
+    """The sentence that names a batch to try."""
+    batch, parts = trainer.config.optimizer.batch_size, trainer.config.optimizer.grad_accum_steps
+    if batch < 4:
+        return f"out of memory on {trainer.device}: lower --resolution or choose a smaller --variant."
+    return (
+        f"out of memory on {trainer.device} with --batch-size {batch}: try --batch-size {batch // 2} "
+        f"--grad-accum-steps {2 * parts}, which updates the weights as often."
+    )
+
+
+def log_summary(trainer: Run) -> None:
+    """What came out, and what can be done with it."""
+    progress = trainer.progress
+    best = max(progress.evaluations, key=lambda values: values["top1"])
+    rate, waiting = trainer.clock.rates()
+    averaged = " (averaged weights)" if best.get("weights") == "ema" else ""
+    rows = {
+        "top-1": f"{best['top1']:.2f} %{averaged}",
+        "top-5": f"{best['top5']:.2f} %",
+        "loss": f"{best['loss']:.4f}",
+        "best epoch": f"{best['epoch']} of 0-{trainer.config.optimizer.epochs - 1}",
+        "training time": format_seconds(progress.train_seconds),
+        "throughput": f"{rate:.0f} images/s" if rate else "not measured",
+        "waiting for data": f"{waiting:.0f} %",
+        "peak memory": f"{peak_memory_gb(trainer.device):.1f} GB",
+        "excluded files": str(len(trainer.excluded)),
+    }
+    show_table(trainer.console, f"efficientnet_{trainer.config.model.variant} at {trainer.resolution} px", rows)
+    trainer.say(f"learning curves: {draw_curves(trainer.folder)}")
+    trainer.say(f"evaluate: python -m fastnet.evaluate {trainer.folder}")
+    epochs = f"--epochs {2 * trainer.config.optimizer.epochs}"
+    trainer.say(f"train on: {resume_command(trainer, epochs)}")

@@ -1,0 +1,152 @@
+"""Which photos train and which validate, in the layouts that people have."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline.dataset.index import build_index
+from data_pipeline.errors import DataError
+
+
+def save(path: Path, seed: int = 0) -> None:
+    """A smooth picture, unlike those of other seeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small = np.random.default_rng(seed).integers(0, 255, (4, 5, 3), dtype=np.uint8)
+    Image.fromarray(small).resize((40, 30), Image.Resampling.BICUBIC).save(path)
+
+
+def class_folders(root: Path, count: int = 10) -> Path:
+    for label, name in enumerate(("pie", "soup", "tea")):
+        for number in range(count):
+            save(root / name / f"{number}.jpg", 100 * label + number)
+    return root
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_validation_is_what_is_called_so_and_not_the_test_set(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "data"
+    for number, split in enumerate(("train", name, "test")):
+        for label in range(2):
+            save(root / split / f"{label}" / "1.jpg", 2 * number + label)
+    index = build_index(root, cache_dir=tmp_path / "cache")
+    assert {Path(path).parts[-3] for path in index.splits["val"].paths} == {name}
+    shutil.rmtree(root / name)
+    index = build_index(root, cache_dir=tmp_path / "cache")
+    assert {Path(path).parts[-3] for path in index.splits["val"].paths} == {"test"}
+    assert any("test/" in note and "--val-fraction" in note for note in index.notes)
+
+
+def test_class_folders_alone_are_divided_by_class(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "data")
+    index = build_index(root, cache_dir=tmp_path / "cache")
+    train, val = index.splits["train"], index.splits["val"]
+    assert index.classes == ("pie", "soup", "tea")
+    assert Counter(val.labels.tolist()) == {0: 2, 1: 2, 2: 2}
+    assert not {*train.paths} & {*val.paths}
+    assert len(train) + len(val) == 30
+    assert any("20%" in note for note in index.notes)
+    # Another place, another order on disk, without a cache: the same draw.
+    shutil.copytree(root, tmp_path / "elsewhere")
+    again = build_index(tmp_path / "elsewhere", cache_dir=tmp_path / "other cache")
+    assert [Path(path).parts[-2:] for path in again.splits["val"].paths] == [Path(p).parts[-2:] for p in val.paths]
+    half = build_index(root, cache_dir=tmp_path / "cache", val_fraction=0.5)
+    assert Counter(half.splits["val"].labels.tolist()) == {0: 5, 1: 5, 2: 5}
+
+
+def test_a_run_goes_on_with_the_split_that_it_began_with(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "data")
+    index = build_index(root, cache_dir=tmp_path / "cache")
+    Path(index.splits["val"].paths[0]).unlink()  # the hash alone would draw another
+    again = build_index(root, cache_dir=tmp_path / "cache", known=index.known())
+    assert again.splits["val"].paths == index.splits["val"].paths
+    assert list(again.quarantined["val"]) == [0]
+    assert again.fingerprint == index.fingerprint
+
+
+def test_copies_of_a_photo_stay_on_one_side(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "data")
+    for number in range(10):
+        with Image.open(root / "pie" / f"{number}.jpg") as image:
+            image.resize((80, 60)).save(root / "pie" / f"copy of {number}.jpg", quality=60)
+    index = build_index(root, cache_dir=tmp_path / "cache")
+    val = {Path(path).stem.removeprefix("copy of ") for path in index.splits["val"].paths if "/pie/" in path}
+    train = {Path(path).stem.removeprefix("copy of ") for path in index.splits["train"].paths if "/pie/" in path}
+    assert len(val) == 2
+    assert not val & train
+
+
+def test_a_single_photo_of_a_class_trains(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "data")
+    save(root / "rare" / "only.jpg", 999)
+    index = build_index(root, cache_dir=tmp_path / "cache")
+    assert any(path.endswith("only.jpg") for path in index.splits["train"].paths)
+
+
+def test_one_photo_a_class_is_too_few(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="one photo a class"):
+        build_index(class_folders(tmp_path / "data", 1), cache_dir=tmp_path / "cache")
+
+
+def test_photos_beside_a_table(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "flat")
+    rows = [(path.relative_to(root), path.parent.name.title()) for path in sorted(root.rglob("*.jpg"))]
+    with open(root / "labels.csv", "w", newline="") as out:
+        csv.writer(out, delimiter=";").writerows([("Filename", "Label"), *rows[1:]])
+    index = build_index(root, cache_dir=tmp_path / "cache")
+    assert index.classes == ("Pie", "Soup", "Tea")
+    assert len(index.splits["train"]) + len(index.splits["val"]) == 29
+    assert [path for path, _ in index.excluded] == [f"{root}/{rows[0][0]}"]
+    assert build_index(root / "labels.csv", cache_dir=tmp_path / "cache").fingerprint == index.fingerprint
+    with open(root / "labels.csv", "w", newline="") as out:
+        splits = ["train", "valid", "test"] * 10
+        named = [(*row, split) for row, split in zip(rows, splits, strict=True)]
+        csv.writer(out).writerows([("path", "label", "split"), *named])
+    index = build_index(root, cache_dir=tmp_path / "cache")
+    assert [len(index.splits[split]) for split in ("train", "val")] == [10, 10]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (["path,label", "pie/0.jpg,"], "line 2"),
+        (["path,label", "../x.jpg,a"], "does not lie below"),
+        (["path,label", "pie/0.jpg,a", "./pie/0.jpg,b"], "a second time"),
+        (["path,label,split", "pie/0.jpg,a,holdout"], "holdout"),
+    ],
+)
+def test_a_wrong_table_is_one_sentence(tmp_path: Path, rows: list[str], words: str) -> None:
+    root = class_folders(tmp_path / "data", 1)
+    (root / "labels.csv").write_text("\n".join(rows))
+    with pytest.raises(DataError, match=words):
+        build_index(root, cache_dir=tmp_path / "cache")
+
+
+def test_a_meta_layout_without_a_test_list_is_divided(tmp_path: Path) -> None:
+    class_folders(tmp_path / "data" / "images")
+    listed = [f"{name}/{number}" for name in ("pie", "soup", "tea") for number in range(10)]
+    (tmp_path / "data" / "meta").mkdir()
+    (tmp_path / "data" / "meta" / "train.txt").write_text("\n".join(listed))
+    index = build_index(tmp_path / "data", cache_dir=tmp_path / "cache")
+    assert Counter(index.splits["val"].labels.tolist()) == {0: 2, 1: 2, 2: 2}
+
+
+def test_splits_without_training_are_refused(tmp_path: Path) -> None:
+    for split in ("valid", "test"):
+        save(tmp_path / "data" / split / "a" / "1.jpg")
+    with pytest.raises(DataError, match="no train/"):
+        build_index(tmp_path / "data", cache_dir=tmp_path / "cache")
+
+
+def test_a_fraction_without_effect_is_named(tmp_path: Path) -> None:
+    for number, place in enumerate(("train/a", "train/b", "val/a", "val/b")):
+        save(tmp_path / "data" / place / "1.jpg", number)
+    index = build_index(tmp_path / "data", cache_dir=tmp_path / "cache", val_fraction=0.3)
+    assert any("no effect" in note for note in index.notes)
+    assert index.splits["val"].labels.tolist() == [0, 1]

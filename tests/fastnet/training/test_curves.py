@@ -1,0 +1,36 @@
+"""Learning curves from a run's metrics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastnet.training.curves import draw_curves
+
+
+def test_every_curve_is_drawn(tmp_path: Path) -> None:
+    lines = [dict(kind="train", step=step, loss=3 / step, top1=10.0 * step, lr=0.1 / step) for step in range(1, 6)]
+
+    def drawn(extra: list[dict[str, object]]) -> np.ndarray:
+        text = "".join(json.dumps(line) + "\n" for line in [*lines, *extra])
+        (tmp_path / "metrics.jsonl").write_text(text)
+        path = draw_curves(tmp_path)
+        assert path == tmp_path / "curves.png"
+        with Image.open(path) as picture:
+            return np.asarray(picture.convert("RGB"))
+
+    def colors(pixels: np.ndarray) -> int:
+        """Saturated hues: each curve has its own."""
+        flat = pixels.reshape(-1, 3).astype(int)
+        vivid = flat[np.ptp(flat, axis=1) > 100]
+        return len({tuple(c) for c, n in zip(*np.unique(vivid, axis=0, return_counts=True), strict=True) if n > 100})
+
+    common = dict(kind="eval", loss=1.0, top1=20.0)
+    evaluations = [
+        dict(common, step=step, weights=weights, top1=20.0 + step) for step in (2, 5) for weights in ("model", "ema")
+    ]
+    assert colors(drawn([])) == 1
+    assert colors(drawn(evaluations)) == 3
