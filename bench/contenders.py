@@ -202,8 +202,8 @@ class StepRunner:
         **options: Any,
     ) -> None:
         """compile_options: None is eager; else ours is compiled by regions and a peer whole, with those options.
-        graph: the step is recorded after `fastnet.training.cuda_graph.WARMUP_STEPS` calls and then replayed. own_joins: no block of
-        ours leaves its residual join to the next."""
+        graph: the step is recorded after `fastnet.training.cuda_graph.WARMUP_STEPS` calls and then replayed.
+        own_joins: no block of ours leaves its residual join to the next."""
         torch.manual_seed(0)
         layout = FORMATS[memory_format]
         model = build(name, variant, **options).to(device).to(memory_format=layout)

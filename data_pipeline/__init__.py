@@ -1,6 +1,7 @@
 """From files to a batch on the device: `build_index`, then `make_loader`, then `Loader.batches(epoch)`.
 
-Names load on first use, so that `import data_pipeline.loaders.augment` (which the command line is built from) needs no torch.
+Names load on first use, so that `import data_pipeline.loaders.augment` (which the command line is built from) needs no
+torch.
 """
 
 from importlib import import_module

@@ -1,7 +1,7 @@
 """The forms that a block of the model can be computed in, and which one `--kernels auto` takes, for the process.
 
-`fastnet.training.tuning` finds out what is right and fastest on a GPU and sets it here, before anything is traced or recorded.
-What was not looked at runs fused.
+`fastnet.training.tuning` finds out what is right and fastest on a GPU and sets it here, before anything is traced or
+recorded. What was not looked at runs fused.
 """
 
 from __future__ import annotations

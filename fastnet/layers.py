@@ -239,8 +239,8 @@ class MBConv(nn.Module):
     ) -> Tensor | PendingResidual:
         """x [B, C_in, H, W], drop-connect scale [B] (None: 1) → [B, C_out, H/stride, W/stride].
 
-        x may be PendingResidual, and without `join` the output is, where `EfficientNet.forward` says so. form: instead of the
-        one that `self.form` names.
+        x may be PendingResidual, and without `join` the output is, where `EfficientNet.forward` says so. form:
+        instead of the one that `self.form` names.
         """
         bn = self.project.bn
         if not bn.training:

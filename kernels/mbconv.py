@@ -28,12 +28,12 @@ Statistics after F1, F2 and F5 and sums after B1, B4 and B5 are where several pr
 
 in elements, vectors and partials aside; `bench.traffic` counts every byte. Unfused PyTorch moves 6 E + 9 D + 6 P or
 more forward and twice that backward. The two halves of B2 read dy, P and D twice; those of B7 dA1 and E, but where
-C_exp × C_in is small, in the blocks with the largest images, one kernel does both (`kernels.block.expand_backward`). With
-k 5, B5 has a pass of its own that makes dy, 2 D more (`kernels.block.depthwise_backward`).
+C_exp × C_in is small, in the blocks with the largest images, one kernel does both (`kernels.block.expand_backward`).
+With k 5, B5 has a pass of its own that makes dy, 2 D more (`kernels.block.depthwise_backward`).
 
-In a model F6 is left to the next block where that has an expansion (`PendingResidual`): its F1 makes y of P and x as it loads,
-and stores it once, for y is that block's residual and its weight gradient's operand. That saves a read of y; the price
-is that the programs of other output columns make y again, from P and x in L2.
+In a model F6 is left to the next block where that has an expansion (`PendingResidual`): its F1 makes y of P and x as it
+loads, and stores it once, for y is that block's residual and its weight gradient's operand. That saves a read of y; the
+price is that the programs of other output columns make y again, from P and x in L2.
 
 The same schedule in C++, for a CPU, is `kernels.cpu.ops`: one autograd function and one set of exchange points serve
 both.
@@ -85,7 +85,8 @@ def _operations(native: bool) -> Any:
 
 
 class _MBConv(torch.autograd.Function):
-    """y, or without `join` what stands for it (see `PendingResidual`), and the batch statistics (mean1, var1,) mean2, var2,
+    """y, or without `join` what stands for it (see `PendingResidual`), and the batch statistics (mean1, var1,)
+    mean2, var2,
     mean3, var3, which are not differentiable; nor is x, which comes last where it is made here from `prev`."""
 
     @staticmethod

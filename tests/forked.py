@@ -23,8 +23,9 @@ from tests.networks import NARROW
 # By a run on its way, at seconds each.
 IMPORTED_LATE = (
     "torch._inductor", "torch.distributed.fsdp", "torchvision.transforms.v2", "matplotlib.backends.backend_agg",
-    "fastnet.training.trainer", "fastnet.analysis.figures", "fastnet.train", "tyro", "tyro.conf", "data_pipeline.dataset.download",
-    "data_pipeline.loaders.torch_loader", "data_pipeline.loaders.cached_loader", "PIL.Image",
+    "fastnet.training.trainer", "fastnet.analysis.figures", "fastnet.train", "tyro", "tyro.conf",
+    "data_pipeline.dataset.download", "data_pipeline.loaders.torch_loader", "data_pipeline.loaders.cached_loader",
+    "PIL.Image",
 )  # fmt: skip
 ROOT = Path(__file__).parents[1]
 

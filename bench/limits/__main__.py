@@ -1,9 +1,9 @@
 """What bounds each step of the fused blocks' schedule on a GPU that is not here: `python -m bench.limits`.
 
-Every launch of a training step is recorded, compiled for the card and costed from its machine code (`bench.limits.cost`): its
-bytes, the instructions that each pipe has to take, the warps that are resident, and the time that a simulation of their
-issue takes. A step's bound is its longest resource; what lies between it and the simulated time is latency that nothing
-hides. All of it is predicted.
+Every launch of a training step is recorded, compiled for the card and costed from its machine code
+(`bench.limits.cost`): its bytes, the instructions that each pipe has to take, the warps that are resident, and the time
+that a simulation of their issue takes. A step's bound is its longest resource; what lies between it and the simulated
+time is latency that nothing hides. All of it is predicted.
 """
 
 from __future__ import annotations

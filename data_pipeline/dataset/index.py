@@ -2,11 +2,11 @@
 
 The forms of data: Food-101's official layout (images/<class>/<id>.jpg with meta/train.json and meta/test.json, or the
 same as .txt), train/<class>/* with val/, valid/ or validation/<class>/* (or test/), a folder a class, photos with a
-.csv (data_pipeline/dataset/table.py), shards (data_pipeline/dataset/tar.py), and "sample", which is generated. Where there is nothing
-to validate on, a share of each class is drawn (data_pipeline/dataset/divide.py).
+.csv (data_pipeline/dataset/table.py), shards (data_pipeline/dataset/tar.py), and "sample", which is generated. Where
+there is nothing to validate on, a share of each class is drawn (data_pipeline/dataset/divide.py).
 
-Of every file the header and the end are read (data_pipeline/dataset/probe.py); files that fail are left out and counted. The
-result is remembered in the user's cache folder by path, size and modification time.
+Of every file the header and the end are read (data_pipeline/dataset/probe.py); files that fail are left out and
+counted. The result is remembered in the user's cache folder by path, size and modification time.
 """
 
 import hashlib

@@ -4,7 +4,8 @@ A JPEG costs two short reads and a walk over its segments (bench/bench_loader.py
 and JPEGs of rare kinds, are decoded by PIL. Damage between a whole header and a whole end is found when the pixels are
 decoded, as far as decoders notice it: by `decode_fully`, or in training, which quarantines the file.
 
-`python -m data_pipeline.dataset.probe` reads pickled paths and prints what they are: how `scan_files` uses more than one core.
+`python -m data_pipeline.dataset.probe` reads pickled paths and prints what they are: how `scan_files` uses more than
+one core.
 """
 
 from __future__ import annotations

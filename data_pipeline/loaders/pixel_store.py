@@ -27,7 +27,8 @@ from data_pipeline.errors import BadFiles
 from data_pipeline.loaders.augment import CROP_FRACTION, EVAL_MARGIN, Augmentation, eval_params
 
 # Stored pixels along a side for each output pixel of the smallest crop: with fewer, shrinking twice changes the energy
-# of the differences between neighbours by more than 3 % in the finest of pictures (tests/data_pipeline/loaders/test_one_picture.py).
+# of the differences between neighbours by more than 3 % in the finest of pictures
+# (tests/data_pipeline/loaders/test_one_picture.py).
 PIXELS_A_PIXEL = 2.0
 
 _log = logging.getLogger("data_pipeline")

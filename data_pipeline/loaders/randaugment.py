@@ -1,8 +1,9 @@
 """RandAugment (Cubuk et al. 2019) on a batch of 8-bit pixels, on its device, by torchvision's operations.
 
-Which operations an image meets and how strong they are was drawn beforehand (`data_pipeline.loaders.augment`). Images of one
-operation and strength lie next to each other while it is applied: at most 12 calls for each of the K operations however
-large the batch, and one more for every 32 images that are moved (sheared, shifted, turned). Nothing waits for the
+Which operations an image meets and how strong they are was drawn beforehand (`data_pipeline.loaders.augment`). Images
+of one operation and strength lie next to each other while it is applied: at most 12 calls for each of the K operations
+however large the batch, and one more for every 32 images that are moved (sheared, shifted, turned). Nothing waits for
+the
 device: torchvision's functions of these and of sharpness copy small tensors of numbers to it, and wait for each. Here
 the numbers of the whole batch are one copy that nothing waits for, and the result is theirs to the last bit.
 """

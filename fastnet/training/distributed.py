@@ -6,9 +6,9 @@ so that a run may go on with another number of ranks, in the middle of an epoch 
 steps, each once, in more or fewer parts where --batch-size asks for it. What does depend on the ranks: batch norm's
 batches without --sync-bn, dropout's masks, and rounding.
 
-Gradients are added up during backward (`fastnet.training.gradients`), loss and hits step by step, evaluation's sums once. Batch
-norm's running statistics are those of rank 0, which alone writes files and speaks; they are what a continued run
-starts from, so that it computes what an uninterrupted one does.
+Gradients are added up during backward (`fastnet.training.gradients`), loss and hits step by step, evaluation's sums
+once. Batch norm's running statistics are those of rank 0, which alone writes files and speaks; they are what a
+continued run starts from, so that it computes what an uninterrupted one does.
 """
 
 from __future__ import annotations

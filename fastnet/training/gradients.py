@@ -4,10 +4,11 @@ Gradients lie in buckets of a few MiB, the last layers' first, each parameter at
 made the last gradient of a bucket, the bucket is copied together and its all-reduce sent, so that it runs beside the
 rest of backward. In EfficientNet the late stages hold most of the weights and the early ones take most of the time.
 
-Everything is a launch: there is nothing to look at on the host, so a CUDA graph can hold it (`fastnet.training.cuda_graph`). NCCL's
-stream is part of the recording, because it waits for the stream that sends, and that one for it in the end. Places and
-order are the same in each step, recorded or not, and in each process: sums repeat bit for bit. DistributedDataParallel
-does the same work, but lays its first step out otherwise and wants 11 steps of warm-up before it can be recorded.
+Everything is a launch: there is nothing to look at on the host, so a CUDA graph can hold it
+(`fastnet.training.cuda_graph`). NCCL's stream is part of the recording, because it waits for the stream that sends, and
+that one for it in the end. Places and order are the same in each step, recorded or not, and in each process: sums
+repeat bit for bit. DistributedDataParallel does the same work, but lays its first step out otherwise and wants 11 steps
+of warm-up before it can be recorded.
 """
 
 from __future__ import annotations

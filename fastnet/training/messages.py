@@ -62,7 +62,8 @@ def log_start(trainer: Run, resumed: bool) -> None:
     if trainer.ranks.size > 1:
         norm = "over all" if config.run.sync_bn else "over its own"
         trainer.say(
-            f"{trainer.ranks.size} processes, {trainer.batch_layout.images} images a step; batch norm in each {norm} images"
+            f"{trainer.ranks.size} processes, {trainer.batch_layout.images} images a step; "
+            f"batch norm in each {norm} images"
         )
     if config.data.cache != "none":
         trainer.say(f"cache {trainer.train_loader.cache_note}")

@@ -1,8 +1,8 @@
 """One training step: forward, loss, backward, clipping, update. The part that has to be fast.
 
 `TrainStep.run` is a function of tensors that waits for nothing and decides nothing on the host, so that a CUDA graph
-can hold it whole (`fastnet.training.cuda_graph`). What differs from step to step reaches it in tensors: images, labels, drop-connect
-scales, the mixing's numbers, the learning rate and the average's weight.
+can hold it whole (`fastnet.training.cuda_graph`). What differs from step to step reaches it in tensors: images, labels,
+drop-connect scales, the mixing's numbers, the learning rate and the average's weight.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ class TrainStep:
         on_failure: Callable[[RuntimeError], None] | None = None,
         agree: Callable[[str | None], str | None] = own_failure,
     ) -> None:
-        """From now on replay a recording; see `fastnet.training.cuda_graph.GraphedStep`. The step must be capturable."""
+        """From now on replay a recording; see `fastnet.training.cuda_graph.GraphedStep`. The step must be
+        capturable."""
         self._call = GraphedStep(self.run, recorder, on_failure=on_failure, agree=agree)
 
     def release_graph(self) -> None:

@@ -1,7 +1,8 @@
 """Gradients of the depthwise convolution: of its input, of its taps, and the sums for the batch norm in front of it.
 
 With y the convolution's output, z = weight ŷ + bias its batch norm over n = B Ho Wo rows, a2 = silu(z), gate g and
-pooled gradient q [B, C], and dA the gradient of the gated activation a2 g (x, a, w, s, top: see `kernels.block.depthwise`):
+pooled gradient q [B, C], and dA the gradient of the gated activation a2 g (x, a, w, s, top: see
+`kernels.block.depthwise`):
 
     dz = (g dA + q) silu'(z)               dy = weight r (dz - (Σ dz + ŷ Σ dz ŷ) / n), as in kernels.ops.bn_silu
     da[i, j] = Σ w[ky, kx] dy[o, p]        over i = o s + ky - top, j = p s + kx - left
@@ -13,10 +14,10 @@ One kernel gives them all. Saved for backward: x, y and vectors; dz, dy, a and e
 Bytes, in passes: dA, y and x read, da written, 3 + 1. Unfused PyTorch from the same saved tensors: gate and pooling 2 +
 1, SiLU 2 + 1, batch norm 4 + 1, convolution 2 + 1 for da and 2 for dw, SiLU 2 + 1, reduction 2: 16 + 5.
 
-The shape of the kernel. Tiles as in `kernels.block.depthwise`, and gathering: a step brings one row of dy, COLUMNS + ⌈k / s⌉
-- 1 columns of it, into a window of ⌈k / s⌉ rows that is all that one row of x (s rows at stride s) depends on. So da is
-whole at once and meets x̂ and silu' in registers, where the k² sums of dw grow as well. At stride 2 an input row's
-parity selects its taps at compile time, and no product with a structural zero is formed. The taps come from the
+The shape of the kernel. Tiles as in `kernels.block.depthwise`, and gathering: a step brings one row of dy, COLUMNS +
+⌈k / s⌉ - 1 columns of it, into a window of ⌈k / s⌉ rows that is all that one row of x (s rows at stride s) depends on.
+So da is whole at once and meets x̂ and silu' in registers, where the k² sums of dw grow as well. At stride 2 an input
+row's parity selects its taps at compile time, and no product with a structural zero is formed. The taps come from the
 first-level cache in every row: with k 5 there is no room for them. A program walks several tiles before it writes its
 k² + 2 sums a channel, which `_sum_partials_kernel` adds up in order: no atomics, and a result repeats bit for bit.
 

@@ -3,10 +3,10 @@
     dE = scale dA1 silu'(z(E)) - constant - linear (E - mean)      "bn_silu_grad" of `kernels.block.pointwise_operand`
     dx = dE W1 (+ dy where the block has a residual)               dW1 = dEᵀ x
 
-`kernels.block.pointwise_gemm` and `kernels.block.pointwise_wgrad` each make dE, and read dA1 and E for it. Here a program walks a
-run of row tiles, makes dE of all expanded channels, 64 at a time, and uses it for both products; dW1 stays in registers
-and leaves as one fp32 partial a program, which `batch_norm.sum_partials` adds up in a fixed order. That fits where
-C_exp × C_in does: in the first blocks of every variant, whose images are the largest.
+`kernels.block.pointwise_gemm` and `kernels.block.pointwise_wgrad` each make dE, and read dA1 and E for it. Here a
+program walks a run of row tiles, makes dE of all expanded channels, 64 at a time, and uses it for both products; dW1
+stays in registers and leaves as one fp32 partial a program, which `batch_norm.sum_partials` adds up in a fixed order.
+That fits where C_exp × C_in does: in the first blocks of every variant, whose images are the largest.
 
 Bytes, in elements of the storage dtype: dA1 + E + 2 x (+ dy), against 2 dA1 + 2 E + 2 x (+ dy) apart. Activations are
 made once instead of twice. Both forms are candidates of one site.
@@ -139,7 +139,8 @@ def blocks_of(wide: int) -> int:
 
 
 def shared_bytes(form: Form, wide: int, narrow: int, capability: tuple[int, int]) -> int:
-    """The most shared memory that a block of the launch takes, in 16 bits; derived as in `kernels.block.pointwise_blocks`,
+    """The most shared memory that a block of the launch takes, in 16 bits; derived as in
+    `kernels.block.pointwise_blocks`,
     but that dA1 and E wait in registers everywhere but on sm_100."""
     blocks, n = blocks_of(wide), block_n(narrow)
     step = blocks * 4 * VECTORS["bn_silu_grad"] * BLOCK_W + 2 * 2 * form.m * n

@@ -26,9 +26,9 @@ takes 2 reads and 1 write forward and 4 + 1 backward, SiLU 1 + 1 and 2 + 1, gate
     projection backward 2 dy + 2 P + 2 D + dA       unfused 11 D + 8 P
     expansion backward  2 (dA1 + E) + 2 x (+ dy)    unfused 10 E + 3 x
 
-Where C_exp × C_in is small `kernels.block.expand_backward` makes dx and dW1 at once, from one read of dA1 and E. One kernel
-for dA and dW3 would read D, dy and P once: predicted to save D + dy + P of 3 D + 2 dy + 2 P, a third
-of the projection's backward; its price is a [64, C_out] accumulator beside the tile and partials a program.
+Where C_exp × C_in is small `kernels.block.expand_backward` makes dx and dW1 at once, from one read of dA1 and E. One
+kernel for dA and dW3 would read D, dy and P once: predicted to save D + dy + P of 3 D + 2 dy + 2 P, a third of the
+projection's backward; its price is a [64, C_out] accumulator beside the tile and partials a program.
 
 Predicted limits on an H200, to be held against measurements: memory for every product without SiLU, arithmetic being
 a tenth of the tensor cores' at most; with SiLU the special-function units, at two operations an element (exponential,

@@ -1,4 +1,5 @@
-"""The weight gradient of the 1×1 convolutions, `dW = g(dY)ᵀ f(X)`, with f and g two of `kernels.block.pointwise_operand`.
+"""The weight gradient of the 1×1 convolutions, `dW = g(dY)ᵀ f(X)`, with f and g two of
+`kernels.block.pointwise_operand`.
 
 The sum runs over M = B H W rows and the result is small, so the rows are split: each program owns a block of dW,
 walks its run of rows with the accumulator in registers and writes one fp32 partial; `batch_norm.sum_partials` adds them
@@ -172,7 +173,8 @@ def selectable(
 def shared_bytes(
     blocks: Blocks, wide: Prologue, narrow: Prologue, dtype: torch.dtype, span: int, capability: tuple[int, int]
 ) -> int:
-    """The most shared memory that a block of the launch takes, derived as in `kernels.block.pointwise_blocks`: what a step
+    """The most shared memory that a block of the launch takes, derived as in `kernels.block.pointwise_blocks`: what
+    a step
     loads for each stage, and a tile for each operand on its way to the tensor cores; the result is stored through one
     of its own when these are free again."""
     b, size = blocks, dtype.itemsize

@@ -3,8 +3,9 @@
     depthwise    y[o, p] = Σ_{ky, kx} w[ky, kx] x[o s + ky - top, p s + kx - left]        w [C, 1, k, k]
     pointwise    y = x wᵀ over [B H W, C_in]                                              w [C_out, C_in, 1, 1]
 
-They run the kernels of `kernels.block.depthwise`, `kernels.block.depthwise_backward` and `kernels.block.pointwise` with nothing fused in;
-a block with its batch norms is `kernels.mbconv`. Saved for backward: x and w. Bytes as unfused PyTorch moves them.
+They run the kernels of `kernels.block.depthwise`, `kernels.block.depthwise_backward` and `kernels.block.pointwise` with
+nothing fused in; a block with its batch norms is `kernels.mbconv`. Saved for backward: x and w. Bytes as unfused
+PyTorch moves them.
 """
 
 from __future__ import annotations
