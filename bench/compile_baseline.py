@@ -93,7 +93,7 @@ def plain(source: str) -> str:
 
 def _collect(fn: Any, found: dict[str, str]) -> None:
     function = fn.fn
-    name = f"{function.__module__}.{function.__qualname__}"
+    name = f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}"  # wherever the file lies
     if name in found:
         return
     found[name] = plain(inspect.getsource(function))
