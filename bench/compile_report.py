@@ -6,7 +6,8 @@ that may take half of the card's shared memory or more. It reads registers, stac
 the machine code, and ends with status 1 where a limit is broken:
 
 - nothing spills inside a loop: no local loads or stores there, and a stack of at most STACK bytes for what a program
-  keeps across one;
+  keeps across one; where a bound on registers is stated for a second program's sake, which by `bench.limits` is worth
+  more than a few accesses to the first-level cache, a stack of BOUNDED_STACK bytes and as many accesses as fill it;
 - shared memory within what one block may have, and within the bound by which a card's configurations are chosen;
 - where a row starts on 16 bytes (VEC > 1), a kernel that walks images makes as many 16-byte accesses as a thread's
   share of each image's tile needs, and stores nothing of an image in narrower ones; no access anywhere is narrower
@@ -52,7 +53,7 @@ SHARED_PER_SM = {arch: SHARED_MEMORY[arch] + 1024 for arch in ARCHS}
 WARPS_PER_SM = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
 BLOCKS_PER_SM = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
 REGISTERS_PER_SM = 65_536
-STACK = 16  # bytes a thread
+STACK, BOUNDED_STACK = 16, 32  # bytes a thread
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Report:
     """Whether elements are reached by 64-bit offsets."""
     shared_bound: int | None = None
     """What decides whether a card has enough shared memory to choose it; None for what is chosen everywhere."""
+    bounded: bool = False
+    """Whether a bound on registers is stated."""
 
     @property
     def chosen(self) -> bool:
@@ -87,6 +90,8 @@ class Report:
 
     @property
     def spills(self) -> bool:
+        if self.bounded:
+            return self.stack > BOUNDED_STACK or self.local_accesses > BOUNDED_STACK // 4
         return bool(self.stack > STACK or self.local_accesses)
 
     def problems(self) -> list[str]:
@@ -208,6 +213,7 @@ def _compile(task: tuple[str, int]) -> Report:
         wide_needed=_wide_needed(spec),
         hgmma=hgmma,
         shared_bound=None if spec.shared_bytes is None else spec.shared_bytes(divmod(arch, 10)),
+        bounded=spec.maxnreg is not None,
         long_offsets=spec.kind == "small" or bool(_LONG_OFFSET.search(compiled.asm["ttir"])),
     )
 

@@ -55,36 +55,44 @@ class Blocks:
         return {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
 
 
-def blocks_for(k: int, n: int, prologue: Prologue, epilogue: Epilogue, dtype: torch.dtype) -> Blocks:
-    """The default for a product [M, k] × [k, n].
+def blocks_for(
+    k: int, n: int, prologue: Prologue, epilogue: Epilogue, dtype: torch.dtype, direct: bool = True
+) -> Blocks:
+    """The default for a product [M, k] × [k, n]; `direct` is `in_place` of the card.
 
-    Predicted from registers and bytes, not measured. Output channels are the rows of the tensor cores' tile, 64 at
-    least on sm_90, so that a statistic of a channel lives in two lanes and needs few shuffles and registers.
-    A prologue with SiLU is bound by special functions: 32 channels a step waste few lanes on K = 96, 144, 240, 480,
-    672, and 128 output channels make it seldom twice. Without it A is narrow and read again from L2 by every block of
-    columns: W stays in registers or shared memory and 128 rows amortise a barrier, or 128 columns a read. The sums
-    of a gate need the registers: 64 × 64. Stages are those at which nothing spills on any architecture.
+    Predicted by a model of the machine code (`bench.limits`), not measured. Output channels are the rows of the tensor
+    cores' tile, 64 at least on sm_90, so that a statistic of a channel lives in two lanes and needs few shuffles and
+    registers. What binds most launches is how many warps hide each other's waits: with 128 registers two programs of
+    eight warps are resident, or four of four, which is worth more than larger tiles. A prologue with SiLU is bound by
+    special functions: 32 channels a step waste few lanes on K = 96, 144, 240, 480, 672, and 128 output channels make
+    it seldom twice. Without it A is narrow and read again from L2 by every block of columns: W stays in registers or
+    shared memory. The sums of a gate need the registers: 32 rows, or where K is long few warps. Stages are those at
+    which nothing spills on any architecture.
     """
     ragged = vector_width(k, n) == 1
     if dtype == torch.float32:
         return Blocks(32 if ragged and prologue == "join" else 64, 64, 16, 8, 3 if prologue == "none" else 2)
     if ragged:
         return Blocks(32 if prologue == "join" else 64, 64, 32, 4, 1)
-    wide = n > 64
+    wide, bound = n > 64, 128 if direct else None
     if prologue in SILU:
         if wide or prologue == "bn_silu":
-            return Blocks(64, 128 if wide else 64, 32, 8, 3)
-        return Blocks(64, 64, 32, 4, 4 if prologue == "bn_silu_gate" else 3)
+            return Blocks(64, 128 if wide else 64, 32, 8, 3, maxnreg=bound)
+        return Blocks(64, 64, 32, 4, 4, maxnreg=bound) if prologue == "bn_silu_gate" else Blocks(64, 64, 32, 4, 3)
     block_k = whole(k)
     if epilogue == "gate_sums":
-        return Blocks(64, 64, block_k, 4, 2, single=True) if k <= 128 else Blocks(64, 64, 32, 8, 2)
-    if prologue == "join" and k > 64 and not wide:  # no expansion is as narrow; larger tiles spill on sm_80
+        if k > 128:
+            return Blocks(64, 64, 64, 4, 3) if direct else Blocks(64, 64, 32, 8, 2)
+        if k > 16:
+            return Blocks(32, 64, block_k, 4, 3 if k <= 64 else 2, single=True)
+        return Blocks(64, 64, block_k, 4, 2, single=True)
+    if k <= 64:
+        return Blocks(64, 64, block_k, 4, 3, single=True)
+    if prologue == "join" and not wide:  # no expansion is as narrow; larger tiles spill on sm_80
         return Blocks(64, 64, 32, 8, 2)
     if k > 128:
-        return Blocks(64, 128, 64, 8, 3) if wide else Blocks(64, 64, 64, 4, 3)
-    if k > 64 and wide:
-        return Blocks(64, 128, block_k, 8, 3, single=True)
-    return Blocks(128, 64, block_k, 8, 3 if k <= 32 else 2, single=True)
+        return Blocks(64, 128, 64, 8, 3, maxnreg=bound) if wide else Blocks(64, 64, 64, 4, 3)
+    return Blocks(64, 128, 32, 8, 3) if wide else Blocks(128, 64, block_k, 8, 2, single=True)
 
 
 def whole(k: int) -> int:
@@ -109,19 +117,21 @@ class Other(NamedTuple):
 ANY, WIDE, LONG = range(1, 2**31), range(65, 2**31), range(129, 2**31)
 # Predicted by a model of the machine code, not measured: best first. A line here is all that another one takes.
 OTHERS = (
-    # Half the columns and warps: more programs are resident and hide what one waits for.
-    Other(("none", "join"), range(65), ANY, Blocks(64, 64, 0, 4, 3, single=True)),
+    # Twice the rows and warps: half the barriers, and W is read half as often.
+    Other(("none", "join"), range(65), ANY, Blocks(128, 64, 0, 8, 3, single=True)),
+    # All of K in one step: A is loaded once, with three times the shared memory of steps.
+    Other(("none", "join"), range(65, 129), WIDE, Blocks(64, 128, 0, 8, 3, single=True)),
     Other(("none",), LONG, WIDE, Blocks(64, 64, 64, 4, 3)),
-    # All of K in steps: a third of the shared memory, where 99 KiB are all.
-    Other(("none", "join"), range(65, 129), WIDE, Blocks(64, 128, 32, 8, 3), half=True),
     # Twice the channels a step halve its barriers and waits.
     Other(("bn_silu_gate",), ANY, ANY, Blocks(64, 64, 64, 4, 2)),
     Other(("bn_silu_grad",), ANY, ANY, Blocks(64, 64, 64, 4, 2), in_place=True),
     Other(("bn_grad",), LONG, ANY, Blocks(64, 64, 64, 8, 3), in_place=True),
-    # Two programs where registers allow one.
-    Other(("bn_silu_grad",), ANY, WIDE, Blocks(64, 128, 32, 8, 3, maxnreg=128), in_place=True),
-    # Half the rows: half the registers of sums and tiles. (Of fewer channels no thread would have 16 bytes.)
-    Other(("bn_grad",), range(17, 129), ANY, Blocks(32, 64, 0, 4, 2, single=True)),
+    # One program where a bound on registers allows two.
+    Other(("bn_silu_gate", "bn_silu_grad"), ANY, WIDE, Blocks(64, 128, 32, 8, 3)),
+    Other(("none", "join"), LONG, WIDE, Blocks(64, 128, 64, 8, 3)),
+    # Twice the rows: half the barriers. (Of fewer channels no thread of half as many would have 16 bytes.)
+    Other(("bn_grad",), range(17, 129), ANY, Blocks(64, 64, 0, 4, 2, single=True)),
+    Other(("bn_grad",), LONG, ANY, Blocks(64, 64, 32, 8, 2)),
 )
 
 
@@ -134,7 +144,7 @@ def selectable(
     k: int, n: int, prologue: Prologue, epilogue: Epilogue, dtype: torch.dtype, capability: tuple[int, int]
 ) -> tuple[Blocks, ...]:
     """The default and the others for a product on cards of that capability, whether or not they fit."""
-    found = [blocks_for(k, n, prologue, epilogue, dtype)]
+    found = [blocks_for(k, n, prologue, epilogue, dtype, in_place(capability))]
     inference = epilogue == "bias" or (prologue == "none" and epilogue == "none")
     if dtype != torch.float32 and vector_width(k, n) > 1 and not inference:
         for other in OTHERS:

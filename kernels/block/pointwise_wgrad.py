@@ -126,15 +126,15 @@ class Blocks:
 
 
 def blocks_for(wide: int, narrow: int, dtype: torch.dtype) -> Blocks:
-    """The default. Predicted from registers, not measured: steps of 32 rows stay within one or two images down to
-    7×7."""
+    """The default. Predicted, not measured: steps of 32 rows stay within one or two images down to 7×7; two stages
+    leave room for twice the programs, which share the rows out more finely."""
     if dtype == torch.float32:
         return Blocks(16, 64, 64, 8, 2)
     if vector_width(wide, narrow) == 1:
         return Blocks(32, 64, 32, 4, 1)
     if narrow > 64:
         return Blocks(64, 64, 128, 8, 2)
-    return Blocks(32, 64, 64 if narrow > 32 else 32, 4, 3)
+    return Blocks(32, 64, 64 if narrow > 32 else 32, 4, 2, programs=4)
 
 
 class Other(NamedTuple):
@@ -147,9 +147,9 @@ class Other(NamedTuple):
 
 # Predicted by a model of the machine code, not measured: best first. A line here is all that another one takes.
 OTHERS = (
-    # Two stages leave room for twice the programs, which share the rows out more finely.
-    Other(range(33), Blocks(32, 64, 32, 4, 2, programs=4)),
-    Other(range(33, 65), Blocks(32, 64, 64, 4, 2, programs=4)),
+    # Partials of twice as many rows.
+    Other(range(33), Blocks(32, 64, 32, 4, 3)),
+    Other(range(33, 65), Blocks(32, 64, 64, 4, 3)),
     # Partials of half as many rows; and columns in halves: half the accumulator.
     Other(range(65, 2**31), Blocks(64, 64, 128, 8, 2, programs=4)),
     Other(range(65, 2**31), Blocks(32, 64, 64, 4, 2, programs=4)),
