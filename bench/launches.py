@@ -19,14 +19,15 @@ from fastnet.forms import block_name
 from kernels.batch_norm import sum_partials
 from kernels.block import pointwise
 from kernels.block.depthwise import depthwise, merge_stats
-from kernels.block.depthwise_backward import OutNorm, depthwise_backward
+from kernels.block.depthwise_backward import depthwise_backward
 from kernels.block.pointwise_blocks import plan
 from kernels.block.strips import geometry
 from kernels.block.traffic import Block
 from kernels.device import gpu
 from kernels.ops.drop_connect import join, reduce_sums
 from kernels.ops.excite import excite, excite_backward
-from kernels.ops.squeeze_excite import Norm, image_plan, squeeze
+from kernels.ops.squeeze_excite import image_plan, squeeze
+from kernels.vectors import Norm, OutNorm
 
 EPS = 1e-3
 Results = tuple[Tensor, ...]

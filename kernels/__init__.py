@@ -7,8 +7,9 @@ back, "torch" is `kernels.reference`. A Triton operation can be differentiated o
 from __future__ import annotations
 
 from kernels import augment, batch_norm
+from kernels.aot import KernelSpec
 from kernels.block import depthwise, depthwise_backward, pointwise
-from kernels.launch import Impl, KernelSpec
+from kernels.launch import Impl
 from kernels.mbconv import ConvNorm, Excite, mbconv
 from kernels.ops import bn_silu as batch_norm_silu
 from kernels.ops import drop_connect, excite

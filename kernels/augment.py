@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import augment_reference
+from kernels import aot, augment_reference
 from kernels import launch as L
 from kernels.launch import tl
 
@@ -260,11 +260,13 @@ def _check(
         raise TypeError(f"augment makes float32, float16, bfloat16 or uint8, got {dtype}")
 
 
-def aot_specs() -> Iterator[L.KernelSpec]:
+def aot_specs() -> Iterator[aot.KernelSpec]:
     """Every configuration that a launch in this file can select."""
     others = {"pixels_ptr": "*u8", "offset_ptr": "*i64", "size_ptr": "*i32"}
     for dtype, name in OUTPUTS.items():
-        made = L.spec(_augment_kernel, "elementwise", name, _constexprs(dtype), images=["out_ptr"], num_warps=NUM_WARPS)
+        made = aot.spec(
+            _augment_kernel, "elementwise", name, _constexprs(dtype), images=["out_ptr"], num_warps=NUM_WARPS
+        )
         yield dataclasses.replace(made, signature={**made.signature, **others})
 
 

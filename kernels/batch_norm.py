@@ -25,10 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import aot
 from kernels import launch as L
 from kernels.configs import Site
 from kernels.device import REFERENCE, Gpu
 from kernels.launch import IN_INTERPRETER, tl
+from kernels.operation import operation
 from kernels.sync import all_gather_stats
 
 MERGE_CHANNELS = 8
@@ -254,9 +256,7 @@ def partial_plan(
     return tile, blocks, step, L.cdiv(rows, step)
 
 
-@torch.library.custom_op(
-    "fastnet::batch_stats", mutates_args=(), device_types=("cuda", "cpu"), schema="(Tensor x) -> (Tensor, Tensor)"
-)
+@operation("batch_stats")
 def batch_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of [B, C, H, W] over B, H, W: two fp32 [C]. Not differentiable by itself."""
     x = L.nhwc(x)
@@ -320,12 +320,12 @@ def check_batch_norm(
         raise ValueError(f"batch statistics need more than one value per channel, got x of shape {tuple(x.shape)}")
 
 
-def aot_specs() -> Iterator[L.KernelSpec]:
+def aot_specs() -> Iterator[aot.KernelSpec]:
     """Every configuration that a launch in this file can select."""
-    yield from L.tile_specs(_stats_kernel, "reduction", ["x_ptr"])
-    yield L.spec(_merge_stats_kernel, "small", "fp32", dict(MERGE), num_warps=MERGE_WARPS)
+    yield from aot.tile_specs(_stats_kernel, "reduction", ["x_ptr"])
+    yield aot.spec(_merge_stats_kernel, "small", "fp32", dict(MERGE), num_warps=MERGE_WARPS)
     for partials, _ in SUM_TILES:
-        yield L.spec(_sum_partials_kernel, "small", "fp32", sum_tile(partials), num_warps=SUM_WARPS)
+        yield aot.spec(_sum_partials_kernel, "small", "fp32", sum_tile(partials), num_warps=SUM_WARPS)
 
 
 def sum_traffic(k: int, partials: int, channels: int) -> int:

@@ -40,3 +40,32 @@ class PendingResidual(NamedTuple):
     var: Tensor
     weight: Tensor
     bias: Tensor
+
+
+class Norm(NamedTuple):
+    """The batch norm in front of the activation; `None` in every field stands for no norm and no activation."""
+
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 0.0
+
+
+NO_NORM = Norm()
+
+
+class OutNorm(NamedTuple):
+    """What turns the gradient of the gated activation into that of the convolution's output `y` [B, C, Ho, Wo], raw.
+
+    `gate` and `q` are [B, C] (kernels.ops.excite), `sums` [2, C] are Σ dz and Σ dz ŷ of the batch norm `norm` of y.
+    """
+
+    y: Tensor | None = None
+    gate: Tensor | None = None
+    q: Tensor | None = None
+    sums: Tensor | None = None
+    norm: Norm = NO_NORM
+
+
+NO_OUT_NORM = OutNorm()

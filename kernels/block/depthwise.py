@@ -36,10 +36,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import configs
+from kernels import aot, configs
 from kernels import launch as L
 from kernels.batch_norm import bn_vectors, locate, sigmoid, store_channels
-from kernels.block.depthwise_backward import NO_INPUT_VECTORS, NO_NORM
+from kernels.block.depthwise_backward import NO_INPUT_VECTORS
 from kernels.block.strips import (
     NUM_WARPS,
     Geometry,
@@ -58,7 +58,7 @@ from kernels.block.strips import (
 from kernels.configs import Site
 from kernels.device import REFERENCE, Gpu
 from kernels.launch import tl
-from kernels.ops.squeeze_excite import Norm
+from kernels.vectors import NO_NORM, Norm
 
 
 @L.helper
@@ -343,14 +343,14 @@ def merge_stats(partial: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def aot_specs() -> Iterator[L.KernelSpec]:
+def aot_specs() -> Iterator[aot.KernelSpec]:
     """A block with expansion and one without, in training and in inference (which is the convolution alone where there
     is no expansion): every configuration that they select."""
     alone = {"STATS": False, "partial_ptr": None, "counts_ptr": None}
     norm = {"NORM": True}
     modes = (norm | {"STATS": True}, NO_INPUT_VECTORS | {"STATS": True}, norm | alone, NO_INPUT_VECTORS | alone)
     yield from strip_specs(_depthwise_kernel, ["x_ptr", "y_ptr"], modes, CANDIDATES, "STATS")
-    yield L.spec(_merge_counted_stats_kernel, "small", "fp32", dict(MERGE), num_warps=NUM_WARPS)
+    yield aot.spec(_merge_counted_stats_kernel, "small", "fp32", dict(MERGE), num_warps=NUM_WARPS)
 
 
 def traffic(

@@ -35,12 +35,11 @@ Predicted, not measured: bound by instructions and what hides their waits; `pyth
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels import configs
+from kernels import aot, configs
 from kernels import launch as L
 from kernels.batch_norm import (
     bn_vectors,
@@ -70,7 +69,8 @@ from kernels.block.strips import (
 from kernels.configs import Site
 from kernels.device import REFERENCE, Gpu
 from kernels.launch import tl
-from kernels.ops.squeeze_excite import NORM_VECTORS, Norm, scale_backward, scale_backward_traffic
+from kernels.ops.squeeze_excite import NORM_VECTORS, scale_backward, scale_backward_traffic
+from kernels.vectors import NO_NORM, NO_OUT_NORM, Norm, OutNorm
 
 
 @L.helper
@@ -291,23 +291,6 @@ def _depthwise_backward_kernel(
         store_channels(partial_ptr + part * channels, tl.sum(sum_dz_centred * rstd, axis=0), c0, channels, BLOCK_C)
 
 
-NO_NORM = Norm()
-
-
-class OutNorm(NamedTuple):
-    """What turns the gradient of the gated activation into that of the convolution's output `y` [B, C, Ho, Wo], raw.
-
-    `gate` and `q` are [B, C] (kernels.ops.excite), `sums` [2, C] are Σ dz and Σ dz ŷ of the batch norm `norm` of y.
-    """
-
-    y: Tensor | None = None
-    gate: Tensor | None = None
-    q: Tensor | None = None
-    sums: Tensor | None = None
-    norm: Norm = NO_NORM
-
-
-NO_OUT_NORM = OutNorm()
 # Predicted by a model of the machine code, not measured, by kernel size and stride. At k 3 first strips so narrow that
 # three programs are resident and hide what one waits for, in two rounds, as each writes k² + 2 sums a channel. At k 5
 # first dy made once, which neighbouring strips otherwise make again. The others move fewer bytes, or load and activate
@@ -385,7 +368,7 @@ NO_OUT_VECTORS = {
 }
 
 
-def aot_specs() -> Iterator[L.KernelSpec]:
+def aot_specs() -> Iterator[aot.KernelSpec]:
     """A block with expansion, a block without, and the convolution alone: every configuration that they select."""
     modes = (
         {"NORM": True, "OUT_NORM": True},

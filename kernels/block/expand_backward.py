@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import configs
+from kernels import aot, configs
 from kernels import launch as L
 from kernels.batch_norm import sum_partials, sum_traffic, tile_at
 from kernels.block.pointwise_blocks import BARRIERS, in_place, needs_where
@@ -206,16 +206,16 @@ def together(
     return dx, dw.view(wide, narrow)
 
 
-def aot_specs() -> Iterator[L.KernelSpec]:
+def aot_specs() -> Iterator[aot.KernelSpec]:
     """Every configuration that a launch in this file can select."""
     images = ("da_ptr", "e_ptr", "w_ptr", "x_ptr", "residual_ptr", "dx_ptr")
     sizes = [(wide, narrow) for wide in (192, 128) for narrow in (32, 16)]
     for (wide, narrow), form in itertools.product(sizes, (WIDE_FORM, THREE_PROGRAMS, TWO_PROGRAMS)):
-        where = {c for c in L.CAPABILITIES if form_for(wide, c) == form}
+        where = {c for c in aot.CAPABILITIES if form_for(wide, c) == form}
         for without in ({}, {"residual_ptr": None}) if where else ():
             blocks = {"BLOCKS": blocks_of(wide), "BLOCK_N": block_n(narrow)}
             constexprs = {**without, "WIDEN": False, "VEC": 8, **blocks, **form.constexprs()}
-            yield L.spec(
+            yield aot.spec(
                 _expand_backward_kernel, "elementwise", "bf16", constexprs, images=images, num_warps=form.num_warps,
                 maxnreg=form.maxnreg, shared_bytes=partial(needs_where, where, shared_bytes, form, wide, narrow),
             )  # fmt: skip

@@ -16,11 +16,13 @@ from kernels import launch as L
 from kernels.batch_norm import sum_partials
 from kernels.block import pointwise as P
 from kernels.block.depthwise import depthwise, merge_stats
-from kernels.block.depthwise_backward import OutNorm, depthwise_backward
+from kernels.block.depthwise_backward import depthwise_backward
 from kernels.block.strips import Geometry, Padding, empty_nhwc, geometry
+from kernels.operation import once_differentiable, operation
 from kernels.ops import excite as E
 from kernels.ops.drop_connect import reduce_sums
-from kernels.ops.squeeze_excite import Norm, fake_parameters, fake_vectors, squeeze
+from kernels.ops.squeeze_excite import fake_parameters, fake_vectors, squeeze
+from kernels.vectors import Norm, OutNorm
 
 
 def _geometry(x: Tensor, taps: Tensor, stride: int, padding: Any) -> Geometry:
@@ -36,12 +38,7 @@ def _vector(x: Tensor, *shape: int) -> Tensor:
     return x.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "fastnet::mbconv_expand",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor x, Tensor w) -> (Tensor, Tensor, Tensor)",
-)
+@operation("mbconv_expand")
 def expand(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x [B, C_in, H, W], w [C, C_in] in the dtype of x → E [B, C, H, W], its mean and biased variance [C]."""
     return P.forward(L.nhwc(x), w)
@@ -52,13 +49,7 @@ def _(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     return empty_nhwc(x, w.shape[0], *x.shape[2:]), _vector(x, w.shape[0]), _vector(x, w.shape[0])
 
 
-@torch.library.custom_op(
-    "fastnet::mbconv_joined_expand",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor p, Tensor? residual, Tensor? scale, Tensor mean, Tensor var, Tensor weight, Tensor bias, Tensor w,"
-    " float eps) -> (Tensor, Tensor, Tensor, Tensor)",
-)
+@operation("mbconv_joined_expand")
 def residual_expand(
     p: Tensor,
     residual: Tensor | None,
@@ -84,13 +75,7 @@ def _(p: Tensor, residual: Tensor | None, scale: Tensor | None, *others: Any) ->
     )  # fmt: skip
 
 
-@torch.library.custom_op(
-    "fastnet::mbconv_depthwise",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor e, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, Tensor taps, float eps, int stride,"
-    " str padding) -> (Tensor, Tensor, Tensor)",
-)
+@operation("mbconv_depthwise")
 def depthwise_forward(
     e: Tensor,
     mean: Tensor | None,
@@ -129,14 +114,7 @@ def _(
     return empty_nhwc(e, channels, g.out_height, g.out_width), _vector(e, channels), _vector(e, channels)
 
 
-@torch.library.custom_op(
-    "fastnet::mbconv_project",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor d, Tensor mean, Tensor var, Tensor weight, Tensor bias, Tensor w_reduce, Tensor b_reduce,"
-    " Tensor w_expand, Tensor b_expand, Tensor w, float eps)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+@operation("mbconv_project")
 def project(
     d: Tensor,
     mean: Tensor,
@@ -173,12 +151,7 @@ def _(
     )  # fmt: skip
 
 
-@torch.library.custom_op(
-    "fastnet::mbconv_join_backward",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor dy, Tensor p, Tensor? scale, Tensor mean, Tensor var, float eps) -> Tensor",
-)
+@operation("mbconv_join_backward")
 def join_backward(dy: Tensor, p: Tensor, scale: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
     """Σ dz and Σ dz p̂ of the projection's batch norm, dz = scale[b] dy: [2, C_out]."""
     return reduce_sums(L.nhwc(dy), L.nhwc(p), scale, mean, var, eps)
@@ -189,14 +162,7 @@ def _(dy: Tensor, p: Tensor, *others: Any) -> Tensor:
     return _vector(p, 2, p.shape[1])
 
 
-@torch.library.custom_op(
-    "fastnet::mbconv_project_backward",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor dy, Tensor p, Tensor? scale, Tensor sums, Tensor mean, Tensor var, Tensor weight, Tensor bias,"
-    " Tensor d, Tensor d_norm, Tensor w, Tensor w_reduce, Tensor w_expand, Tensor pooled, Tensor hidden, Tensor gate,"
-    " Tensor slopes, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+@operation("mbconv_project_backward")
 def project_backward(
     dy: Tensor,
     p: Tensor,
@@ -241,14 +207,7 @@ def _(
     )  # fmt: skip
 
 
-@torch.library.custom_op(
-    "fastnet::mbconv_depthwise_backward",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor da, Tensor d, Tensor gate, Tensor q, Tensor sums, Tensor out_mean, Tensor out_var,"
-    " Tensor out_weight, Tensor out_bias, Tensor e, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias,"
-    " Tensor taps, float eps, int stride, str padding) -> (Tensor, Tensor, Tensor?)",
-)
+@operation("mbconv_depthwise_backward")
 def depthwise_gradients(
     da: Tensor,
     d: Tensor,
@@ -288,13 +247,7 @@ def _(
     return L.empty_image(e), _vector(e, *taps.shape), sums_of_e
 
 
-@torch.library.custom_op(
-    "fastnet::mbconv_expand_backward",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor da, Tensor e, Tensor sums, Tensor mean, Tensor var, Tensor weight, Tensor bias, Tensor x, Tensor w,"
-    " Tensor? residual_gradient, float eps) -> (Tensor, Tensor)",
-)
+@operation("mbconv_expand_backward")
 def expand_backward(
     da: Tensor,
     e: Tensor,
@@ -323,13 +276,7 @@ def _(
     return L.empty_image(x), _vector(x, *w.shape)
 
 
-@torch.library.custom_op(
-    "fastnet::mbconv_inference",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor x, Tensor[] expand, Tensor[] depthwise_layer, Tensor[] excite, Tensor[] project, int stride,"
-    " str padding, bool residual, float eps) -> Tensor",
-)
+@operation("mbconv_inference")
 def inference(
     x: Tensor,
     expand: list[Tensor],
@@ -376,4 +323,4 @@ OPERATIONS = (
     expand_backward, inference,
 )  # fmt: skip
 for _op in OPERATIONS:
-    L.once_differentiable(_op, "mbconv")
+    once_differentiable(_op, "mbconv")

@@ -44,6 +44,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import aot
 from kernels import launch as L
 from kernels.batch_norm import MERGE, MERGE_CHANNELS, MERGE_WARPS, _merge_stats_kernel
 from kernels.block import expand_backward, pointwise_gemm, pointwise_operand, pointwise_wgrad
@@ -165,7 +166,7 @@ def expansion_wgrad(da: Tensor, e: Tensor, norm: Tensor, x: Tensor, site: Site |
     return wgrad(da, x, wide_prologue="bn_silu_grad", wide_x=e, wide_vectors=norm, site=site)
 
 
-def aot_specs() -> Iterator[L.KernelSpec]:
+def aot_specs() -> Iterator[aot.KernelSpec]:
     """Every configuration that a launch of the 1×1 convolutions can select."""
     for file in (pointwise_operand, pointwise_gemm, pointwise_wgrad, expand_backward):
         yield from file.aot_specs()

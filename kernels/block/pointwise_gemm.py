@@ -35,6 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import aot
 from kernels import launch as L
 from kernels.batch_norm import channel_vector, locate, silu_and_slope, store_channels, tile_at
 from kernels.block.pointwise_blocks import Blocks, Epilogue, Plan, Prologue, needs_where, plan, selectable, shared_bytes
@@ -276,7 +277,7 @@ def optional_pointers(prologue: Prologue, epilogue: Epilogue) -> tuple[tuple[str
     return ((), ("image_ptr",)) if epilogue == "bias" else ((),)
 
 
-def aot_specs() -> Iterator[L.KernelSpec]:
+def aot_specs() -> Iterator[aot.KernelSpec]:
     """Every configuration that a launch in this file can select."""
     images = ("a_ptr", "x_ptr", "joined_ptr", "w_ptr", "y_ptr", "image_ptr")
     for dtype, name in L.STORAGE_DTYPES.items():
@@ -284,7 +285,7 @@ def aot_specs() -> Iterator[L.KernelSpec]:
             form = prologue, epilogue
             sizes = [(k, n) for k in SIZES for n in (40, 72)] + [(9, 9)]
             chosen: dict[tuple[Blocks, int], set[tuple[int, int]]] = {}
-            for (k, n), capability in itertools.product(sizes, L.CAPABILITIES):
+            for (k, n), capability in itertools.product(sizes, aot.CAPABILITIES):
                 for blocks in selectable(k, n, prologue, epilogue, dtype, capability):
                     built = replace(blocks, programs=1), vector_width(k, n)  # the compiler does not see programs
                     chosen.setdefault(built, set()).add(capability)
@@ -297,7 +298,7 @@ def aot_specs() -> Iterator[L.KernelSpec]:
                             "EPILOGUE": epilogue, "DGRAD": dgrad, "WIDEN": False, "SPAN": span, "VEC": vec,
                             **blocks.constexprs(),
                         }  # fmt: skip
-                        yield L.spec(
+                        yield aot.spec(
                             _pointwise_kernel, "gemm", name, constexprs, images=images, num_warps=blocks.num_warps,
                             maxnreg=blocks.maxnreg,
                             shared_bytes=partial(needs_where, where, shared_bytes, blocks, *form, dtype, span),

@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kernels import aot
 from kernels import launch as L
 from kernels.batch_norm import channel_vector, inverse_std, sigmoid, silu_and_slope, store_channels, tile_at
 from kernels.launch import tl
@@ -202,8 +203,8 @@ def coefficient_traffic(channels: int, sums: bool) -> int:
     return 4 * channels * (12 if sums else 8)
 
 
-def aot_specs() -> Iterator[L.KernelSpec]:
+def aot_specs() -> Iterator[aot.KernelSpec]:
     """Every configuration that a launch in this file can select."""
     block = {"BLOCK_C": COEFFICIENT_BLOCK}
-    yield L.spec(_coefficients_kernel, "small", "fp32", block)
-    yield L.spec(_coefficients_kernel, "small", "fp32", {"sums_ptr": None, **block})
+    yield aot.spec(_coefficients_kernel, "small", "fp32", block)
+    yield aot.spec(_coefficients_kernel, "small", "fp32", {"sums_ptr": None, **block})

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import configs
+from kernels import aot, configs
 from kernels import launch as L
 from kernels.batch_norm import sum_partials, sum_traffic
 from kernels.block.pointwise_blocks import BARRIERS, in_place, needs_where
@@ -276,14 +276,14 @@ FORMS: tuple[tuple[Prologue, Prologue, bool], ...] = (
 )
 
 
-def aot_specs() -> Iterator[L.KernelSpec]:
+def aot_specs() -> Iterator[aot.KernelSpec]:
     """Every configuration that a launch in this file can select."""
     images = ("wide_ptr", "wide_x_ptr", "narrow_ptr", "narrow_x_ptr")
     for dtype, name in L.STORAGE_DTYPES.items():
         for wide, narrow, wide_is_input in FORMS:
             sizes = [(96, 24), (96, 40), (96, 80), (9, 9)]
             chosen: dict[tuple[Blocks, int], set[tuple[int, int]]] = {}
-            for size, capability in itertools.product(sizes, L.CAPABILITIES):
+            for size, capability in itertools.product(sizes, aot.CAPABILITIES):
                 for blocks in selectable(*size, wide, dtype, capability):
                     built = replace(blocks, programs=1), vector_width(*size)  # the compiler does not see programs
                     chosen.setdefault(built, set()).add(capability)
@@ -301,7 +301,7 @@ def aot_specs() -> Iterator[L.KernelSpec]:
                             **absent, **scaled, "WIDE": wide, "NARROW": narrow, "WIDE_IS_INPUT": wide_is_input,
                             "WIDEN": False, "SPAN": span, "VEC": vec, **blocks.constexprs(),
                         }  # fmt: skip
-                        yield L.spec(
+                        yield aot.spec(
                             _pointwise_wgrad_kernel, "gemm", name, constexprs, images=images,
                             num_warps=blocks.num_warps, maxnreg=blocks.maxnreg,
                             shared_bytes=partial(needs_where, where, shared_bytes, blocks, wide, narrow, dtype, span),

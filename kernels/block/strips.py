@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import aot
 from kernels import launch as L
 from kernels.configs import Site
 from kernels.launch import tl
@@ -175,7 +176,7 @@ def strip_specs(
     candidates: Candidates,
     surroundings: str,
     alone: Mapping[str, Any] | None = None,
-) -> Iterator[L.KernelSpec]:
+) -> Iterator[aot.KernelSpec]:
     """Every storage dtype × mode × kernel size and stride × vector width × candidate of a kernel that walks strips, the
     one that holds most registers first, as it stands for all where only one is built. `surroundings` is the mode's
     entry that says whether there is more than the convolution, `alone` what takes its place in a mode where that has a
@@ -191,7 +192,7 @@ def strip_specs(
                     shape = {"K": k, "STRIDE": stride, "COLUMNS": config.columns, "UNITS": units_for(vec)}
                     surrounded = mode if alone is None or not config.separate else {**mode, **alone}
                     constexprs = {**surrounded, **shape, "BLOCK_C": BLOCK_C, "VEC": vec}
-                    yield L.spec(
+                    yield aot.spec(
                         fn, "strips", name, constexprs, images=images, num_warps=NUM_WARPS, maxnreg=config.maxnreg
                     )
 

@@ -22,6 +22,7 @@ from kernels import launch as L
 from kernels.block import mbconv_ops
 from kernels.block.strips import Geometry, empty_nhwc, geometry
 from kernels.cpu.library import STORAGE_DTYPES, library
+from kernels.operation import once_differentiable
 
 
 def _image(name: str, x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -277,7 +278,7 @@ def _declare(name: str, function: Callable[..., Any], schema: str, fake: Callabl
     where that has no part in it."""
     op = torch.library.custom_op(f"fastnet::cpu_{name}", function, mutates_args=(), device_types="cpu", schema=schema)
     op.register_fake(fake)
-    L.once_differentiable(op, "mbconv")
+    once_differentiable(op, "mbconv")
     OPERATIONS[name] = op
 
     @functools.wraps(function)

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import aot, reference
 from kernels import launch as L
-from kernels import reference
 from kernels.batch_norm import (
     bn_vectors,
     channel_vector,
@@ -47,6 +47,7 @@ from kernels.batch_norm import (
 from kernels.batch_norm import traffic as statistics_traffic
 from kernels.device import REFERENCE, Gpu
 from kernels.launch import tl
+from kernels.operation import once_differentiable, operation
 from kernels.sync import all_reduce_sums
 
 
@@ -151,13 +152,7 @@ def _bn_silu_dx_kernel(
     tl.store(dx_ptr + offsets, (dz * gain).to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-@torch.library.custom_op(
-    "fastnet::bn_silu",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, bool training, str group)"
-    " -> Tensor",
-)
+@operation("bn_silu")
 def bn_silu_op(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float, training: bool, group: str
 ) -> Tensor:
@@ -176,13 +171,7 @@ def bn_silu_op(
     return y
 
 
-@torch.library.custom_op(
-    "fastnet::bn_silu_backward",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps, bool training,"
-    " str group) -> (Tensor, Tensor)",
-)
+@operation("bn_silu_backward")
 def bn_silu_backward_op(
     dy: Tensor,
     x: Tensor,
@@ -239,7 +228,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 bn_silu_op.register_autograd(_backward, setup_context=_setup_context)
-L.once_differentiable(bn_silu_backward_op, "bn_silu")
+once_differentiable(bn_silu_backward_op, "bn_silu")
 
 
 def bn_silu(
@@ -271,11 +260,11 @@ def bn_silu(
     return bn_silu_op(x, mean, var, weight, bias, eps, training, group)
 
 
-def aot_specs() -> Iterator[L.KernelSpec]:
+def aot_specs() -> Iterator[aot.KernelSpec]:
     """Every configuration that a launch in this file can select."""
-    yield from L.tile_specs(_bn_silu_fwd_kernel, "elementwise", ["x_ptr", "y_ptr"])
-    yield from L.tile_specs(_bn_silu_reduce_kernel, "reduction", ["dy_ptr", "x_ptr"])
-    yield from L.tile_specs(
+    yield from aot.tile_specs(_bn_silu_fwd_kernel, "elementwise", ["x_ptr", "y_ptr"])
+    yield from aot.tile_specs(_bn_silu_reduce_kernel, "reduction", ["dy_ptr", "x_ptr"])
+    yield from aot.tile_specs(
         _bn_silu_dx_kernel,
         "elementwise",
         ["dy_ptr", "x_ptr", "dx_ptr"],

@@ -31,19 +31,14 @@ from kernels import reference
 from kernels.batch_norm import check_batch_norm, statistics, sum_partials, sum_traffic
 from kernels.batch_norm import traffic as statistics_traffic
 from kernels.device import REFERENCE, Gpu
+from kernels.operation import once_differentiable, operation
 from kernels.ops import excite as E
 from kernels.ops import squeeze_excite as SE
 from kernels.sync import all_reduce_sums
+from kernels.vectors import Norm
 
 
-@torch.library.custom_op(
-    "fastnet::bn_silu_squeeze_excite",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias, Tensor w_reduce, Tensor b_reduce,"
-    " Tensor w_expand, Tensor b_expand, float eps, bool training, str group)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+@operation("bn_silu_squeeze_excite")
 def bn_silu_squeeze_excite_op(
     x: Tensor,
     mean: Tensor,
@@ -60,21 +55,14 @@ def bn_silu_squeeze_excite_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, pooled [B, C], hidden [B, S], gate [B, C], sums of slopes [2, B, C]; only y is differentiable."""
     x = L.nhwc(x)
-    norm = SE.Norm(mean, var, weight, bias, eps)
+    norm = Norm(mean, var, weight, bias, eps)
     partial = SE.squeeze(x, None, norm)
     pooled, hidden, gate, slopes = E.excite(partial, x.shape[2] * x.shape[3], w_reduce, b_reduce, w_expand, b_expand)
     assert slopes is not None
     return SE.scale(x, gate, norm), pooled, hidden, gate, slopes
 
 
-@torch.library.custom_op(
-    "fastnet::bn_silu_squeeze_excite_backward",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor weight, Tensor bias, Tensor w_reduce,"
-    " Tensor w_expand, Tensor pooled, Tensor hidden, Tensor gate, Tensor slopes, float eps, bool training, str group)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+@operation("bn_silu_squeeze_excite_backward")
 def bn_silu_squeeze_excite_backward_op(
     dy: Tensor,
     x: Tensor,
@@ -94,7 +82,7 @@ def bn_silu_squeeze_excite_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, [dbias, dweight] as [2, C], dWr, dbr, dWe, dbe."""
     dy, x = L.nhwc(dy), L.nhwc(x)
-    norm = SE.Norm(mean, var, weight, bias, eps)
+    norm = Norm(mean, var, weight, bias, eps)
     partial = SE.squeeze(x, dy, norm)
     q, shares, *parameters = E.excite_backward(
         partial, x.shape[2] * x.shape[3], w_reduce, w_expand, pooled, hidden, gate, slopes
@@ -133,7 +121,7 @@ def _backward(ctx: Any, dy: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
 
 
 bn_silu_squeeze_excite_op.register_autograd(_backward, setup_context=_setup_context)
-L.once_differentiable(bn_silu_squeeze_excite_backward_op, "bn_silu_squeeze_excite")
+once_differentiable(bn_silu_squeeze_excite_backward_op, "bn_silu_squeeze_excite")
 
 
 def bn_silu_squeeze_excite(

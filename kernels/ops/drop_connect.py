@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels import aot, reference
 from kernels import launch as L
-from kernels import reference
 from kernels.batch_norm import (
     bn_vectors,
     channel_vector,
@@ -47,6 +47,7 @@ from kernels.batch_norm import (
 from kernels.batch_norm import traffic as statistics_traffic
 from kernels.device import REFERENCE, Gpu
 from kernels.launch import tl
+from kernels.operation import once_differentiable, operation
 from kernels.sync import all_reduce_sums
 
 
@@ -201,35 +202,19 @@ def reduce_sums(dy: Tensor, x: Tensor, scale: Tensor | None, mean: Tensor, var: 
     return sum_partials(partial)
 
 
-@torch.library.custom_op(
-    "fastnet::drop_connect_add",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor x, Tensor? residual, Tensor? scale) -> Tensor",
-)
+@operation("drop_connect_add")
 def drop_connect_add_op(x: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
     """residual + scale[b] * x; without a residual it is also its own backward."""
     return join(x, residual, scale, None, 0.0)
 
 
-@torch.library.custom_op(
-    "fastnet::drop_connect_backward",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor dy, Tensor scale) -> Tensor",
-)
+@operation("drop_connect_backward")
 def drop_connect_backward_op(dy: Tensor, scale: Tensor) -> Tensor:
     """scale[b] * dy."""
     return join(dy, None, scale, None, 0.0)
 
 
-@torch.library.custom_op(
-    "fastnet::bn_drop_connect_add",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor x, Tensor? residual, Tensor? scale, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps,"
-    " bool training, str group) -> Tensor",
-)
+@operation("bn_drop_connect_add")
 def bn_drop_connect_add_op(
     x: Tensor,
     residual: Tensor | None,
@@ -246,13 +231,7 @@ def bn_drop_connect_add_op(
     return join(x, residual, scale, (mean, var, weight, bias), eps)
 
 
-@torch.library.custom_op(
-    "fastnet::bn_drop_connect_backward",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor dy, Tensor x, Tensor? scale, Tensor mean, Tensor var, Tensor weight, float eps, bool training,"
-    " str group) -> (Tensor, Tensor)",
-)
+@operation("bn_drop_connect_backward")
 def bn_drop_connect_backward_op(
     dy: Tensor,
     x: Tensor,
@@ -318,8 +297,8 @@ def _bn_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 drop_connect_add_op.register_autograd(_backward, setup_context=_setup_context)
 bn_drop_connect_add_op.register_autograd(_bn_backward, setup_context=_bn_setup_context)
-L.once_differentiable(drop_connect_backward_op, "drop_connect_add")
-L.once_differentiable(bn_drop_connect_backward_op, "bn_drop_connect_add")
+once_differentiable(drop_connect_backward_op, "drop_connect_add")
+once_differentiable(bn_drop_connect_backward_op, "bn_drop_connect_add")
 
 
 def drop_connect_add(x: Tensor, residual: Tensor, scale: Tensor | None, *, impl: L.Impl = "auto") -> Tensor:
@@ -366,22 +345,22 @@ def bn_drop_connect_add(
     return bn_drop_connect_add_op(x, residual, scale, mean, var, weight, bias, eps, training, group)
 
 
-def aot_specs() -> Iterator[L.KernelSpec]:
+def aot_specs() -> Iterator[aot.KernelSpec]:
     """Every configuration that a launch in this file can select."""
     no_scale: dict[str, Any] = {"scale_ptr": None}
     no_residual: dict[str, Any] = {"residual_ptr": None}
     no_norm = {**dict.fromkeys(("mean_ptr", "var_ptr", "weight_ptr", "bias_ptr")), "NORM": False}
     norm: dict[str, Any] = {"NORM": True}
-    yield from L.tile_specs(
+    yield from aot.tile_specs(
         _drop_connect_kernel,
         "elementwise",
         ["x_ptr", "residual_ptr", "y_ptr"],
         variants=[{**a, **b, **c} for a in ({}, no_scale) for b in ({}, no_residual) for c in (norm, no_norm)],
     )
-    yield from L.tile_specs(
+    yield from aot.tile_specs(
         _bn_drop_connect_reduce_kernel, "reduction", ["dy_ptr", "x_ptr"], variants=[{}, no_scale], halved=True
     )
-    yield from L.tile_specs(
+    yield from aot.tile_specs(
         _bn_drop_connect_dx_kernel,
         "elementwise",
         ["dy_ptr", "x_ptr", "dx_ptr"],

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from kernels import aot
 from kernels import launch as L
 from kernels.batch_norm import sigmoid, silu_and_slope
 from kernels.launch import tl
@@ -269,15 +270,15 @@ def excite_backward(
     return q, shares, dw_reduce, db_reduce, dw_expand, db_expand
 
 
-def aot_specs() -> Iterator[L.KernelSpec]:
+def aot_specs() -> Iterator[aot.KernelSpec]:
     """Every configuration that a launch in this file can select."""
     for size in SQUEEZE_SIZES:
         for fn, vectors in ((_excite_kernel, ("slopes_ptr",)), (_excite_backward_kernel, ("slopes_ptr", "bn_ptr"))):
             for norm in (True, False):
                 absent = {} if norm else dict.fromkeys(vectors)
                 constexprs = {**absent, "NORM": norm, **excite_blocks(size)}
-                yield L.spec(fn, "small", "fp32", constexprs, num_warps=EXCITE_WARPS)
-        yield L.spec(
+                yield aot.spec(fn, "small", "fp32", constexprs, num_warps=EXCITE_WARPS)
+        yield aot.spec(
             _excite_parameters_kernel, "small", "fp32", dict(parameter_blocks(size)), num_warps=PARAMETER_WARPS
         )
 

@@ -20,18 +20,20 @@ With NORM each kernel takes `a = silu(batch_norm(x))` for x, computed as it load
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels import aot, reference
 from kernels import launch as L
-from kernels import reference
 from kernels.batch_norm import bn_vectors, channel_vector, fold, locate, silu_and_slope, store_channels, tile_at
 from kernels.configs import Site
 from kernels.device import REFERENCE, Gpu
 from kernels.launch import tl
+from kernels.operation import once_differentiable, operation
 from kernels.ops import excite as E
+from kernels.vectors import Norm
 
 
 @L.jit
@@ -171,16 +173,6 @@ def _scale_backward_kernel(
     tl.store(dx_ptr + offsets, d.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-class Norm(NamedTuple):
-    """The batch norm in front of the activation; `None` in every field stands for no norm and no activation."""
-
-    mean: Tensor | None = None
-    var: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    eps: float = 0.0
-
-
 def image_plan(shape: torch.Size | tuple[int, ...], gpu: Gpu = REFERENCE) -> tuple[L.Tile, int, int, int]:
     """Tile, channel blocks, rows a program and chunks an image of a reduction within images."""
     images, channels, height, width = shape
@@ -236,13 +228,7 @@ def scale_backward(
     return dx
 
 
-@torch.library.custom_op(
-    "fastnet::squeeze_excite",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor x, Tensor w_reduce, Tensor b_reduce, Tensor w_expand, Tensor b_expand)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-)
+@operation("squeeze_excite")
 def squeeze_excite_op(
     x: Tensor, w_reduce: Tensor, b_reduce: Tensor, w_expand: Tensor, b_expand: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -253,13 +239,7 @@ def squeeze_excite_op(
     return scale(x, gate, Norm()), pooled, hidden, gate
 
 
-@torch.library.custom_op(
-    "fastnet::squeeze_excite_backward",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor dy, Tensor x, Tensor w_reduce, Tensor w_expand, Tensor pooled, Tensor hidden, Tensor gate)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
+@operation("squeeze_excite_backward")
 def squeeze_excite_backward_op(
     dy: Tensor, x: Tensor, w_reduce: Tensor, w_expand: Tensor, pooled: Tensor, hidden: Tensor, gate: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -305,7 +285,7 @@ def _backward(ctx: Any, dy: Tensor, *others: Any) -> tuple[Tensor, ...]:
 
 
 squeeze_excite_op.register_autograd(_backward, setup_context=_setup_context)
-L.once_differentiable(squeeze_excite_backward_op, "squeeze_excite")
+once_differentiable(squeeze_excite_backward_op, "squeeze_excite")
 
 
 def squeeze_vectors(
@@ -343,14 +323,14 @@ def squeeze_excite(
 NORM_VECTORS = ("mean_ptr", "var_ptr", "weight_ptr", "bias_ptr")
 
 
-def aot_specs() -> Iterator[L.KernelSpec]:
+def aot_specs() -> Iterator[aot.KernelSpec]:
     """Every configuration that a launch of these kernels can select, with and without the batch norm."""
     plain = {**dict.fromkeys(NORM_VECTORS), "NORM": False}
     for norm in ({"NORM": True}, plain):
         forward, backward = {**norm, "dy_ptr": None, "BACKWARD": False}, {**norm, "BACKWARD": True}
-        yield from L.tile_specs(_squeeze_kernel, "reduction", ["x_ptr", "dy_ptr"], variants=[forward, backward])
-        yield from L.tile_specs(_scale_kernel, "elementwise", ["x_ptr", "y_ptr"], variants=[norm])
-    yield from L.tile_specs(
+        yield from aot.tile_specs(_squeeze_kernel, "reduction", ["x_ptr", "dy_ptr"], variants=[forward, backward])
+        yield from aot.tile_specs(_scale_kernel, "elementwise", ["x_ptr", "y_ptr"], variants=[norm])
+    yield from aot.tile_specs(
         _scale_backward_kernel,
         "elementwise",
         ["dy_ptr", "x_ptr", "dx_ptr"],

@@ -23,25 +23,16 @@ from kernels.block.depthwise_backward import depthwise_backward
 from kernels.block.pointwise_gemm import gemm
 from kernels.block.pointwise_wgrad import wgrad
 from kernels.block.strips import CONFIGURATIONS, Geometry, Padding, empty_nhwc, geometry
+from kernels.operation import once_differentiable, operation
 
 
-@torch.library.custom_op(
-    "fastnet::depthwise_conv2d",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor x, Tensor weight, int stride, str padding) -> Tensor",
-)
+@operation("depthwise_conv2d")
 def depthwise_conv2d_op(x: Tensor, weight: Tensor, stride: int, padding: str) -> Tensor:
     x = L.nhwc(x)
     return depthwise(x, weight, _geometry(x, weight, stride, padding))[0]
 
 
-@torch.library.custom_op(
-    "fastnet::depthwise_conv2d_backward",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor dy, Tensor x, Tensor weight, int stride, str padding) -> (Tensor, Tensor)",
-)
+@operation("depthwise_conv2d_backward")
 def depthwise_conv2d_backward_op(
     dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: str
 ) -> tuple[Tensor, Tensor]:
@@ -77,7 +68,7 @@ def _backward_depthwise(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 depthwise_conv2d_op.register_autograd(_backward_depthwise, setup_context=_setup_depthwise)
-L.once_differentiable(depthwise_conv2d_backward_op, "depthwise_conv2d")
+once_differentiable(depthwise_conv2d_backward_op, "depthwise_conv2d")
 
 
 def depthwise_conv2d(
@@ -101,22 +92,12 @@ def depthwise_conv2d(
     return depthwise_conv2d_op(x, weight, stride, padding)
 
 
-@torch.library.custom_op(
-    "fastnet::pointwise_conv2d",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor x, Tensor weight) -> Tensor",
-)
+@operation("pointwise_conv2d")
 def pointwise_conv2d_op(x: Tensor, weight: Tensor) -> Tensor:
     return gemm(x, weight.flatten(1))[0]
 
 
-@torch.library.custom_op(
-    "fastnet::pointwise_conv2d_backward",
-    mutates_args=(),
-    device_types=("cuda", "cpu"),
-    schema="(Tensor dy, Tensor x, Tensor weight, bool need_dx, bool need_dweight) -> (Tensor?, Tensor?)",
-)
+@operation("pointwise_conv2d_backward")
 def pointwise_conv2d_backward_op(
     dy: Tensor, x: Tensor, weight: Tensor, need_dx: bool, need_dweight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -147,7 +128,7 @@ def _backward_pointwise(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 pointwise_conv2d_op.register_autograd(_backward_pointwise, setup_context=_setup_pointwise)
-L.once_differentiable(pointwise_conv2d_backward_op, "pointwise_conv2d")
+once_differentiable(pointwise_conv2d_backward_op, "pointwise_conv2d")
 
 
 def pointwise_conv2d(x: Tensor, weight: Tensor, *, impl: L.Impl = "auto") -> Tensor:

@@ -13,10 +13,9 @@ from torch import Tensor
 from kernels import configs, device, reference
 from kernels.block import depthwise, depthwise_backward
 from kernels.block.depthwise import merge_stats
-from kernels.block.depthwise_backward import NO_NORM, NO_OUT_NORM, OutNorm
 from kernels.block.strips import CONFIGURATIONS, Geometry, Padding, Strips, geometry
-from kernels.ops.squeeze_excite import Norm
 from kernels.tolerance import approximated
+from kernels.vectors import NO_NORM, NO_OUT_NORM, Norm, OutNorm
 from tests import parity
 from tests.count_kernels import count_traffic
 from tests.kernels.conv2d import depthwise_conv2d

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import device, launch
+from kernels import aot, device
 from kernels.block import pointwise, pointwise_blocks, pointwise_gemm, pointwise_operand, pointwise_wgrad
 from kernels.tolerance import approximated
 from tests import parity
@@ -459,12 +459,12 @@ def test_every_width_selects_specified_configurations() -> None:
 
 def selectable(*product: Any) -> set[pointwise_blocks.Blocks]:
     """On any card."""
-    return {b for capability in launch.CAPABILITIES for b in pointwise_blocks.selectable(*(*product, capability))}
+    return {b for capability in aot.CAPABILITIES for b in pointwise_blocks.selectable(*(*product, capability))}
 
 
 def selectable_splits(*gradient: Any) -> set[pointwise_wgrad.Blocks]:
     """On any card."""
-    return {b for capability in launch.CAPABILITIES for b in pointwise_wgrad.selectable(*(*gradient, capability))}
+    return {b for capability in aot.CAPABILITIES for b in pointwise_wgrad.selectable(*(*gradient, capability))}
 
 
 BLOCK_NAMES = ("SINGLE", "STAGES", "BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_W")
