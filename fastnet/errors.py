@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one sentence that names the file or flag and the remedy.
+    """Something the user can fix. The message is one sentence that names the file or flag and the remedy.
 
     exit_status is 2 where the command line itself is wrong, 1 where the world is (files, space, data).
     """

@@ -78,7 +78,7 @@ def ranked(trained: Trained, values: Tensor, labels: Tensor) -> list[dict[str, A
 
 
 def write_grad_cams(trained: Trained, results: list[dict[str, Any]], stages: Sequence[int], folder: Path) -> list[Path]:
-    """One PNG for each predicted file: the model's view, and where each stage saw what speaks for the prediction. No
+    """One PNG for each predicted file: the model's view, and where each stage saw evidence for the prediction. No
     file that is there is replaced."""
     import torch
 
@@ -131,7 +131,7 @@ def predict(
         images: Images, or folders of images.
         top: Classes to name.
         json: Print one JSON array instead of lines.
-        gradcam: Also write a picture of each image with what speaks for its class (Grad-CAM).
+        gradcam: Also write a picture of each image with the evidence for its class highlighted (Grad-CAM).
         gradcam_stages: Stages to look at, 1 (stem) to 9 (head), as `python -m fastnet.summary` counts them.
         out: Folder for --gradcam's pictures.
         variant: Which of the published weights imagenet means; with a file, what it must hold.

@@ -162,7 +162,7 @@ def _stats_kernel(
         m2 += tl.sum(deviation * deviation, axis=0) + delta * delta * (count * share)
         count = total
         row += UNROLL * ROWS
-    # A mean of means is off by some units in its last place; what the means still lie from it on average mends that.
+    # A mean of means is off by some units in its last place; what the means still lie from it on average corrects that.
     n = tl.sum(count, axis=0)
     mean_of_means = tl.sum(mean * count, axis=0) / n
     delta = mean - mean_of_means[None, :]

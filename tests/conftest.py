@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
     with suppress(ImportError):
         from tests import interpreter
 
-        interpreter.mend()
+        interpreter.correct()
 
 ROOT = Path(__file__).resolve().parents[1]
 

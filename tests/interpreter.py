@@ -24,21 +24,21 @@ def from_bfloat16(bits: NDArray[np.uint16]) -> NDArray[np.uint32]:
     return np.ascontiguousarray(bits).view(np.uint16).astype(np.uint32) << np.uint32(16)
 
 
-def mend() -> None:
+def correct() -> None:
     """Replace the interpreter's conversions between fp32 and bf16 in this process."""
     from triton import language as tl
     from triton.runtime import interpreter
 
     convert = interpreter._convert_float
 
-    def mended(values: NDArray[Any], source: Any, target: Any, rounding_mode: Any) -> NDArray[Any]:
+    def corrected(values: NDArray[Any], source: Any, target: Any, rounding_mode: Any) -> NDArray[Any]:
         if source == tl.float32 and target == tl.bfloat16:
             return to_bfloat16(values.view(np.float32))
         if source == tl.bfloat16 and target == tl.float32:
             return from_bfloat16(values)
         return convert(values, source, target, rounding_mode)
 
-    interpreter._convert_float = mended
+    interpreter._convert_float = corrected
 
 
 SigmoidError = Literal["", "high", "low", "changing"]

@@ -88,7 +88,8 @@ class Index:
         return Known(self.classes, files, frozenset(path[start:] for path, _ in self.excluded))
 
     def quarantine_records(self, found: Iterable[tuple[str, str]]) -> list[list[Any]]:
-        """What `build_index` needs to know of files (path, reason) that went bad during a run; of JSON's types."""
+        """What `build_index` needs to know of files (path, reason) that became unreadable during a run; of
+        JSON's types."""
         reasons, records = dict(found), []
         for name, split in self.splits.items():
             for at, path in enumerate(split.paths):
@@ -302,9 +303,9 @@ def build_index(
 
     Files that cannot be decoded, and files that the metadata names but are missing, are left out and listed in
     `excluded`. `cache_dir` (default: the user's cache folder) remembers what was found; where it cannot be written,
-    the index is built anew each time. `quarantined`: records of `Index.quarantine_records`, of files that went bad
-    during the run that is continued: they keep their places, whatever became of them, so that all others do.
-    `known`: what that run began with; its files that are bad or gone now are quarantined in their places.
+    the index is built anew each time. `quarantined`: records of `Index.quarantine_records`, of files that became
+    unreadable during the run that is continued: they keep their places, whatever became of them, so that all others
+    do. `known`: what that run began with; its files that are bad or gone now are quarantined in their places.
     `val_fraction`: share of each class that validates where the data set has no validation split (default: 0.2).
 
     Raises:

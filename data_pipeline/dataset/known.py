@@ -1,4 +1,4 @@
-"""What the index of a run knew when it began, so that a run goes on where files went bad or vanished since.
+"""What the index of a run knew when it began, so that a run goes on where files became unreadable or vanished since.
 
 It travels in the run's checkpoint. Files keep their places by it: what is bad or gone now is quarantined there, and
 whatever would put an image in another place, or make it another image, is refused by name.

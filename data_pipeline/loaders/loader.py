@@ -1,10 +1,11 @@
-"""The contract of a loader, whichever backend fills it: what is in each batch, and what becomes of bad files.
+"""The contract of a loader, whichever backend fills it: what is in each batch, and how unreadable files are handled.
 
-A file that goes bad during a run is quarantined: named once, and never asked for again. In training its row goes to
-another image, so that the number and shape of batches stay: to the images that the epoch would have left out with its
-incomplete last batch, in their order; only when those are used up, to the epoch's first ones once more. Evaluation
-leaves it out, and its batch is one image smaller. Who is in which batch is a function of (seed, epoch, the set of
-quarantined images) alone, so a loader that meets a bad file starts again from the batch that it was about to give.
+A file that becomes unreadable during a run is quarantined: named once, and never asked for again. In training its row
+goes to another image, so that the number and shape of batches stay: to the images that the epoch would have left out
+with its incomplete last batch, in their order; only when those are used up, to the epoch's first ones once more.
+Evaluation leaves it out, and its batch is one image smaller. Who is in which batch is a function of (seed, epoch, the
+set of quarantined images) alone, so a loader that meets a bad file starts again from the batch that it was about to
+give.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from data_pipeline.loaders.augment import (
 from data_pipeline.loaders.postprocess import finish
 from data_pipeline.loaders.prefetch import SideStream, sent
 
-# Files that may go bad before it is the disk that is to blame, at most half of a split: this many, or 1 %.
+# Files that may become unreadable before it is the disk that is to blame, at most half of a split: this many, or 1 %.
 QUARANTINE_LIMIT, QUARANTINE_SHARE = 8, 0.01
 
 _log = logging.getLogger("data_pipeline")
@@ -152,7 +153,8 @@ class Loader(ABC):
 
     backend: str
     quarantined: list[tuple[str, str]]
-    """(path, reason) of every file that went bad since it was indexed, in the order in which they were found."""
+    """(path, reason) of every file that became unreadable since it was indexed, in the order in which they were
+    found."""
     cache_note: str = ""
     """Which cache was chosen, and why."""
 
@@ -175,11 +177,11 @@ class Loader(ABC):
         """The batches of an epoch from number `start` on; starting a pass ends an unfinished earlier one. On a GPU each
         is made while the device works on what was done with the one before.
 
-        Files that went bad since they were indexed are quarantined, named in a warning of the logger "data_pipeline"
-        and in `quarantined`.
+        Files that became unreadable since they were indexed are quarantined, named in a warning of the logger
+        "data_pipeline" and in `quarantined`.
 
         Raises:
-            DataError: so many files went bad that the disk or the data set must be gone.
+            DataError: so many files became unreadable that the disk or the data set must be gone.
             RuntimeError: this pass is asked for more after another one started.
         """
         self._passes += 1

@@ -1,4 +1,4 @@
-"""Grad-CAM: where in the image a model saw what speaks for a class (Selvaraju et al. 2017).
+"""Grad-CAM: where in the image a model saw evidence for a class (Selvaraju et al. 2017).
 
     alpha_k = mean over positions of dy_c / dA_k        (equation 1)
     map     = ReLU(sum_k alpha_k A_k)                   (equation 2)

@@ -28,7 +28,7 @@ Tta = Literal["off", "hflip", "five", "ten"]
 @dataclass(frozen=True)
 class Predictions:
     """Row i is one image. log_probabilities [N, K] float32 and labels [N] int64 on the CPU; positions [N] in the split,
-    in its order: files that went bad since they were indexed are missing."""
+    in its order: files that became unreadable since they were indexed are missing."""
 
     log_probabilities: Tensor
     labels: Tensor

@@ -223,7 +223,7 @@ def _explained(
         _, one = grad_cam(trained.model, image, label, stages=stages)
         for stage, found_map in one.items():
             maps[stage].append(found_map.cpu())
-    note = "<p class='note'>Where each stage saw what speaks for the predicted class: " + (
+    note = "<p class='note'>Where each stage saw evidence for the predicted class: " + (
         "the images that were asked for.</p>" if files else "the surest right predictions, then the worst ones.</p>"
     )
     figure = figures.grad_cam_grid(images, {stage: torch.cat(each) for stage, each in maps.items()}, titles)

@@ -76,7 +76,7 @@ def write_failure(path: Path, error: OSError) -> str:
         return f"the name {path} is too long to be written: choose a shorter --out."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to write {path}: choose another folder with --out."
-    return f"cannot write {path} ({error.strerror or error}): mend that or choose another folder with --out."
+    return f"cannot write {path} ({error.strerror or error}): fix that or choose another folder with --out."
 
 
 def save_checkpoint(

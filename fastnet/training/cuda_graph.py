@@ -1,7 +1,7 @@
 """A training step as one CUDA graph: recorded once for each shape of batch, then replayed with one launch.
 
 Several ranks record one each, NCCL's collectives included: batch norm's statistics (--sync-bn), the gradients'
-all-reduce and the flag of a step that is not finite. While they record, nothing runs and nobody waits; whether all
+all-reduce and the flag of a step that is not finite. While they record, nothing runs or blocks; whether all
 could is agreed on afterwards, on the host, so that all replay or none.
 
 What a replay reads has fixed addresses: inputs are copied into buffers of their own first. Everything that is not an

@@ -7,7 +7,7 @@ steps, each once, in more or fewer parts where --batch-size asks for it. What do
 batches without --sync-bn, dropout's masks, and rounding.
 
 Gradients are added up during backward (`fastnet.training.gradients`), loss and hits step by step, evaluation's sums
-once. Batch norm's running statistics are those of rank 0, which alone writes files and speaks; they are what a
+once. Batch norm's running statistics are those of rank 0, which alone writes files and prints; they are what a
 continued run starts from, so that it computes what an uninterrupted one does.
 """
 
@@ -56,7 +56,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the run's files and speaks."""
+        """Whether this process writes the run's files and prints."""
         return self.rank == 0
 
     def device(self, device: torch.device) -> torch.device:
@@ -98,7 +98,7 @@ class Ranks:
         return values
 
     def broadcast_from_main(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0. Where it raises there, the others leave without a word."""
+        """What `make` returns on rank 0. Where it raises there, the others exit silently."""
         status: Any = None
         value: Any = None
         failure: BaseException | None = None
@@ -127,8 +127,9 @@ class Ranks:
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return int(value)
 
-    def largest_before(self, number: int) -> int:
-        """The largest of the numbers that the ranks gave in the call before this one (0 in the first): nobody waits."""
+    def previous_max(self, number: int) -> int:
+        """The largest of the numbers that the ranks gave in the call before this one (0 in the first): it never
+        blocks."""
         if self.size == 1:
             return number
         self.peers.passed()
@@ -163,7 +164,7 @@ class Ranks:
     @contextmanager
     def one_report(self) -> Iterator[None]:
         """The body of a run. Of the errors that end it, the first that a rank meets is raised, and the ranks that fail
-        of it or in turn leave without a word."""
+        of it or in turn exit silently."""
         if self.size == 1:
             yield
             return
@@ -171,7 +172,7 @@ class Ranks:
             yield
             if self._asked is not None:
                 self._asked[0].wait()
-            self.all_reduce_max(0)  # nobody leaves while another still listens
+            self.all_reduce_max(0)  # no rank leaves before the others have finished
             dist.destroy_process_group()
         except (UserError, DataError) as error:
             if not self._fails_first():

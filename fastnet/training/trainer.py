@@ -50,7 +50,7 @@ LEAST_LOSS_SCALE = 1.0  # fp16 gradients that overflow at this scale are not fin
 class Trainer:
     """One run. `run()` trains to the end, or until a stop is asked for, and returns an exit status.
 
-    Raises UserError or DataError, with one sentence, for whatever the user can mend.
+    Raises UserError or DataError, with one sentence, for whatever the user can fix.
     """
 
     def __init__(self, config: TrainConfig, folder: Path, console: Console, ranks: Ranks = ALONE) -> None:
@@ -80,7 +80,7 @@ class Trainer:
         saved_model = ModelConfig(**saved["model"] | {"kernels": config.model.kernels}) if saved else None
         # The first process of a machine fills what the others on it read.
         with ranks.local_main_first():
-            # Who replaces a file that went bad depends on all that did, and on the places of all others.
+            # Who replaces a file that became unreadable depends on all that did, and on the places of all others.
             bad, known = saved.get("quarantined", []), known_in(self.saved[1]) if self.saved else None
             self.index = build_index(config.data.data, config.data.val_fraction, quarantined=bad, known=known)
         check_same_data(ranks, self.index)
@@ -273,7 +273,7 @@ class Trainer:
             self.display.advance()
             if self.profiler is not None:
                 self.profiler.step(waited)
-            wish = self.ranks.largest_before(self.stop.wish)
+            wish = self.ranks.previous_max(self.stop.wish)
             if wish > WISH_TO_SAVE:
                 return
             # The end of an epoch is saved when it has been evaluated.
@@ -317,7 +317,7 @@ class Trainer:
         return scales[:, rows]
 
     def _share_quarantine(self) -> None:
-        """Every rank leaves out the files that went bad for any of them."""
+        """Every rank leaves out the files that became unreadable for any of them."""
         if self.ranks.size == 1:
             return
         for loader in (self.train_loader, self.val_loader):

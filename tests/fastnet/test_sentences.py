@@ -1,4 +1,4 @@
-"""What a user can mend costs one sentence: every command ends with it, and with no traceback."""
+"""What a user can fix costs one sentence: every command ends with it, and with no traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mended interpreter against torch's own conversion."""
+"""The corrected interpreter against torch's own conversion."""
 
 from __future__ import annotations
 

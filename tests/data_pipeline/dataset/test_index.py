@@ -309,7 +309,7 @@ def test_fingerprint_follows_the_content_and_not_the_place(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("layout", ["folders", "metadata"])
-@pytest.mark.parametrize("damage", ["gone", "garbage", "mended"])
+@pytest.mark.parametrize("damage", ["gone", "garbage", "repaired"])
 def test_quarantined_files_keep_their_places(tmp_path: Path, layout: str, damage: str) -> None:
     """So that a run which met bad files can be continued: the same fingerprint, paths and labels."""
     root = tmp_path / "data"
@@ -321,11 +321,11 @@ def test_quarantined_files_keep_their_places(tmp_path: Path, layout: str, damage
     bad = before.splits["train"].paths[2], before.splits["val"].paths[0]
     records = json.loads(json.dumps(before.quarantine_records([(path, f"bad {path}") for path in bad])))
     for path in bad:
-        if damage != "mended":
+        if damage != "repaired":
             os.unlink(path)
         if damage == "garbage":
             Path(path).write_bytes(b"garbage")
-    if damage != "mended":
+    if damage != "repaired":
         assert indexed(root).fingerprint != before.fingerprint
     after = build_index(root, cache_dir=tmp_path / "cache", quarantined=records)
     assert after.fingerprint == before.fingerprint

@@ -217,7 +217,7 @@ def test_a_member_that_goes_bad_is_quarantined(shards: Path, tmp_path: Path, bac
     assert [len(batch.labels) for batch in made.batches(0)] == [5, 5]
     made.close()
     assert [path for path, _ in made.quarantined] == [f"{archive}::{split.paths[bad].partition('::')[2]}"]
-    if damage == "cut off":  # mended without it
+    if damage == "cut off":  # repaired without it
         pack(archive, {m.partition("::")[2]: m.read() for m in members if m.archive == str(archive) and m != member})
     # A continued run: every image keeps its place, the bad one is not asked for.
     records = json.loads(json.dumps(index.quarantine_records(made.quarantined)))

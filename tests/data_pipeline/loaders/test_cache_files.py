@@ -114,7 +114,7 @@ def test_a_damaged_cache_is_built_anew(
     assert same(everything(make(index, "disk", tmp_path)), first)
 
 
-def test_flipped_bits_are_found_and_mended(index: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_flipped_bits_are_found_and_repaired(index: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made: Any = make(index, "disk", tmp_path)
     at = int(made.plan.order(0)[3])
     first = everything(made)
