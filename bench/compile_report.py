@@ -42,6 +42,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 from bench import compile_baseline
 from bench.compile_baseline import Entry
+from bench.limits.sass import WIDTHS, tool
 from kernels.device import SHARED_MEMORY
 
 FULL_ARCH = 90
@@ -138,14 +139,13 @@ def occupancy(registers: int, shared: int, num_warps: int, arch: int) -> float:
 
 
 _ACCESS = re.compile(r"\b(LDG|LDGSTS|STG|LDL|STL)(\.[A-Z0-9.]+)?\s")
-_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 
 
 def access_widths(sass: str) -> dict[str, dict[int, int]]:
     """{"LDG" | "LDGSTS" | "STG" | "LDL" | "STL": {bytes a thread: instructions}} of a disassembly."""
     found: dict[str, dict[int, int]] = {name: {} for name in ("LDG", "LDGSTS", "STG", "LDL", "STL")}
     for name, suffixes in _ACCESS.findall(sass):
-        width = next((_WIDTHS[s] for s in suffixes.split(".") if s in _WIDTHS), 4)
+        width = next((WIDTHS[s] for s in suffixes.split(".") if s in WIDTHS), 4)
         found[name][width] = found[name].get(width, 0) + 1
     return found
 
@@ -166,10 +166,7 @@ def loops(sass: str) -> str:
 
 
 def _cuobjdump(cubin: Path, *flags: str) -> str:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, *flags, cubin], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([tool("cuobjdump"), *flags, cubin], capture_output=True, text=True, check=True).stdout
 
 
 def _compile(task: tuple[str, int]) -> Report:

@@ -18,7 +18,7 @@ _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);\s+/\* 0x[0-9a-f]{16}
 _UPPER_HALF = re.compile(r"^\s+/\* (0x[0-9a-f]{16}) \*/")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
-_WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 NO_BARRIER = 7
 
 
@@ -51,7 +51,7 @@ class Instruction:
     @property
     def width(self) -> int:
         """Bytes a thread, for an access to memory."""
-        return next((_WIDTHS[part] for part in self.name.split(".") if part in _WIDTHS), 4)
+        return next((WIDTHS[part] for part in self.name.split(".") if part in WIDTHS), 4)
 
 
 @dataclass(frozen=True)
