@@ -27,6 +27,7 @@ from data_pipeline import Augmentation, Index, build_index, choose_cache, make_l
 from data_pipeline.dataset.probe import scan
 from data_pipeline.loaders.augment import IMAGENET_MEAN, IMAGENET_STD
 from data_pipeline.loaders.loader import dali_installed
+from kernels.cpu.resize import resizer
 
 RESOLUTION, BATCH, WORKERS, PAIRS = 200, 64, 2, 5
 STEP_RATE = 5000
@@ -78,6 +79,8 @@ def ours(index: Index, augmentation: Augmentation, source: Any) -> Callable[[int
     if source == "dali" and not dali_installed():
         pytest.skip("DALI is not installed: pip install nvidia-dali-cuda130")
     cached = source in ("ram", "disk")
+    if cached:
+        resizer(compiling=True)  # as for a data set that is worth it, which these photos are not
     made = make_loader(
         index,
         "train",

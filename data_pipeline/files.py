@@ -1,4 +1,5 @@
-"""Reading photos: regular files of a photo's size only; a read that failed in passing is tried again. Lock files."""
+"""Reading photos: regular files of a photo's size only; a read that failed in passing is tried again. Lock
+files, and the names of folders."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
+
+from data_pipeline.errors import DataError
 
 MAX_BYTES = 1 << 30
 """A larger file is no photo: more pixels than PIL decodes take less."""
@@ -42,7 +45,10 @@ def open_photo(path: str, most: float = MAX_BYTES) -> tuple[int, int]:
     Raises:
         OSError: it cannot be opened, is no regular file, or holds more than `most` bytes.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe would block
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe would block
+    except ValueError:  # a null byte, half a character
+        raise OSError("a name that no file can have") from None
     try:
         found = os.fstat(handle)
         check_photo(found, most)
@@ -50,6 +56,21 @@ def open_photo(path: str, most: float = MAX_BYTES) -> tuple[int, int]:
         os.close(handle)
         raise
     return handle, found.st_size
+
+
+def expanded(path: Path) -> Path:
+    """`path` with ~ and ~user replaced.
+
+    Raises:
+        DataError: there is no such user, or no home folder.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise DataError(
+            f"{path} cannot be found, as there is no such user or no home folder here: name a folder without ~, or set "
+            "HOME and XDG_CACHE_HOME."
+        ) from error
 
 
 def open_lock(path: str | Path) -> int:

@@ -164,9 +164,10 @@ def _report_folder(trained: Trained, out: str | None) -> Path | None:
     work starts."""
     if out is None and trained.run is None:
         return None
+    from data_pipeline.files import expanded
     from fastnet.analysis.report import check_folder
 
-    folder = Path(out) if out is not None else trained.run / "report"  # type: ignore[operator]
+    folder = expanded(Path(out)) if out is not None else trained.run / "report"  # type: ignore[operator]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_folder(folder)

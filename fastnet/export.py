@@ -259,6 +259,7 @@ def export(
     """
     import torch
 
+    from data_pipeline.files import expanded
     from fastnet.allocator import keep_memory
     from fastnet.loading.trained import load_trained
 
@@ -268,7 +269,7 @@ def export(
         target, which=checkpoint, variant=variant, style=weights_style, resolution=resolution, kernels="torch"
     )
     name = f"efficientnet_{trained.model.config.variant}-{trained.resolution}{ENDINGS[to]}"
-    path = Path(out) if out else (trained.run or Path()) / name
+    path = expanded(Path(out)) if out else (trained.run or Path()) / name
     if path.suffix != Path(name).suffix:
         raise UserError(f"--out {path} must end in {Path(name).suffix} for --to {to}.", exit_status=2)
     images, what = verification_images(trained, data)

@@ -145,6 +145,7 @@ def predict(
         amp: Mixed precision.
         kernels: Operations inside MBConv.
     """
+    from data_pipeline.files import expanded
     from fastnet.allocator import keep_memory
     from fastnet.device import pick_amp, pick_device
     from fastnet.loading.trained import load_trained
@@ -174,8 +175,9 @@ def predict(
     )
     _print_json(results) if json else _print_lines(results)
     if gradcam:
-        pictures = write_grad_cams(trained, results, gradcam_stages, Path(out))
-        print(f"{len(pictures)} Grad-CAM pictures in {Path(out)}", file=sys.stderr)
+        folder = expanded(Path(out))
+        pictures = write_grad_cams(trained, results, gradcam_stages, folder)
+        print(f"{len(pictures)} Grad-CAM pictures in {folder}", file=sys.stderr)
     return int(any("error" in result for result in results))
 
 

@@ -96,8 +96,11 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
 
 def _absolute(config: TrainConfig) -> TrainConfig:
     """With the data set's place from the root on, so that the run can be continued and evaluated from anywhere."""
-    from data_pipeline.dataset.synthetic import SAMPLE, expanded
+    from data_pipeline.dataset.synthetic import SAMPLE
+    from data_pipeline.files import expanded
 
+    if config.run.out is not None:
+        config = replace(config, run=replace(config.run, out=str(expanded(Path(config.run.out)))))
     data = config.data.data
     if data == SAMPLE:
         return config
@@ -231,12 +234,19 @@ def _train_together() -> int:
         return Trainer(config, folder, Console(quiet=not ranks.is_main), ranks).run()
 
 
+def _of_several() -> bool:
+    try:
+        return processes() > 1
+    except UserError:  # which was said
+        return False
+
+
 def main() -> None:
     try:
         status: Any = run_command(train)
     except SystemExit as left:
         status = left.code or 0
-    if processes() > 1 and isinstance(status, int):
+    if _of_several() and isinstance(status, int):
         # Threads of torch that listened to the other processes may still run; the interpreter's end aborts on them.
         atexit._run_exitfuncs()
         sys.stdout.flush()

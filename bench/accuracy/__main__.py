@@ -5,7 +5,7 @@ same epochs, with several seeds.
 found is kept after every run, and the same command goes on where an earlier one stopped. Top-1 and loss are those of
 the best epoch, as both report; seconds are those of training, images/s of its steps, memory the peak of the process.
 
-Rows `--try "FLAGS"` are fastnet's `finetune` with those flags.
+`--tries="FLAGS"`, which may be given again, runs fastnet's `finetune` with those flags instead.
 """
 
 from __future__ import annotations
@@ -89,22 +89,22 @@ def same_settings(row: Row, config: Any) -> Row:
 
 
 def linked(data: Path, images: int, folder: Path) -> Path:
-    """A folder in `folder` with about so many photos in train/, the same number of each class, and all of val/, as
-    links; made where it is not there."""
+    """A folder in `folder` with about so many photos in train/, the same number of each class, and in val/ all others,
+    as links; made where it is not there. What isn't trained on judges: more photos say more surely which is better."""
     from data_pipeline import build_index
 
     index = build_index(data)
-    to = folder / f"{images}-{index.content[:16]}"
+    to = folder / f"{images}-and-others-{index.content[:16]}"
     if to.exists():
         return to
-    for split, limit in (("train", images // len(index.classes)), ("val", None)):
-        taken = [0] * len(index.classes)
+    taken = [0] * len(index.classes)
+    for split in ("train", "val"):
         for path, label in zip(index.splits[split].paths, index.splits[split].labels.tolist(), strict=True):
-            if limit is None or taken[label] < limit:
-                taken[label] += 1
-                link = to / split / index.classes[label] / Path(path).name
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(path)
+            trains = split == "train" and taken[label] < images // len(index.classes)
+            taken[label] += trains
+            link = to / ("train" if trains else "val") / index.classes[label] / f"{split}-{Path(path).name}"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
     return to
 
 
@@ -201,9 +201,9 @@ def rows_of(quick: bool, tried: Sequence[str]) -> list[Row]:
 
     if tried:
         return [Row(flags, settings=tuple(shlex.split(flags))) for flags in tried]
-    rows = [*METHODS, same_settings(Row("timm, fastnet's settings", "timm"), FINETUNE), LARGE_BATCH, *WAYS[:2]]
+    rows = [*METHODS, same_settings(Row("timm, fastnet's settings", "timm"), FINETUNE), *WAYS[:2]]
     if not quick:
-        rows += [*WAYS[2:], *(dataclasses.replace(row, start="b0") for row in METHODS)]
+        rows += [LARGE_BATCH, *WAYS[2:], *(dataclasses.replace(row, start="b0") for row in METHODS)]
     return rows
 
 
@@ -227,7 +227,7 @@ def accuracy(
         resolution: Image side in pixels.
         epochs: Passes over the photos.
         seeds: Runs of each row.
-        tries: Instead of the usual rows, fastnet's finetune with these flags, each quoted.
+        tries: Instead of the usual rows, fastnet's finetune with these flags; may be given again.
         minutes: Stop after the run that is under way then; 0: go on to the end.
         out: File of the results; default: bench/results/accuracy.json.
     """
@@ -255,7 +255,9 @@ def accuracy(
 def main() -> None:
     import tyro
 
-    sys.exit(run_command(lambda: tyro.cli(accuracy, prog="python -m bench.accuracy")))
+    sys.exit(
+        run_command(lambda: tyro.cli(accuracy, prog="python -m bench.accuracy", config=(tyro.conf.UseAppendAction,)))
+    )
 
 
 if __name__ == "__main__":

@@ -27,10 +27,11 @@ from data_pipeline.dataset.divide import VAL_FRACTION, divide, divide_as_known, 
 from data_pipeline.dataset.known import Known, place_as_known, refuse_additions, went_bad
 from data_pipeline.dataset.layouts import LAYOUTS, OFFLINE, VAL_FOLDERS, Listing, listed_in_folders, listed_in_metadata
 from data_pipeline.dataset.probe import Probe, scan_files
-from data_pipeline.dataset.synthetic import SAMPLE, expanded, make_sample, user_cache_folder
+from data_pipeline.dataset.synthetic import SAMPLE, make_sample, user_cache_folder
 from data_pipeline.dataset.table import find_table, listed_in_table
 from data_pipeline.dataset.tar import Sample, contents, file_of, find_shards, read_shard
 from data_pipeline.errors import DataError
+from data_pipeline.files import expanded
 
 NAME = "food-101"  # the official archive's folder
 _CACHE_VERSION = 3
@@ -225,7 +226,7 @@ def _stamp(path: str) -> list[int]:
     """Size and modification time: what tells a changed file; zeros where it cannot be read."""
     try:
         found = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # a name that no file can have
         return [0, 0]
     return [found.st_size, found.st_mtime_ns]
 

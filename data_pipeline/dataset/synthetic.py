@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_pipeline.errors import DataError
+from data_pipeline.files import expanded
 
 SAMPLE = "sample"  # what --data calls it
 
@@ -32,21 +33,6 @@ def user_cache_folder() -> Path:
     """$XDG_CACHE_HOME/fastnet, by default ~/.cache/fastnet."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if base and os.path.isabs(base) else expanded(Path("~/.cache"))) / "fastnet"
-
-
-def expanded(path: Path) -> Path:
-    """`path` with ~ and ~user replaced.
-
-    Raises:
-        DataError: there is no such user, or no home folder.
-    """
-    try:
-        return path.expanduser()
-    except RuntimeError as error:
-        raise DataError(
-            f"{path} cannot be found, as there is no such user or no home folder here: name a folder without ~, or set "
-            "HOME and XDG_CACHE_HOME."
-        ) from error
 
 
 def _period(rng: np.random.Generator, short: float) -> float:

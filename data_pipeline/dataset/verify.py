@@ -103,7 +103,7 @@ def _look(path: str) -> tuple[Probe | None, bytes | None]:
     except FileNotFoundError:
         return None, None
     except OSError as error:
-        return Probe(0, 0, 1, 0, words_of(error)), os.fsencode(path)
+        return Probe(0, 0, 1, 0, words_of(error)), path.encode("utf-8", "surrogatepass")
     return decode_fully(path, every_pixel=True), digest
 
 

@@ -1,18 +1,21 @@
 """The loader on cached pixels: threads crop, resize and finish one image at a time, from a `PixelStore`; an image that
 has no place there is decoded, as without a cache.
 
-torch resizes 8-bit channels_last pixels with antialiasing in vector instructions and without the interpreter's lock, so
-threads suffice; one image's pixels stay in a core's cache until they are written to the batch.
+C++ (`kernels.cpu.resize`), or torch where there is no compiler, works in vector instructions and without the
+interpreter's lock, so threads suffice; one image's pixels stay in a core's cache until they are written to the batch.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -23,9 +26,14 @@ from data_pipeline.loaders.pixel_store import one_thread_each
 from data_pipeline.loaders.postprocess import Finish
 from data_pipeline.loaders.prefetch import staging
 from data_pipeline.loaders.torch_loader import reason_of, view
+from kernels.cpu.build import BuildError
+from kernels.cpu.resize import Resizer, resizer
 
 AHEAD = 3  # batches under way at once
 _ROWS = 8  # images a job
+WORTH_COMPILING = 2000  # images: a few passes over them save the seconds that it takes
+
+_log = logging.getLogger("data_pipeline")
 
 
 class CachedLoader(Loader):
@@ -39,6 +47,7 @@ class CachedLoader(Loader):
         cache.check(split, plan)
         self.store, bad = cache.store(split, max(1, workers))
         self._pool: ThreadPoolExecutor | None = None
+        self.resizer = _resizer(len(plan.split))
         self.quarantine(bad)
 
     def _produce(self, epoch: int, numbers: Sequence[int]) -> Iterator[Batch]:
@@ -71,7 +80,7 @@ class _UnderWay:
         self.finish = Finish(step.params, side) if on_cpu else None
         kind = torch.float32 if on_cpu else torch.uint8
         self.rows = staging((count, side, side, 3), kind, loader.device)
-        self.boxes = loader.store.boxes(step.indices, step.params.windows).tolist()
+        self.boxes = loader.store.boxes(step.indices, step.params.windows)
         self.jobs: list[Future[dict[int, str]]] = [
             pool.submit(self._fill, range(first, min(first + _ROWS, count))) for first in range(0, count, _ROWS)
         ]
@@ -80,31 +89,62 @@ class _UnderWay:
     def _fill(self, rows: range) -> dict[int, str]:
         """Write these rows; the images that could not be read."""
         bad: dict[int, str] = {}
-        scratch = torch.empty(3 * max(width * height for _, _, width, height in self.boxes), dtype=torch.uint8)
+        stored: list[int] = []
+        store, plan = self.loader.store, self.loader.plan
         for row in rows:
+            index = int(self.step.indices[row])
             try:
-                seen = self._view(row, scratch)
+                if index < store.count:
+                    store.ensure(index)
+                    stored.append(row)
+                else:
+                    seen = view(plan.split, index, self.step.params.windows[row], plan.resolution, plan.margin)
+                    self._take(row, (seen.flip(-1) if self.step.params.flips[row] else seen).permute(1, 2, 0))
             except BadFiles as found:
                 bad |= found.reasons
-                continue
-            if self.finish is None:
-                self.rows[row] = seen
-            else:
-                self.finish.image(row, seen, self.rows[row])
+            except (RuntimeError, OSError) as error:
+                bad[index] = reason_of(error)
+        if stored and self.loader.resizer is not None:
+            self._resize(np.array(stored), self.loader.resizer)
+        elif stored:
+            scratch = torch.empty(3 * int(self.boxes[stored, 2:].prod(axis=1).max()), dtype=torch.uint8)
+            for row in stored:
+                pixels, flip = store.image(int(self.step.indices[row])), bool(self.step.params.flips[row])
+                box, margin = self.boxes[row].tolist(), store.margin(plan.margin)
+                self._take(row, resized(pixels, box, plan.resolution, margin, flip, scratch))
         return bad
 
-    def _view(self, row: int, scratch: Tensor) -> Tensor:
-        """[side, side, 3] 8-bit pixels, flipped."""
-        index, params = int(self.step.indices[row]), self.step.params
-        store, plan, flip = self.loader.store, self.loader.plan, bool(params.flips[row])
-        if index < store.count:
-            pixels = store.ensure(index)
-            return resized(pixels, self.boxes[row], plan.resolution, store.margin(plan.margin), flip, scratch)
-        try:
-            seen = view(plan.split, index, params.windows[row], plan.resolution, plan.margin)
-        except (RuntimeError, OSError) as error:
-            raise BadFiles({index: reason_of(error)}) from None
-        return (seen.flip(-1) if flip else seen).permute(1, 2, 0)
+    def _resize(self, rows: NDArray[np.int64], resize: Resizer) -> None:
+        """As `resized` and `_take`, to the bit, by one call into C++."""
+        store, plan, indices = self.loader.store, self.loader.plan, self.step.indices[rows]
+        whole = self.finish is None or self.finish.normalises_only
+        out = self.rows if whole else torch.empty((len(rows), *self.rows.shape[1:]), dtype=torch.uint8)
+        places = rows if whole else np.arange(len(rows))
+        size = out[0].numel() * out.element_size()
+        resize(
+            torch.from_numpy(store.buffer.data_ptr() + store.offsets[indices]),
+            torch.from_numpy(store.sizes[indices]),
+            torch.from_numpy(self.boxes[rows]),
+            torch.from_numpy(self.step.params.flips[rows]),
+            plan.resolution,
+            store.margin(plan.margin),
+            torch.from_numpy(out.data_ptr() + places * size),
+            *((self.finish.scale, self.finish.black) if whole and self.finish is not None else ()),
+        )
+        if self.finish is None:
+            return
+        for at, row in enumerate(rows.tolist()):
+            if whole:
+                self.finish.erase(row, self.rows[row])
+            else:
+                self.finish.image(row, out[at], self.rows[row])
+
+    def _take(self, row: int, seen: Tensor) -> None:
+        """8-bit pixels [side, side, 3], flipped, into the batch."""
+        if self.finish is None:
+            self.rows[row] = seen
+        else:
+            self.finish.image(row, seen, self.rows[row])
 
     def batch(self) -> Batch:
         bad: dict[int, str] = {}
@@ -120,6 +160,16 @@ class _UnderWay:
     def cancel(self) -> None:
         for job in self.jobs:
             job.cancel()
+
+
+def _resizer(images: int) -> Resizer | None:
+    """The one in C++, where it is there, or worth its compilation; None is torch."""
+    try:
+        return resizer(compiling=images >= WORTH_COMPILING)
+    except BuildError as error:
+        if images >= WORTH_COMPILING:
+            _log.warning("cached images are resized by torch, at some half the speed, as %s.", error)
+        return None
 
 
 def resized(pixels: Tensor, box: Sequence[int], side: int, margin: int, flip: bool, scratch: Tensor) -> Tensor:

@@ -29,20 +29,20 @@ class Finish:
         self.operations, self.strengths = params.operations, params.strengths
         self.erased = None if params.erased is None else rectangles_in_pixels(params.erased, side)
         self.fills = None if params.fills is None else torch.from_numpy(params.fills)
-        scale = 1 / (255 * torch.tensor(IMAGENET_STD))
+        self.scale = 1 / (255 * torch.tensor(IMAGENET_STD))
         self.black = -torch.tensor(IMAGENET_MEAN) / torch.tensor(IMAGENET_STD)
-        self.white = self.black + 255 * scale
+        self.white = self.black + 255 * self.scale
         self.side = side
         self.changes_color = colors is not None
         affine = torch.eye(3, 4).expand(count, 3, 4) if colors is None else torch.from_numpy(colors)
-        self.affine = affine * scale[:, None]
+        self.affine = affine * self.scale[:, None]
         """[N, 3, 4]"""
         self.affine[:, :, 3] += self.black
 
     @cached_property
     def _lines(self) -> tuple[Tensor, Tensor]:
         """Scale and offset of a line of pixels, where colours stay as they are."""
-        return (1 / (255 * torch.tensor(IMAGENET_STD))).repeat(self.side), self.black.repeat(self.side)
+        return self.scale.repeat(self.side), self.black.repeat(self.side)
 
     @cached_property
     def _groups(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
@@ -68,6 +68,15 @@ class Finish:
         else:
             scale, offset = self._lines
             lines.copy_(pixels.reshape(lines.shape)).mul_(scale).add_(offset)
+        self.erase(row, out)
+
+    @property
+    def normalises_only(self) -> bool:
+        """Whether a pixel becomes pixel * scale + black, but for what `erase` fills."""
+        return not self.changes_color and self.operations is None
+
+    def erase(self, row: int, out: Tensor) -> None:
+        """Fill the rectangle of image `row` in out [R, R, 3], if it has one."""
         if self.erased is not None and self.fills is not None:
             x, y, width, height = self.erased[row].tolist()
             out[y : y + height, x : x + width] = self.fills[row]

@@ -244,6 +244,11 @@ def join() -> Ranks:
     """Meet the other processes that torchrun started."""
     if processes() == 1:
         return ALONE
+    said = os.environ.get("RANK", "")
+    if said.isascii() and said.isdigit() and int(said[:9]) >= processes():  # it would wait for others for an hour
+        raise UserError(
+            f"RANK is {said} and WORLD_SIZE {processes()}, and ranks count from 0: start with torchrun, or unset them."
+        )
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))

@@ -146,7 +146,11 @@ def _load(trainer: Run, weights: dict[str, Tensor], training: dict[str, Tensor])
 
 def excluded_text(excluded: Sequence[tuple[str, str]]) -> bytes:
     """excluded.txt: a line for each (path, reason)."""
-    return "".join(f"{path}: {reason}\n" for path, reason in excluded).encode("utf-8", "surrogateescape")
+    text = "".join(f"{path}: {reason}\n" for path, reason in excluded)
+    try:
+        return text.encode("utf-8", "surrogateescape")  # a file's name, whatever its bytes
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace")
 
 
 def pack_known(index: Index) -> Tensor:

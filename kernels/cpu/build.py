@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Level = Literal["amx", "avx512-bf16", "avx512", "avx2", "neon", "plain"]
 
@@ -117,9 +117,9 @@ def _link_flags() -> tuple[str, ...]:
 
 
 @functools.cache
-def _key(compiler: str, flags: tuple[str, ...]) -> str:
+def _key(compiler: str, flags: tuple[str, ...], sources: Path) -> str:
     parts = [compiler, _run([compiler, "--version"], f"{compiler} --version"), *flags, platform.machine()]
-    parts += [path.name + path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir())]
+    parts += [path.name + path.read_text(encoding="utf-8") for path in sorted(sources.iterdir())]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
@@ -142,32 +142,58 @@ def _found(folder: Path, prefix: str) -> Path | None:
 def _locked(path: Path) -> Iterator[None]:
     import fcntl
 
-    with path.open("w") as file:
+    # Not through a link, which would make or empty what it points to.
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644), "r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
+class _Recipe(NamedTuple):
+    """What a library is made of, and the beginning of its name."""
+
+    compiler: str
+    compile_flags: tuple[str, ...]
+    link_flags: tuple[str, ...]
+    sources: Path
+    prefix: str
+
+
+def _recipe(level: Level | None, extra: tuple[str, ...], sources: Path | None) -> _Recipe:
+    cxx, sources = compiler(), sources or SOURCES
+    level = level or _compilable(cxx, cpu_level())
+    compile_flags, link_flags = (*FLAGS, *LEVELS[level], *extra), (*_link_flags(), *extra)
+    what = "block" if sources == SOURCES else sources.name
+    prefix = f"{what}-{level}-{_key(cxx, (*compile_flags, '--', *link_flags), sources)}"
+    return _Recipe(cxx, compile_flags, link_flags, sources, prefix)
+
+
+def find(level: Level | None = None, extra: tuple[str, ...] = (), sources: Path | None = None) -> Path | None:
+    """The library that `build` would find in the cache, if there is one. Raises BuildError without a compiler."""
+    return _found(cache_folder(), _recipe(level, extra, sources).prefix)
+
+
 def build(
-    level: Level | None = None, extra: tuple[str, ...] = (), announce: Callable[[str], None] = lambda line: None
+    level: Level | None = None,
+    extra: tuple[str, ...] = (),
+    announce: Callable[[str], None] = lambda line: None,
+    sources: Path | None = None,
 ) -> Path:
     """The library for `level` (default: this CPU's), compiled where the cache has none.
 
-    extra: flags of the compiler and linker, as a sanitizer's. announce: gets one line before a compilation.
+    extra: flags of the compiler and linker, as a sanitizer's. announce: gets one line before a compilation. sources:
+    their folder; default: the blocks'.
     Raises BuildError.
     """
-    folder, cxx = cache_folder(), compiler()
-    level = level or _compilable(cxx, cpu_level())
-    compile_flags, link_flags = (*FLAGS, *LEVELS[level], *extra), (*_link_flags(), *extra)
-    prefix = f"block-{level}-{_key(cxx, (*compile_flags, '--', *link_flags))}"
+    recipe, folder = _recipe(level, extra, sources), cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if found := _found(folder, prefix):
+        if found := _found(folder, recipe.prefix):
             return found
-        with _locked(folder / f"{prefix}.lock"):
-            if found := _found(folder, prefix):
+        with _locked(folder / f"{recipe.prefix}.lock"):
+            if found := _found(folder, recipe.prefix):
                 return found
-            announce(f"compiling the CPU kernels for {level} with {cxx}, once; they are kept in {folder}")
-            return _compile(cxx, compile_flags, link_flags, folder, prefix)
+            announce(f"compiling {recipe.prefix} with {recipe.compiler}, once, to be kept in {folder}")
+            return _compile(recipe, folder)
     except OSError as error:
         raise BuildError(
             f"the CPU kernels cannot be kept in {folder} ({error.strerror or error}): make room or make it writable, "
@@ -186,23 +212,24 @@ def _compilable(cxx: str, level: Level) -> Level:
     return level
 
 
-def _compile(cxx: str, flags: tuple[str, ...], link_flags: tuple[str, ...], folder: Path, prefix: str) -> Path:
+def _compile(recipe: _Recipe, folder: Path) -> Path:
     from concurrent.futures import ThreadPoolExecutor
 
+    cxx = recipe.compiler
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        sources = sorted(SOURCES.glob("*.cpp"))
+        sources = sorted(recipe.sources.glob("*.cpp"))
         objects = [str(Path(scratch, source.stem + ".o")) for source in sources]
         with ThreadPoolExecutor() as pool:
             jobs = [
-                pool.submit(_run, [cxx, *flags, "-c", str(source), "-o", out], f"{cxx} on {source.name}")
+                pool.submit(_run, [cxx, *recipe.compile_flags, "-c", str(source), "-o", out], f"{cxx} on {source.name}")
                 for source, out in zip(sources, objects, strict=True)
             ]
             for job in jobs:
                 job.result()
-        library = Path(scratch, "block.so")
-        _run([cxx, "-shared", *objects, *link_flags, "-o", str(library)], f"linking with {cxx}")
+        library = Path(scratch, "library.so")
+        _run([cxx, "-shared", *objects, *recipe.link_flags, "-o", str(library)], f"linking with {cxx}")
         with library.open("rb+") as file:
             os.fsync(file.fileno())
-        final = folder / f"{prefix}-{_digest(library)}.so"
+        final = folder / f"{recipe.prefix}-{_digest(library)}.so"
         library.replace(final)
     return final

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from data_pipeline import DataError, build_index
+from data_pipeline import DataError, build_index, make_loader
 from data_pipeline.__main__ import main as data_main
 from data_pipeline.dataset.synthetic import user_cache_folder
 from fastnet import train as train_command
@@ -32,7 +33,7 @@ from fastnet.model import EfficientNet, ModelConfig
 from fastnet.training.build import cache_memory
 from fastnet.training.curves import read_metrics
 from fastnet.training.metrics import MetricsFile
-from fastnet.training.saved import read_run
+from fastnet.training.saved import excluded_text, read_run
 
 Said = pytest.CaptureFixture[str]
 
@@ -88,6 +89,7 @@ def test_names_that_cannot_be(capsys: Said, tmp_path: Path, monkeypatch: pytest.
         # Later versions of Python say of such a name that there is no file.
         (["--data", "a" * 300], "ile name too long|There is no folder"),
         (["--out", "b" * 300], "ile name too long"),
+        (["--out", "~nosuchuser/x"], "~nosuchuser/x cannot be found, as there is no such user"),
         (["--resume", "c" * 300], "ile name too long|no checkpoint there"),
         (["--seed", str(2**80)], "--seed 1208925819614629174706176 must lie between 0 and"),
         (["--seed", "-1"], "--seed -1 must lie between 0 and"),
@@ -106,6 +108,23 @@ def test_a_number_of_processes_that_is_none(monkeypatch: pytest.MonkeyPatch, sai
         processes()
 
 
+def test_the_command_says_so_and_ends(monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    monkeypatch.setattr(sys, "argv", ["train"])
+    with pytest.raises(SystemExit) as left:
+        train_command.main()
+    assert "start with torchrun, or unset it" in one_sentence(capsys, int(str(left.value)))
+
+
+def test_a_rank_beyond_the_last_one_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastnet.training.distributed import join
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(UserError, match="RANK is 2 and WORLD_SIZE 2, and ranks count from 0: start with torchrun"):
+        join()
+
+
 @pytest.mark.parametrize("missing", ["MASTER_ADDR", "RANK"])
 def test_processes_that_cannot_meet(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     from fastnet.training.distributed import join
@@ -115,6 +134,56 @@ def test_processes_that_cannot_meet(monkeypatch: pytest.MonkeyPatch, missing: st
     monkeypatch.delenv(missing)
     with pytest.raises(UserError, match=r"WORLD_SIZE is 2.*start with torchrun"):
         join()
+
+
+@pytest.mark.parametrize("size", [64 << 20, 8 << 30])
+def test_workers_that_run_out_of_shared_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, size: int
+) -> None:
+    """Docker's /dev/shm has 64 MB, and a worker that finds it full dies of SIGBUS, as does the next one."""
+    from data_pipeline.loaders import torch_loader
+
+    for path in ("train/a/1.jpg", "train/b/1.jpg", "val/a/1.jpg", "val/b/1.jpg"):
+        photo(tmp_path / path)
+    index = build_index(tmp_path, cache_dir=tmp_path / "cache")
+    loader = make_loader(
+        index, "val", backend="torch", train=False, resolution=32, batch_size=2, seed=0, workers=0, augmentation=None
+    )
+
+    def dies(_: object) -> object:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...")
+
+    monkeypatch.setattr(torch_loader.TorchLoader, "_next", dies)
+    found = os.statvfs("/")
+    blocks = type(found)((*tuple(found)[:2], size // found.f_frsize, *tuple(found)[3:]))
+    monkeypatch.setattr(torch_loader.os, "statvfs", lambda path: blocks if path == "/dev/shm" else found)
+    with pytest.raises(DataError, match=r"Bus error.*too little memory or /dev/shm.*smaller --batch-size") as caught:
+        list(loader.batches(0))
+    assert caplog.text.count("others go on") == 1
+    assert ("; /dev/shm has 67 MB here: give Docker --shm-size 8g" in str(caught.value)) == (size < 1 << 30)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited or there was a network error, NCCL 2.28.3"
+        "\nncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:29511",
+    ],
+)
+def test_a_rank_that_is_lost_is_named_in_nccls_words_and_gloos(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    from fastnet.training.distributed import Ranks
+
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    ranks = Ranks(rank=0, size=2, local_rank=0, local_size=2, nodes=1)
+    ranks.processes = {0: os.getpid(), 1: gone.pid}
+    monkeypatch.setattr(Ranks, "_fails_first", lambda _: True)
+    words = rf"rank 1 \(process {gone.pid}, killed from outside or out of memory: see dmesg\) ended: .*--resume"
+    with pytest.raises(UserError, match=words), ranks.one_report():
+        raise torch.distributed.DistBackendError(said)
+    with pytest.raises(ValueError, match=r"NCCL|gloo"), ranks.one_report():  # no loss of a peer
+        raise ValueError(said)
 
 
 def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,6 +410,36 @@ def test_damaged_metadata(tmp_path: Path, capsys: Said, name: str, content: byte
     assert name.partition(".")[0] in one_sentence(capsys, status)
 
 
+@pytest.mark.parametrize("name", ["pie/\0", "pie/\ud800"])
+@pytest.mark.parametrize("form", ["json", "csv"])
+def test_names_in_a_list_that_no_file_can_have(tmp_path: Path, capsys: Said, name: str, form: str) -> None:
+    for at in FOUR:
+        photo(tmp_path / "images" / f"{at}.jpg")
+    if form == "json":
+        (tmp_path / "meta").mkdir()
+        for split, number in (("train", 1), ("test", 2)):
+            listed = {"pie": [f"pie/{number}"], "soup": [f"soup/{number}"]}
+            if split == "train":
+                listed["pie"].append(name)
+            (tmp_path / "meta" / f"{split}.json").write_text(json.dumps(listed))
+    else:
+        lines = [f"images/{at}.jpg,{at[:3]},{split}" for split, at in zip(("train", "val") * 2, FOUR, strict=True)]
+        lines.append(f"images/{name}.jpg,pie,train")
+        (tmp_path / "list.csv").write_bytes("\n".join(["path,label,split", *lines]).encode("utf-8", "surrogatepass"))
+        if "\ud800" in name:
+            with pytest.raises(DataError, match="has no columns path and label"):
+                build_index(tmp_path / "list.csv", cache_dir=tmp_path / "cache")
+            return
+    index = build_index(tmp_path, cache_dir=tmp_path / "cache")
+    assert [reason for _, reason in index.excluded] == ["a name that no file can have"]
+    assert len(index.splits["train"]) == 2
+    assert excluded_text(index.excluded)
+    assert len(index.known().pack()) > 0
+    assert data_main(["verify", "--root", str(tmp_path)]) == 1
+    assert "a name that no file can have" in capsys.readouterr().out
+
+
+FOUR = ("pie/1", "pie/2", "soup/1", "soup/2")
 NFC, NFD = "caf\u00e9", "cafe\u0301"
 
 

@@ -164,6 +164,8 @@ def test_damaged_members_are_named_and_left_out(shards: Path, tmp_path: Path) ->
             "c/list.json": b'{"label": [1]}',
             "c/minus.jpg": image,
             "c/minus.cls": b"-1",
+            "c/deep.jpg": image,
+            "c/deep.json": b'{"label": ' + b"[" * 50_000,
         },
     )
     with tarfile.open(path, "a") as tar:
@@ -180,6 +182,7 @@ def test_damaged_members_are_named_and_left_out(shards: Path, tmp_path: Path) ->
         "c/bad.jpg": "its label c/bad.json is not JSON text",
         "c/list.jpg": "its label in c/list.json is neither a number nor a name",
         "c/minus.jpg": "its label in c/minus.cls is negative",
+        "c/deep.jpg": "its label c/deep.json is not JSON text",
         "a/link.jpg": "a link or special file in its shard",
     }
     report = verify(shards)

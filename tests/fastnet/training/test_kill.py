@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,7 +23,7 @@ from fastnet.config import TrainConfig
 from fastnet.errors import UserError
 from fastnet.loading import checkpoint
 from fastnet.training.trainer import Trainer
-from tests.forked import ROOT
+from tests.forked import ROOT, fork, wait
 from tests.kill_trials import Case, digests, make_data
 
 
@@ -59,6 +60,31 @@ def before_step(trainer: Trainer, step: int, act: Any) -> None:
         return inner(*inputs)
 
     trainer.step._call = call
+
+
+def test_a_wish_to_save_is_granted_after_the_step_and_the_run_goes_on(config: TrainConfig, tmp_path: Path) -> None:
+    """Slurm sends SIGUSR1 to every process of a job, loading workers too."""
+    config = replace(config, run=replace(config.run, save_every=0), data=replace(config.data, workers=1))
+    saved: list[int] = []
+
+    def body() -> int:
+        trainer = trainer_of(config, tmp_path / "run")
+        before_step(trainer, 1, lambda: os.killpg(0, signal.SIGUSR1))
+        save = trainer.save
+
+        def spy() -> None:
+            saved.append(trainer.progress.step)
+            save()
+
+        trainer.save = spy  # type: ignore[method-assign]
+        status = trainer.run()
+        # At the beginning, after the step that was under way, and at the ends of both epochs.
+        assert saved == [0, 2, 3, 6], saved
+        return status
+
+    said = tmp_path / "said"
+    assert wait(fork(body, said)) == 0, said.read_text()
+    assert "worker died" not in said.read_text()
 
 
 @pytest.mark.parametrize(

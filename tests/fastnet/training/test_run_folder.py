@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from data_pipeline import DataError, build_index, choose_cache
+from data_pipeline.loaders.cache import cache_folder
 from fastnet import train as train_command
 from fastnet.analysis.report import check_folder
 from fastnet.config import TrainConfig
@@ -21,6 +23,7 @@ from fastnet.evaluate import evaluate
 from fastnet.loading.checkpoint import write_atomically
 from fastnet.predict import predict
 from fastnet.training.run_folder import LOCK, check_new, locked
+from fastnet.training.tuning.kept import KeptResults
 from tests.fastnet.training.test_kill import before_step, config, stopped, trainer_of
 from tests.forked import fork, wait
 from tests.kill_trials import digests
@@ -109,6 +112,31 @@ def test_locks_follow_no_link(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run can be written to"), locked(out, new=True):
         pass
     assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize("what", ["the cache", "what was measured"])
+def test_locks_of_the_users_cache_follow_no_link(tmp_path: Path, what: str) -> None:
+    """Through a link, the file that it names would be made, or locked."""
+    victim = tmp_path / "victim"
+    if what == "the cache":
+        for folder in ("train/a", "train/b", "val/a", "val/b"):
+            photo = tmp_path / "photos" / folder / "1.png"
+            photo.parent.mkdir(parents=True)
+            Image.new("RGB", (40, 40)).save(photo)
+        index = build_index(tmp_path / "photos", cache_dir=tmp_path / "index")
+        pixels = choose_cache("disk", index, 32, cache_dir=tmp_path)
+        place = cache_folder(index, "train", pixels.contents["train"], tmp_path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.with_name(f".{place.name}.lock").symlink_to(victim)
+        with pytest.raises(DataError, match="cannot be written"):
+            pixels.store("train", 1)
+    else:
+        said: list[str] = []
+        kept = KeptResults({"gpu": "none"}, said.append, tmp_path)
+        kept.path.with_suffix(".lock").symlink_to(victim)
+        kept.add({"a": {}})
+        assert "can't be kept" in said[0]
+    assert not victim.exists()
 
 
 def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ SANITIZED = """
 import torch
 from kernels.cpu.build import build
 from kernels.cpu.library import Library, using
-from tests import test_cpu_kernels as cases
+from tests.kernels.cpu import test_ops as cases
 from tests.kernels.block.test_mbconv import call, inputs, run
 import sys
 torch.set_num_threads(2)
