@@ -296,8 +296,8 @@ class ModelConfig:
     padding: "symmetric" is k // 2 on every side; "same" is TF's, which puts an odd pixel right and below.
     kernels: "torch" is plain PyTorch; "triton" fuses whole MBConv blocks and never falls back; "triton-ops" keeps
     PyTorch's convolutions and fuses what lies between them; "native" is "triton" in C++ on a CPU, and never falls back;
-    "auto" is "torch" without CUDA and on it "triton", but for blocks that were found wrong or slower so on the GPU at
-    hand (``fastnet.training.tuning``).
+    "auto" is "torch" without CUDA, but for blocks that were found right and faster in C++ on the CPU at hand, and on
+    CUDA "triton", but for blocks that were found wrong or slower so on the GPU at hand (``fastnet.training.tuning``).
     """
 
     variant: str = "b0"

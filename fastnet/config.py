@@ -42,8 +42,8 @@ class ModelOptions:
     kernels: Kernels = "auto"
     """How MBConv runs: triton is one fused block and never falls back, triton-ops fuses between torch's convolutions,
     native is the fused block in C++ for a CPU, compiled at first use; it never falls back either; torch is plain; auto
-    is torch on a CPU and on a GPU below compute capability 8.0, and elsewhere triton, but for blocks that --tune finds
-    wrong or slower."""
+    is native on a CPU with a C++ compiler and triton on a GPU from compute capability 8.0 on, but for blocks that
+    --tune finds wrong or slower, and torch elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -158,13 +158,13 @@ class RunOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes CUDA if there is a GPU that torch can use, and says why if it cannot."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
-    """Mixed precision. fp16 scales the loss; auto is bf16 on a GPU, fp16 on one below compute capability 8.0, and off
-    on a CPU."""
+    """Mixed precision. fp16 scales the loss; auto is bf16 on a GPU, fp16 on one below compute capability 8.0, and on
+    a CPU bf16 or off, whichever was measured to train faster there (off with --kernels torch)."""
     compile: Literal["off", "regional", "whole"] = "off"
     """torch.compile. A bare --compile means regional (each kind of block once, shared by its repeats); whole is one
     graph."""
     tune: Literal["on", "off", "again"] = "on"
-    """On a GPU, before the first step of each kind of batch: check each block's kernels and measure what is fastest, or
+    """Before the first step of each kind of batch: check each block's kernels and measure what is fastest here, or
     read what earlier runs measured (on); believe predictions, falling back only where a kernel can't be run (off);
     measure anew (again)."""
     seed: int = 0

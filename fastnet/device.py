@@ -12,7 +12,7 @@ import torch
 from fastnet.arch import Kernels, family
 from fastnet.errors import UserError
 from kernels import launch
-from kernels.cpu.library import library
+from kernels.cpu.library import library, unavailable
 from kernels.device import gpu, has_bf16, is_gpu, unsupported
 from kernels.mbconv import resolve as resolve_block
 from kernels.nvidia import unusable
@@ -42,7 +42,8 @@ def pick_device(name: str, say: Callable[[str], None] = tell) -> torch.device:
 
 
 def pick_amp(name: str, device: torch.device) -> Amp:
-    """The precision that --amp means; UserError where the device has no bf16."""
+    """The precision that --amp means, PyTorch's kernels on a CPU (`training.tuning.pick_precision` knows ours);
+    UserError where the device has no bf16."""
     if name == "auto":
         return "off" if not is_gpu(device) else "bf16" if has_bf16(device) else "fp16"
     if name == "bf16" and not has_bf16(device):
@@ -58,7 +59,7 @@ def pick_amp(name: str, device: torch.device) -> Amp:
 def check_kernels(
     kernels: Kernels, device: torch.device, say: Callable[[str], None] = tell, *, variant: str = "b0"
 ) -> None:
-    """Tells `say` where "auto" leaves a GPU, or any choice a variant, to PyTorch; UserError where Triton is
+    """Tells `say` where "auto" leaves a device, or any choice a variant, to PyTorch; UserError where Triton is
     asked for and cannot run, or the C++ kernels, which are compiled here if they have not been."""
     if not family(variant).has_kernels:
         if kernels != "torch" and (kernels != "auto" or is_gpu(device)):
@@ -70,6 +71,10 @@ def check_kernels(
             library(say)
         except RuntimeError as error:
             raise UserError(f"--kernels native does not work here: {error}.", exit_status=2) from error
+        return
+    if kernels == "auto" and not is_gpu(device):
+        if (missing := unavailable(say)) is not None:
+            say(f"computing with PyTorch alone because {missing}.")
         return
     reason = unsupported(device)
     if reason is None or kernels == "torch":

@@ -92,12 +92,13 @@ def evaluate(
         loader: Input pipeline.
         workers: Loader threads or processes.
         device: Where to run.
-        amp: Mixed precision; auto is bf16 on a GPU (fp16 below compute capability 8.0) and off on a CPU.
+        amp: Mixed precision; auto is bf16 on a GPU (fp16 below compute capability 8.0), on a CPU the faster one.
         kernels: Operations inside MBConv.
     """
     from fastnet.allocator import keep_memory
-    from fastnet.device import pick_amp, pick_device, pick_workers
+    from fastnet.device import pick_device, pick_workers, tell
     from fastnet.loading.trained import data_of, load_trained
+    from fastnet.training.tuning import pick_precision
 
     check_numbers(batch_size=batch_size, workers=workers or 0, gradcam_stages=gradcam_stages)
     if worst < 0:
@@ -124,7 +125,7 @@ def evaluate(
         trained,
         index,
         tta=tta,
-        amp=pick_amp(amp, where),
+        amp=pick_precision(amp, where, kernels, trained.model.config.variant, tell),
         batch_size=batch_size,
         loader=loader,
         workers=pick_workers(workers, where),

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from fastnet.arch import Activation, BlockShape, Kernels, ModelConfig, Padding
 from fastnet.forms import Form, chosen
 from kernels import ConvNorm, Excite, bn_drop_connect_add, bn_silu, bn_silu_squeeze_excite, mbconv, reference
+from kernels.cpu.layer import conv_bn_silu
+from kernels.cpu.library import STORAGE_DTYPES
 from kernels.launch import Impl, resolve
 from kernels.mbconv import BlockImpl, mbconv_training
 from kernels.ops.excite import MAX_SQUEEZE
@@ -155,6 +157,7 @@ class ConvBNAct(nn.Module):
         self.bn = BatchNorm(out_channels, config)
         self.activation = activation
         self.alone = alone
+        self.kernels = config.kernels
 
     @property
     def layer(self) -> ConvNorm:
@@ -167,6 +170,10 @@ class ConvBNAct(nn.Module):
 
     def forward(self, x: Tensor, se: SqueezeExcite | None = None, *, form: Form | None = None) -> Tensor:
         """[B, C_in, H, W] → [B, C_out, H/stride, W/stride]. form: instead of what was chosen."""
+        if se is None and self._is_native(x, form):
+            padding = "same" if self.conv.same else "symmetric"
+            options = {name: getattr(self.bn, name) for name in ("momentum", "eps", "group")}
+            return conv_bn_silu(x, self.layer, stride=self.conv.stride[0], padding=padding, **options)
         x = self.conv(x)
         options = self.bn.options
         if form is None and self.alone and self.bn.impl == "auto":
@@ -183,6 +190,21 @@ class ConvBNAct(nn.Module):
         if se is None:
             return bn_silu(x, *self.bn.tensors, **options)
         return bn_silu_squeeze_excite(x, *self.bn.tensors, *se.tensors, **options)
+
+    def _is_native(self, x: Tensor, form: Form | None) -> bool:
+        """Whether a stem or head is computed in C++: in training, on a CPU, where `form`, the model's choice of kernels
+        or what was measured says so, and an image wants no gradient."""
+        if not self.alone or not self.bn.training or self.activation != "silu" or x.device.type != "cpu":
+            return False
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        if dtype not in STORAGE_DTYPES or self.bn.weight.dtype != torch.float32 or x.dtype not in STORAGE_DTYPES:
+            return False
+        if self.conv.kernel_size[0] > 1 and x.requires_grad and torch.is_grad_enabled():
+            return False
+        if form is not None or self.kernels != "auto":
+            return (self.kernels if form is None else form) == "native"
+        height, width = (-(-side // self.conv.stride[0]) for side in x.shape[2:])
+        return chosen(self.kind, x, height, width, True, dtype) == "native"
 
 
 def _bn_add(bn: BatchNorm, x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
@@ -246,7 +268,7 @@ class MBConv(nn.Module):
         if not bn.training:
             scale = None  # nothing is dropped from a frozen block
         if isinstance(x, PendingResidual) or not join:
-            native = self.kernels == "native"
+            native = self._is_native(x, form)
             return mbconv_training(x, *self._layers, scale, **self._options, join=join, native=native)
         form = self.form(x, x.shape[2], x.shape[3]) if form is None else form
         if form != "triton-ops":
@@ -279,24 +301,40 @@ class MBConv(nn.Module):
 
         As one only in our kernels, and with every norm in training, or none of them and nothing to differentiate.
         """
-        if self.kernels != "native" and (
-            self.kernels in ("torch", "triton-ops")
-            or self.project.bn.is_16_bit
-            or resolve(self.project.bn.impl, x) == "torch"
-        ):
-            return "triton-ops"
         norms = [part.bn.training for part in (self.expand, self.depthwise, self.project) if part is not None]
         training = all(norms)
+        fused = self._fused(x, height, width, training)
+        if fused is None:
+            return "triton-ops"
         if not training and (any(norms) or self._takes_gradients(x)):
             if self.kernels in ("triton", "native") and not torch.compiler.is_compiling():
                 warnings.warn(UNFUSED.format(self.kernels), stacklevel=2)
             return "triton-ops"
-        if self.kernels == "triton" or self.kernels == "native":
-            return self.kernels
+        if fused == "native" or self.kernels == "triton":
+            return fused
         # The operations have a remedy of their own for what the fused kernels can't hold.
         if self.shape.squeezed > MAX_SQUEEZE:
             return "triton-ops"
-        return chosen(self.kind, x, height, width, training)
+        return fused
+
+    def _fused(self, x: Tensor, height: int, width: int, training: bool) -> Form | None:
+        """What the model's choice of kernels, and what was measured, would compute the whole block by; None where only
+        convolution by convolution."""
+        if self.kernels == "native":
+            return "native"
+        if self.kernels in ("torch", "triton-ops") or self.project.bn.is_16_bit:
+            return None
+        if resolve(self.project.bn.impl, x) != "torch":
+            return "triton" if self.kernels == "triton" else chosen(self.kind, x, height, width, training)
+        # On a CPU PyTorch computes what was not measured.
+        return "native" if chosen(self.kind, x, height, width, training) == "native" else None
+
+    def _is_native(self, x: Tensor | PendingResidual, form: Form | None) -> bool:
+        """Whether a block whose neighbour is joined with it is computed in C++: `form`, or else as both are."""
+        if form is not None:
+            return form == "native"
+        image = x.p if isinstance(x, PendingResidual) else x
+        return self.kernels == "native" or (self.kernels == "auto" and resolve(self.project.bn.impl, image) == "torch")
 
     def _takes_gradients(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))

@@ -147,8 +147,9 @@ def predict(
     """
     from data_pipeline.files import expanded
     from fastnet.allocator import keep_memory
-    from fastnet.device import pick_amp, pick_device
+    from fastnet.device import pick_device, tell
     from fastnet.loading.trained import load_trained
+    from fastnet.training.tuning import pick_precision
 
     check_numbers(top=top, batch_size=batch_size, workers=workers, gradcam_stages=gradcam_stages)
     if not images:
@@ -169,7 +170,7 @@ def predict(
         expand(images),
         top=top,
         tta=tta,
-        amp=pick_amp(amp, where),
+        amp=pick_precision(amp, where, kernels, trained.model.config.variant, tell),
         batch_size=batch_size,
         workers=workers,
     )

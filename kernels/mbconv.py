@@ -54,6 +54,7 @@ from kernels import reference
 from kernels.block import mbconv_ops
 from kernels.block.strips import CONFIGURATIONS, Padding
 from kernels.cpu import ops as cpu_ops
+from kernels.cpu.library import STORAGE_DTYPES
 from kernels.ops.drop_connect import bn_drop_connect_add_op
 from kernels.ops.excite import resolve as resolve_squeeze
 from kernels.sync import all_gather_stats, all_reduce_sums, group_size
@@ -70,7 +71,7 @@ def resolve(impl: BlockImpl, x: Tensor, squeeze: int = 1) -> Literal["triton", "
         return resolve_squeeze(impl, x, squeeze)
     if x.device.type != "cpu":
         raise RuntimeError(f"impl='native' cannot run on {x.device.type} tensors: move them to the CPU or pass 'auto'")
-    if x.dtype not in cpu_ops.STORAGE_DTYPES:
+    if x.dtype not in STORAGE_DTYPES:
         raise TypeError(f"impl='native' stores float32 or bfloat16, got {x.dtype}: pass impl='torch'")
     return "native"
 

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import sys
 from collections.abc import Generator
 from contextlib import suppress
 from pathlib import Path
@@ -54,6 +55,18 @@ def _seeded() -> None:
 def _two_threads() -> None:
     """Two threads in all, also where two processes share the tests."""
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_measured_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `--kernels auto` and `--amp auto` compute by must not depend on how fast the machine is that tests it: by
+    PyTorch, in fp32."""
+    tuner = sys.modules.get("fastnet.training.tuning.tuner")
+    if tuner is not None:
+        timer_for = tuner.timer_for
+        monkeypatch.setattr(tuner, "timer_for", lambda device: None if device.type == "cpu" else timer_for(device))
+        precision = sys.modules["fastnet.training.tuning.precision"]
+        monkeypatch.setattr(precision, "unavailable", lambda say: "it is a test")
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,11 @@ import copy
 import torch
 from torch import Tensor
 
+from fastnet.forms import computes_natively
 from fastnet.model import EfficientNet
 from fastnet.training.optim import unless
 from fastnet.training.schedule import ema_decay
+from kernels.cpu import update
 
 
 class ModelEma:
@@ -22,6 +24,7 @@ class ModelEma:
     def __init__(self, model: EfficientNet, decay: float, *, warmup: bool = False, capturable: bool = False) -> None:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.warmup, self.capturable = decay, warmup, capturable
+        self.native = not capturable and computes_natively(model)
         pairs = list(zip(self.module.state_dict().values(), model.state_dict().values(), strict=True))
         self._averaged = [(e, m) for e, m in pairs if e.is_floating_point()]
         self._copied = [(e, m) for e, m in pairs if not e.is_floating_point()]
@@ -36,8 +39,10 @@ class ModelEma:
         """Move towards the model; nothing changes where the flag [] is set."""
         if not self.capturable:
             if not found_inf:
-                weight = float(self.weight)
-                for e, m in self._averaged:  # one at a time stays in a CPU's cache
+                weight, pairs = float(self.weight), self._averaged
+                if self.native:
+                    pairs = [pairs[i] for i in update.move_average_(pairs, weight)]
+                for e, m in pairs:  # one at a time stays in a CPU's cache
                     e.lerp_(m, weight)
                 torch._foreach_copy_([e for e, _ in self._copied], [m for _, m in self._copied])
             return

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from fastnet.device import Amp
+from fastnet.forms import computes_natively
 from fastnet.training.cuda_graph import GraphedStep, Recorder, own_failure
 from fastnet.training.ema import ModelEma
 from fastnet.training.mixup import mix_images
+from kernels.cpu import update
 from kernels.launch import with_strides
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
@@ -84,6 +86,7 @@ class TrainStep:
         self.capturable = device.type == "cuda" if capturable is None else capturable
         self._all_reduce, self._reduce_found_inf = all_reduce, reduce_found_inf
         self._images = images
+        self._native = not self.capturable and computes_natively(model)
         self._params = [p for p in model.parameters() if p.requires_grad]
         # Batch norm's statistics have moved before the loss is known.
         self._statistics = [b for b in model.buffers() if b.is_floating_point()]
@@ -189,7 +192,7 @@ class TrainStep:
         """Clip and apply the gradients, or leave everything as it was before the step."""
         grads = [p.grad for p in self._params if p.grad is not None]
         fp16 = self.amp == "fp16"
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        norm = self._norm(grads)
         factor = self.loss_scale.reciprocal() if fp16 else None
         if self.clip_grad_norm:
             if factor is not None:
@@ -213,6 +216,13 @@ class TrainStep:
             torch._amp_update_scale_(
                 self.loss_scale, self.growth_tracker, self.found_inf, GROWTH, BACKOFF, GROWTH_INTERVAL
             )
+
+    def _norm(self, grads: list[Tensor]) -> Tensor:
+        """Of all gradients, []."""
+        norm = update.norm(grads) if self._native else None
+        if norm is not None:
+            return norm
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
 
     def _restore_statistics(self) -> None:
         """Batch norm's statistics from before the step, if it is left out."""

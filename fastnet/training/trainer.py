@@ -18,7 +18,7 @@ from rich.console import Console
 from data_pipeline import build_index
 from data_pipeline.loaders.prefetch import sent
 from fastnet.config import TrainConfig
-from fastnet.device import pick_amp, pick_device
+from fastnet.device import pick_device
 from fastnet.errors import UserError, out_of_memory
 from fastnet.loading.checkpoint import Progress, write_atomically
 from fastnet.model import EfficientNet, ModelConfig
@@ -40,7 +40,7 @@ from fastnet.training.schedule import learning_rate, progressive_resolution, ste
 from fastnet.training.step import StepHealth
 from fastnet.training.stop import WISH_TO_SAVE, StopRequest
 from fastnet.training.trackers import make_trackers
-from fastnet.training.tuning import make_tuner, words_for
+from fastnet.training.tuning import make_tuner, pick_precision, words_for
 from fastnet.training.validate import Interrupted, evaluate_model, reestimate_batch_norm
 from kernels.launch import KernelError
 
@@ -57,7 +57,10 @@ class Trainer:
         config.validate()
         self.config, self.folder, self.console, self.ranks = config, folder, console, ranks
         self.device = ranks.device(pick_device(config.run.device, self.say))
-        self.amp = pick_amp(config.run.amp, self.device)
+        with ranks.local_main_first():  # the others of a machine find what it measured
+            model = config.model
+            amp = pick_precision(config.run.amp, self.device, model.kernels, model.variant, self.say, config.run.tune)
+        self.amp = ranks.broadcast(amp) if self.device.type == "cpu" else amp
         self.graphed = pick_cuda_graph(config.run.cuda_graph, self.device, recordable=ranks.recordable)
         if config.run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -75,6 +75,11 @@ def amx_permitted() -> bool:
     return ctypes.CDLL(None).syscall(SYS_ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0
 
 
+def has_vectors(level: Level) -> bool:
+    """Whether the kernels are meant for such a CPU: elsewhere PyTorch's are predicted to be faster."""
+    return level != "plain"
+
+
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """As the system calls this machine's CPU."""
     try:
@@ -215,8 +220,10 @@ def _compilable(cxx: str, level: Level) -> Level:
 def _compile(recipe: _Recipe, folder: Path) -> Path:
     from concurrent.futures import ThreadPoolExecutor
 
-    cxx = recipe.compiler
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    cxx, scratch_prefix = recipe.compiler, f"{recipe.prefix}-scratch-"
+    for left_over in folder.glob(f"{scratch_prefix}*"):  # by a build that was killed: this one holds the lock
+        shutil.rmtree(left_over, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=scratch_prefix) as scratch:
         sources = sorted(recipe.sources.glob("*.cpp"))
         objects = [str(Path(scratch, source.stem + ".o")) for source in sources]
         with ThreadPoolExecutor() as pool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,7 @@ def _argument(value: Tensor | int | float | None) -> ctypes.c_void_p | ctypes.c_
 
 _own: Library | None = None
 _forced: Library | None = None
+_failures: dict[tuple[str | None, ...], str] = {}
 
 
 def library(announce: Callable[[str], None] = lambda line: None) -> Library:
@@ -57,6 +59,18 @@ def library(announce: Callable[[str], None] = lambda line: None) -> Library:
     if _own is None:
         _own = Library(build(announce=announce))
     return _own
+
+
+def unavailable(announce: Callable[[str], None] = lambda line: None) -> str | None:
+    """Why this CPU's library can't be had; None where it can. What has failed is not tried again in this process, but
+    where compiler or cache are others."""
+    where = tuple(os.environ.get(name) for name in ("CXX", "PATH", "XDG_CACHE_HOME"))
+    if where not in _failures:
+        try:
+            library(announce)
+        except BuildError as error:
+            _failures[where] = str(error)
+    return _failures.get(where)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import kernels.cpu.layer as cpu_layer
 import kernels.cpu.ops as cpu_ops
 from fastnet.config import FOOD101, TrainConfig
 from fastnet.errors import UserError
@@ -31,12 +32,19 @@ def native(config: TrainConfig) -> TrainConfig:
 
 
 @pytest.mark.slow
-def test_runs_stop_and_go_on_to_the_same_bits_and_pass_between_native_and_torch(folder: Path, tmp_path: Path) -> None:
+def test_runs_go_on_to_the_same_bits_with_other_threads_and_pass_between_native_and_torch(
+    folder: Path, tmp_path: Path
+) -> None:
     whole, stopped, mixed = (tmp_path / name for name in ("whole", "stopped", "mixed"))
     config = native(tiny(folder))
     assert train(config, whole)[0] == 0
     assert train(config, stopped, 3)[0] == 130
-    assert train(config, stopped)[0] == 0
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before % 2 + 1)
+        assert train(config, stopped)[0] == 0
+    finally:
+        torch.set_num_threads(before)
     expected, found = (load_file(run / "last.safetensors") for run in (whole, stopped))
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     assert train(tiny(folder), mixed, 3)[0] == 130
@@ -51,10 +59,12 @@ def test_every_block_trains_and_evaluates_natively_also_in_bf16() -> None:
     for autocast in (False, True):
         with (
             mock.patch.object(cpu_ops, "project", wraps=cpu_ops.project) as projections,
+            mock.patch.object(cpu_layer, "activate", wraps=cpu_layer.activate) as layers,
             torch.autocast("cpu", torch.bfloat16, enabled=autocast),
         ):
             model.train()(images).square().mean().backward()
         assert projections.call_count == len(model.blocks)
+        assert layers.call_count == 2  # stem and head
         dtype = torch.bfloat16 if autocast else torch.float32
         assert all(call.args[0].dtype == dtype for call in projections.call_args_list)
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())

@@ -1,4 +1,4 @@
-"""What was measured here, kept in the user's cache: one JSON file for each GPU and set of versions."""
+"""What was measured here, kept in the user's cache: one JSON file for each GPU or CPU and set of versions."""
 
 from __future__ import annotations
 
@@ -12,26 +12,32 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 import kernels
 from data_pipeline.dataset.synthetic import user_cache_folder
 from data_pipeline.files import open_lock
+from kernels.cpu.build import cpu_level, cpu_name
 from kernels.device import gpu
 
 Entries = dict[str, Any]
+Tune = Literal["off", "kept", "on", "again"]
+"""What `--tune` may say, and "kept": believe what is kept, and else predictions."""
 
 
 def environment(device: torch.device) -> dict[str, str]:
     """All that the measurements on a device depend on, beside shapes: GPU, driver, libraries and our kernels."""
+    if device.type == "cpu":  # whatever the number of threads, so that a run goes on to the same bits with another
+        found = {"gpu": cpu_name(), "level": cpu_level(), "memory": "0"}
+        return found | {"torch": torch.__version__, "kernels": _sources()}
     card = gpu(device)
     return {
-        "gpu": card.name if device.type == "cuda" else device.type,
+        "gpu": card.name,
         "capability": ".".join(map(str, card.capability)),
         "multiprocessors": str(card.multiprocessors),
-        "memory": str(torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0),
+        "memory": str(torch.cuda.get_device_properties(device).total_memory),
         "driver": _driver(),
         "cuda": str(torch.version.cuda),
         "cudnn": str(torch.backends.cudnn.version()),
@@ -53,11 +59,9 @@ def _driver() -> str:
 def _sources() -> str:
     """A hash of everything that computes a block: a version number would miss a change."""
     own = Path(__file__).parents[2]
-    files = [
-        *sorted(Path(kernels.__file__).parent.rglob("*.py")),
-        own / "layers.py",
-        *sorted(own.glob("training/tuning/*.py")),
-    ]
+    computing = Path(kernels.__file__).parent
+    files = sorted(path for path in computing.rglob("*") if path.suffix in (".py", ".cpp", ".h"))
+    files += [own / "layers.py", *sorted(own.glob("training/tuning/*.py"))]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

@@ -17,7 +17,7 @@ from fastnet.model import ModelConfig
 from fastnet.training.console import Report
 from fastnet.training.tuning.subjects import Context, Occurrences, Subject
 from fastnet.training.tuning.timers import Timer
-from fastnet.training.tuning.trial import Trial, distinct_images
+from fastnet.training.tuning.trial import Trial, checked_alone, distinct_images
 from kernels import configs, launch, tolerance
 from kernels.configs import Config, Site
 from kernels.device import gpu
@@ -27,6 +27,8 @@ from kernels.device import gpu
 FORM_MARGIN, CONFIG_MARGIN = 0.05, 0.02
 ROUNDS, WARM_UPS = 5, 2
 DRAWS = 8  # of the images, where one breaks the rule: PyTorch may be right by luck in a gradient of few values
+CPU_ROUNDS, CPU_WARM_UPS = 3, 1  # where a round takes a hundred times as long
+CPU_DRAWS = 32  # of fewer images
 NO_MEMORY = "there is not enough memory for it"
 
 Picks = dict[Site, Config]
@@ -115,8 +117,14 @@ def within_memory(
 class Bench:
     """Where subjects are measured: a device, its precision and its timer."""
 
-    def __init__(self, device: torch.device, amp: Amp, config: ModelConfig, timer: Timer, threads: int) -> None:
+    def __init__(
+        self, device: torch.device, amp: Amp, config: ModelConfig, timer: Timer, threads: int, native: bool = False
+    ) -> None:
+        """native: the forms are those of a CPU, whose memory isn't counted and whose images are checked by themselves:
+        no launch depends on how many there are."""
         self.device, self.amp, self.config, self.timer, self.threads = device, amp, config, timer, threads
+        self.native = native
+        self.rounds, self.warm_ups = (CPU_ROUNDS, CPU_WARM_UPS) if native else (ROUNDS, WARM_UPS)
 
     # --- compiling --------------------------------------------------------------------------------------------------
 
@@ -172,7 +180,7 @@ class Bench:
                 if form == "torch":
                     self._trial(subject, Context()).runner(form)()
                     continue
-                picks = self._fastest_configs(subject, occurrences, form)
+                picks = {} if form == "native" else self._fastest_configs(subject, occurrences, form)
                 wrong = self._why_wrong(subject, occurrences, form, picks)
                 if wrong is not None and picks:
                     picks = {}
@@ -182,7 +190,7 @@ class Bench:
                 result.configs |= picks
         if len(candidates) > 1:
             result.eager = self._times(subject, occurrences, result, candidates, compiled=False)
-            result.kept = self._kept(subject, occurrences, result) if subject.training else {}
+            result.kept = self._kept(subject, occurrences, result) if subject.training and not self.native else {}
         return result
 
     def measure_compiled(
@@ -264,7 +272,7 @@ class Bench:
         with configs.trying(picks):
             for context in _contexts(occurrences):
                 draws: list[dict[str, tolerance.Errors]] = []
-                for seed in range(DRAWS):
+                for seed in range(CPU_DRAWS if self.native else DRAWS):
                     draws.append(self._errors(subject, context, form, seed))
                     found = {name: tolerance.worst(draw[name] for draw in draws) for name in draws[0]}
                     worst = tolerance.most_wrong(found.values())
@@ -276,9 +284,12 @@ class Bench:
         return None
 
     def _errors(self, subject: Subject, context: Context, form: Form, seed: int) -> dict[str, tolerance.Errors]:
-        """At full size, or on as many images as there is memory for."""
+        """At full size, or on as many images as there is memory for; on a CPU on a few, whatever the batch."""
         few = distinct_images(subject)
-        for images, distinct in ((subject.images, few), (few, few), (1, 1)):
+        sizes = [(subject.images, few), (few, few), (1, 1)]
+        if self.native:
+            sizes = [(checked_alone(subject),) * 2]
+        for images, distinct in sizes:
             smaller = subject._replace(images=images)
             try:
                 return Trial(smaller, context, self.config, self.device, self.amp, distinct, seed).errors(form)
@@ -316,10 +327,10 @@ class Bench:
                 with self._refusing(subject, form, result):
                     # What a block saves that leaves its residual add to the next, it pays for the one before.
                     run = self._trial(subject, context).runner(form, join=context.pending is None, compiled=compiled)
-                    for _ in range(WARM_UPS):
+                    for _ in range(self.warm_ups):
                         run()
                     runs[form] = run
-            for _ in range(ROUNDS):
+            for _ in range(self.rounds):
                 for form, one in runs.items():
                     if form not in result.refused:
                         with self._refusing(subject, form, result):

@@ -28,6 +28,7 @@ from kernels.vectors import PendingResidual
 
 # Elements of a block's widest tensor that are checked: 32 MB in fp64, of which an evaluation holds a dozen.
 CHECKED_ELEMENTS = 1 << 22
+CHECKED_ALONE_ELEMENTS, CHECKED_ALONE_PIXELS = 1 << 18, 64
 
 
 def distinct_images(subject: Subject) -> int:
@@ -35,6 +36,15 @@ def distinct_images(subject: Subject) -> int:
     _, wide, _ = subject.channels
     largest = max(1, CHECKED_ELEMENTS // (wide * subject.height * subject.width))
     return max(n for n in range(1, subject.images + 1) if subject.images % n == 0 and n <= largest)
+
+
+def checked_alone(subject: Subject) -> int:
+    """How many images are checked where the batch doesn't matter: few, but enough pixels of the output that no variance
+    is near zero by luck, which would magnify any rounding."""
+    _, wide, _ = subject.channels
+    height, width = subject.out_size
+    few = CHECKED_ALONE_ELEMENTS // (wide * subject.height * subject.width)
+    return max(1, min(few, 8), -(-CHECKED_ALONE_PIXELS // (height * width)))
 
 
 class Trial:
@@ -93,8 +103,9 @@ class Trial:
         scale = self._batch(self.scale) if self.context.scaled and self.subject.training else None
         dy = self._batch(self.dy)
         prev: list[Tensor | None] = []
-        join = join or form != "triton"
-        if pending is not None and form == "triton":
+        fused = form in ("triton", "native")
+        join = join or not fused
+        if pending is not None and fused:
             x = self._batch(self.x)
             weight, bias, mean, var = self.norm_before
             prev += [self._batch(self.residual) if pending[0] else None]

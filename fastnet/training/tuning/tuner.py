@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -20,16 +19,19 @@ from fastnet.model import EfficientNet
 from fastnet.training.console import Report
 from fastnet.training.distributed import ALONE, Ranks
 from fastnet.training.step import AMP_DTYPES
-from fastnet.training.tuning.kept import Entries, KeptResults, environment
+from fastnet.training.tuning.kept import Entries, KeptResults, Tune, environment
 from fastnet.training.tuning.measure import NO_MEMORY, Bench, DeviceLost, Result, pick, within_memory
 from fastnet.training.tuning.subjects import Occurrences, Subject, subjects, unfused
-from fastnet.training.tuning.timers import CudaTimer, Timer
+from fastnet.training.tuning.timers import CudaTimer, HostTimer, Timer
 from kernels import configs
+from kernels.cpu.build import cpu_level, has_vectors
+from kernels.cpu.library import unavailable
+from kernels.device import is_gpu
 
-Tune = Literal["off", "kept", "on", "again"]
 Todo = Mapping[Subject, Occurrences]
 
 MEASURING = ("on", "again")
+LAUNCHING: tuple[Form, ...] = ("triton", "triton-ops")  # with kernels that are compiled before they are measured
 
 # What may be spent on compiling for comparison, where the model is compiled; blocks that this does not reach go by
 # their eager times, and are compared in a later run.
@@ -38,8 +40,14 @@ COMPILE_SECONDS = 60.0
 MEMORY_SHARE = 0.75
 
 
-def candidates(kernels: Kernels, subject: Subject) -> tuple[Form, ...]:
-    """The forms that a model's choice of kernels leaves open, predicted best first."""
+# A CPU is measured on batches of about so many pixels: its times grow with the batch.
+CPU_PIXELS = 4 * 224 * 224
+
+
+def candidates(kernels: Kernels, subject: Subject, native: bool = False) -> tuple[Form, ...]:
+    """The forms that a model's choice of kernels leaves open, predicted best first. native: on a CPU."""
+    if native:
+        return ("native", "torch") if has_vectors(cpu_level()) else ("torch", "native")
     if kernels == "auto":
         return ("triton", "triton-ops", "torch") if subject.is_block else ("triton", "torch")
     return ("triton-ops",) if kernels == "triton-ops" and subject.is_block else ("triton",)
@@ -47,13 +55,17 @@ def candidates(kernels: Kernels, subject: Subject) -> tuple[Form, ...]:
 
 def timer_for(device: torch.device) -> Timer | None:
     """What measures on a device; None where there is nothing to choose."""
+    if device.type == "cpu":
+        return HostTimer()
     return CudaTimer(device) if device.type == "cuda" and torch.cuda.is_available() else None
 
 
 def _timer(kernels: Kernels, device: torch.device) -> Timer | None:
-    """None also where PyTorch computes everything: asked for, or on a GPU that the kernels don't support."""
+    """None where there is nothing to choose: PyTorch computes everything, or the kernels were named."""
     impl = layers.resolve(layers.operation_impl(kernels), torch.empty(0, device=device))
-    return None if impl == "torch" else timer_for(device)
+    if impl == "torch" and (kernels != "auto" or is_gpu(device) or unavailable() is not None):
+        return None
+    return timer_for(device)
 
 
 def make_tuner(
@@ -117,6 +129,7 @@ class Tuner:
                 "predictions are believed, as with --tune off"
             )
             tune = "off"
+        self.native = device.type == "cpu" and layers.resolve("auto", torch.empty(0)) == "torch"
         self.tune: Tune = tune
         self.measures = tune in MEASURING
         self._rows: dict[str, str] = {}
@@ -135,7 +148,11 @@ class Tuner:
         """Find and set the forms and configurations for batches of `images` images, in a training step of the model as
         it is frozen now, or in evaluation. All ranks call it together."""
         kernels = model.config.kernels
+        if self.native:
+            images = max(1, min(images, CPU_PIXELS // resolution**2))
         found = subjects(model, resolution, images, AMP_DTYPES[self.amp], training=training)
+        if self.native:
+            found = {s: occurrences for s, occurrences in found.items() if s.is_block or s.training}
         todo = {subject: found[subject] for subject in found if subject not in self._done}
         self._done |= todo.keys()
         if not todo:
@@ -146,14 +163,15 @@ class Tuner:
                 "through them"
             )
         compiled = self.compiled and training  # evaluation is not
-        bench = Bench(self.device, self.amp, model.config, self.timer, self._threads())
+        bench = Bench(self.device, self.amp, model.config, self.timer, self._threads(), self.native)
         kinds = self.ranks.all_gather_object(self.kept.environment)
         own, everyone = self._together(kinds, lambda: self._find(bench, todo, kernels, compiled, report))
         results = {subject: [results[subject] for results in everyone] for subject in todo}
         if kernels != "auto":
             self._insist(kernels, results)
         chosen, eager = (
-            {s: pick(results[s], candidates(kernels, s), compiled=mode) for s in todo} for mode in (compiled, False)
+            {s: pick(results[s], self._candidates(kernels, s), compiled=mode) for s in todo}
+            for mode in (compiled, False)
         )
         memory = min(int(kind["memory"]) for kind in kinds)
         if training and memory:
@@ -165,10 +183,13 @@ class Tuner:
             place = subject.place(self.device, compiled=False)
             forms.use({place: eager[subject], place._replace(compiled=True): chosen[subject]})
         with self.ranks.local_main_first():  # the other processes of a machine find what the first compiled
-            ready = [(s, todo[s], form, False) for s, form in chosen.items() if form != "torch"]
+            ready = [(s, todo[s], form, False) for s, form in chosen.items() if form in LAUNCHING]
             bench.compile(ready, report, "loading kernels")
         self.timer.release()
         self._tell(todo, own, chosen)
+
+    def _candidates(self, kernels: Kernels, subject: Subject) -> tuple[Form, ...]:
+        return candidates(kernels, subject, self.native)
 
     def _threads(self) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -192,7 +213,7 @@ class Tuner:
         self, bench: Bench, todo: Todo, kernels: Kernels, compiled: bool, report: Report
     ) -> dict[Subject, Result]:
         """Kept results, and new ones for the rest."""
-        names = {subject: _entry_name(subject, occurrences, kernels) for subject, occurrences in todo.items()}
+        names = {s: _entry_name(s, occurrences, self._candidates(kernels, s)) for s, occurrences in todo.items()}
         results: dict[Subject, Result] = {}
         if self.tune in ("on", "kept"):
             entries = self.kept.read()
@@ -222,14 +243,15 @@ class Tuner:
     def _measure(
         self, bench: Bench, missing: Todo, kernels: Kernels, fresh: dict[Subject, Result], report: Report
     ) -> None:
-        for_all = [(s, o, form) for s, o in missing.items() for form in candidates(kernels, s) if form != "torch"]
-        wanted = for_all if self.measures else [one for one in for_all if one[2] == candidates(kernels, one[0])[0]]
+        open_to = {subject: self._candidates(kernels, subject) for subject in missing}
+        for_all = [(s, o, form) for s, o in missing.items() for form in open_to[s] if form in LAUNCHING]
+        wanted = for_all if self.measures else [one for one in for_all if one[2] == open_to[one[0]][0]]
         bench.compile([(*one, self.measures) for one in wanted], report, "compiling kernels")
         for done, (subject, occurrences) in enumerate(missing.items()):
             if self.measures:
                 report("measuring blocks", done, len(missing))
             measure = bench.measure if self.measures else bench.first_usable
-            fresh[subject] = measure(subject, occurrences, candidates(kernels, subject))
+            fresh[subject] = measure(subject, occurrences, open_to[subject])
         if self.measures and missing:
             report("measuring blocks", len(missing), len(missing))
 
@@ -244,7 +266,7 @@ class Tuner:
             report("comparing compiled blocks", done, len(lacking))
             if self.timer.now() - began > COMPILE_SECONDS:
                 break
-            bench.measure_compiled(subject, todo[subject], results[subject], candidates(kernels, subject))
+            bench.measure_compiled(subject, todo[subject], results[subject], self._candidates(kernels, subject))
             compared[subject] = results[subject]
         return compared
 
@@ -282,16 +304,18 @@ class Tuner:
             from fastnet.loading.checkpoint import write_atomically
 
             where = self.kept.environment
-            head = [f"{where['gpu']}, driver {where['driver']}, torch {where['torch']}, triton {where['triton']}"]
+            if "level" in where:
+                head = [f"{where['gpu']}, {where['level']}, {torch.get_num_threads()} threads, torch {where['torch']}"]
+            else:
+                head = [f"{where['gpu']}, driver {where['driver']}, torch {where['torch']}, triton {where['triton']}"]
             head += [f"--tune {self.tune}; kept in {self.kept.path}" if self.tune != "off" else "--tune off", ""]
             write_atomically(self.table, "\n".join([*head, *self._rows.values(), ""]).encode())
 
 
-def _entry_name(subject: Subject, occurrences: Occurrences, kernels: Kernels) -> str:
+def _entry_name(subject: Subject, occurrences: Occurrences, forms: Sequence[Form]) -> str:
     """Of a kept result: all that it depends on beside the environment."""
     contexts = sorted(f"{'scaled' if c.scaled else 'plain'} after {c.pending}" for c in occurrences.contexts)
-    open_to = "/".join(candidates(kernels, subject))
-    return f"{subject.name}; {', '.join(contexts)}; {open_to}"
+    return f"{subject.name}; {', '.join(contexts)}; {'/'.join(forms)}"
 
 
 def _row(subject: Subject, occurrences: Occurrences, result: Result, form: Form) -> str:

@@ -105,6 +105,12 @@ struct Guarded<F> {
                                                                      (void*)Guarded<name<bf16>>::run};     \
     }
 
+// One that has fp32 alone.
+#define ON_FP32(name)                                                                                      \
+    extern "C" {                                                                                           \
+    __attribute__((visibility("default"))) void* fastnet_##name[] = {(void*)Guarded<name>::run, nullptr};  \
+    }
+
 INLINE int thread() { return omp_get_thread_num(); }
 
 // --- how rows are cut ------------------------------------------------------------------------------------------------
@@ -196,7 +202,16 @@ constexpr long STREAMED_BYTES = (long)8 << 20;
 #endif
 constexpr int FEW = 16;  // values that are summed in fp32 before they join a sum in fp64
 
-// Mean and M2 of each group's values, about the group's first value, so that a large mean costs no digits.
+// The mean of the first few of `count` vectors, `step` apart.
+INLINE vf mean_of(const float* values, long count, long step) {
+    const long few = std::min<long>(count, FEW);
+    vf sum{};
+    for (long i = 0; i < few; i++) sum += load(values + i * step);
+    return sum * (1.0f / (float)few);
+}
+
+// Mean and M2 of each group's values, about the mean of the group's first few, so that neither a large mean nor a first
+// value that lies far out costs digits.
 struct Statistics {
     int channels, size;
     float* pivot;
@@ -251,7 +266,7 @@ static void keep_strip_of(Statistics& found, int g, bool first, const float* c, 
     vf pivot[N], s[N], q[N];
     int lanes[N];
     UNROLL for (int j = 0; j < N; j++) {
-        if (first) store(pivots + j * LANES, load(c + j * LANES));
+        if (first) store(pivots + j * LANES, mean_of(c + j * LANES, rows, STRIP));
         pivot[j] = load(pivots + j * LANES);
         lanes[j] = found.channels - from - j * LANES;
     }

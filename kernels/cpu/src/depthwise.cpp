@@ -61,7 +61,7 @@ static void forward(Call& call, const Map& map, long K, long S, const T* e, cons
                     const int c = b * LANES;
                     float* pivots = found.pivot + n * found.size + c;
                     convolve_row(map.out_width, rows, weights, LANES, result, LANES);
-                    if (oy == 0) store(pivots, load(result));
+                    if (oy == 0) store(pivots, mean_of(result, map.out_width, LANES));
                     const vf pivot = load(pivots);
                     T* out = d + (n * map.out_height + oy) * map.out_width * map.channels + c;
                     for (long x = 0; x < map.out_width;) {

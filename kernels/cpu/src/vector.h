@@ -185,6 +185,17 @@ INLINE void add_to(double* to, vf v) {
 #endif
 }
 
+INLINE vf root(vf v) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX2__)
+    return (vf)_mm256_sqrt_ps((__m256)v);
+#else
+    for (int i = 0; i < LANES; i++) v[i] = __builtin_sqrtf(v[i]);
+    return v;
+#endif
+}
+
 template <class T>
 INLINE void prefetch(const T* p) {
     __builtin_prefetch(p, 0, 2);

@@ -285,6 +285,7 @@ def test_nothing_is_measured_where_pytorch_computes_everything(
     assert made("auto") is not None
     assert made("torch") is None
     monkeypatch.setattr(layers, "resolve", lambda impl, x: "torch")  # as on a GPU that the kernels don't support
+    monkeypatch.setattr(tuner, "unavailable", lambda: "there is no compiler")
     assert made("auto") is None
     prepare_inference(small_model(), RESOLUTION, IMAGES, "off")
     assert machine.now == 0

@@ -53,6 +53,17 @@ def test_the_second_build_is_found(fake: Path) -> None:
     assert sorted(path.suffix for path in first.parent.iterdir()) == [".lock", ".so"]  # nothing half-made is left
 
 
+def test_what_a_killed_build_left_is_removed_by_the_next(fake: Path) -> None:
+    first = build("plain")
+    prefix = first.stem.rpartition("-")[0]
+    first.unlink()
+    left_over = first.parent / f"{prefix}-scratch-abc"
+    left_over.mkdir()
+    (left_over / "half.o").write_text("")
+    assert build("plain").is_file()
+    assert not left_over.exists()
+
+
 def test_another_cpu_flag_compiler_or_source_is_another_library(
     fake: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import kernels
 from kernels.cpu import ops as cpu_ops
 from kernels.cpu.build import Level, build, cpu_level, cpu_levels
+from kernels.cpu.calls import OPERATIONS
 from kernels.cpu.library import Library, using
 from kernels.mbconv import BlockImpl, PendingResidual, mbconv_training
 from tests.kernels.block.test_mbconv import Block, Values, call, inputs, run
@@ -163,6 +168,48 @@ def test_whatever_lies_in_memory_as_rows_gives_the_same_bits() -> None:
     other.dy = other.dy.contiguous()
     first, second = run(block, values, "native"), run(block, other, "native")
     assert [name for name, value in first.items() if not torch.equal(value, second[name])] == []
+
+
+@pytest.mark.parametrize("block", [BLOCKS[0], BLOCKS[7]], ids=str)
+def test_schema_and_fake_tensors_of_every_operation(block: Block, level: Level) -> None:
+    """`opcheck`, on what a block calls it with."""
+    if level != cpu_level():
+        pytest.skip("the same Python in every build")
+    called: dict[str, tuple[Any, ...]] = {}
+    declared = {name for name in OPERATIONS if hasattr(cpu_ops, name)}
+
+    def recording(name: str, op: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            called[name] = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+            return op(*arguments)
+
+        return run
+
+    with contextlib.ExitStack() as stack:
+        for name in declared:
+            stack.enter_context(mock.patch.object(cpu_ops, name, recording(name, getattr(cpu_ops, name))))
+        run(block, inputs(block), "native")
+        with torch.no_grad():
+            call(block, inputs(block), "native", training=False)
+    assert called.keys() == declared - {"residual_expand"}  # of a block behind another
+    p, w = torch.randn(2, 4, 3, 5).contiguous(memory_format=torch.channels_last), torch.randn(12, 4)
+    vectors = [torch.ones(4) for _ in range(4)]
+    called["residual_expand"] = (p, p.clone(), torch.ones(2), *vectors, w, 1e-3)
+    for name, arguments in called.items():
+        check_operation(name, arguments)
+
+
+def check_operation(name: str, arguments: tuple[Any, ...]) -> None:
+    """`opcheck`, and fake tensors with the strides and storage offsets of real ones, which it does not compare."""
+    op = OPERATIONS[name]._opoverload
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+    with FakeTensorMode() as mode:
+        fake = op(*tree_map_only(Tensor, mode.from_tensor, arguments))
+    places = [
+        [(t.stride(), t.storage_offset()) for t in tree_leaves(found) if t is not None]
+        for found in (op(*arguments), fake)
+    ]
+    assert places[0] == places[1], name
 
 
 def test_arguments_that_do_not_fit_are_refused_before_the_call() -> None:
