@@ -52,6 +52,15 @@ def tell(request: pytest.FixtureRequest) -> Iterator[list[str]]:
     request.config.stash.setdefault(_LINES, []).extend(lines)
 
 
+@pytest.fixture(scope="module")
+def at_the_end(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """Rows appended here are printed together behind what the module's benchmarks told."""
+    rows: list[str] = []
+    yield rows
+    if rows:
+        request.config.stash.setdefault(_LINES, []).extend(["", *rows])
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     lines = config.stash.get(_LINES, [])
     if lines:

@@ -1,58 +1,114 @@
-"""The peers' training step on a CPU, eager or compiled, in fp32 and bf16.
+"""What is measured of a CPU in a process of its own: peers as they are installed, the start of a run, peak memory.
 
-    python -m bench.cpu_peers b0 224 16 eager
+    python -m bench.cpu_peers installed b0 224 16 eager
+    python -m bench.cpu_peers start b0 224 16
+    python -m bench.cpu_peers memory b0 224 16 torchvision
 
-prints, as JSON, the median seconds of each in a process whose allocator is as PyTorch's users have it.
+prints JSON: median seconds of each peer with the allocator as PyTorch's users have it; seconds of each part of a start
+from the caches as they are; bytes.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from bench.contenders import StepRunner, Workload, compared_peers
+from bench.contenders import OURS, StepRunner, Workload, compared_peers
 from bench.measure import interleaved, summarise
-from fastnet.device import Amp
-from kernels.cpu.build import cpu_levels
+from fastnet.allocator import keep_memory
+from fastnet.config import RunOptions
+from fastnet.device import Amp, tell
+from fastnet.model import efficientnet
+from fastnet.training.tuning import make_tuner, pick_precision
+from kernels.cpu.library import library
 
 Mode = Literal["eager", "compiled"]
 
-ROUNDS = 5
+ROUNDS = 2  # behind one that isn't counted: a step takes seconds with glibc's allocator
 CPU = torch.device("cpu")
+PRECISIONS: dict[str, Amp] = {"bf16": "bf16", "fp32": "off"}
 
 
-def runners(work: Workload, mode: Mode) -> dict[str, StepRunner]:
-    """By name. bf16 only where the CPU computes it: elsewhere PyTorch's takes many times as long."""
-    precisions: list[Amp] = ["off", "bf16"] if "avx512-bf16" in cpu_levels() else ["off"]
+def runners(work: Workload, mode: Mode, *, bf16: bool) -> dict[str, StepRunner]:
+    """By name; compiled in fp32 alone."""
+    kinds = PRECISIONS if bf16 else {"fp32": PRECISIONS["fp32"]}
     return {
-        f"{name} {mode}{' bf16' * (amp == 'bf16')}": StepRunner(
+        f"{name} {mode} {kind}": StepRunner(
             name, *work, CPU, amp=amp, compile_options={} if mode == "compiled" else None
         )
         for name in compared_peers()
-        for amp in precisions
+        for kind, amp in kinds.items()
     }
 
 
-def as_installed(work: Workload, mode: Mode) -> dict[str, float]:
+def as_installed(work: Workload, mode: Mode, *, bf16: bool) -> dict[str, float]:
     """Median seconds by name, in a process of their own, with glibc's allocator untouched."""
-    command = [sys.executable, "-m", "bench.cpu_peers", *map(str, work), mode]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parents[1])
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, float] = _apart("installed", work, mode, *(["bf16"] * bf16))
     return found
 
 
+def peak_memory(work: Workload, name: str) -> int:
+    """Bytes that a training step of a model, ours in C++ in fp32, takes beyond what is there before the first."""
+    return int(_apart("memory", work, name))
+
+
+def _apart(what: str, work: Workload, *others: str) -> Any:
+    command = [sys.executable, "-m", "bench.cpu_peers", what, *map(str, work), *others]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parents[1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _start(work: Workload) -> dict[str, float]:
+    found, began = {}, time.perf_counter()
+
+    def done(part: str) -> None:
+        nonlocal began
+        found[part], began = time.perf_counter() - began, time.perf_counter()
+
+    keep_memory(CPU)
+    library(tell)
+    done("compiling")
+    amp = pick_precision("auto", CPU, "auto", work.variant, tell)
+    model = efficientnet(work.variant).to(memory_format=torch.channels_last)
+    tuner = make_tuner(RunOptions(), "auto", CPU, amp, tell)
+    assert tuner is not None
+    tuner.prepare(model.train(), work.resolution, work.batch, training=True)
+    tuner.prepare(model, work.resolution, work.batch, training=False)
+    done("checking and measuring")
+    StepRunner(OURS, *work, CPU, amp=amp)()
+    done("first step")
+    return found
+
+
+def _memory(work: Workload, name: str) -> int:
+    keep_memory(CPU)
+    options: dict[str, Any] = {"kernels": "native"} if name == OURS else {}
+    step = StepRunner(name, *work, CPU, **options)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(5):
+        step()
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
 def main() -> None:
-    variant, resolution, batch, mode = sys.argv[1:]
-    found = runners(Workload(variant, int(resolution), int(batch)), "compiled" if mode == "compiled" else "eager")
-    for run in found.values():
-        run()
-        run()
-    print(json.dumps({name: summarise(s).median for name, s in interleaved(found, CPU, rounds=ROUNDS).items()}))
+    what, variant, resolution, batch, *others = sys.argv[1:]
+    work = Workload(variant, int(resolution), int(batch))
+    if what == "start":
+        print(json.dumps(_start(work)))
+    elif what == "memory":
+        print(json.dumps(_memory(work, others[0])))
+    else:
+        found = runners(work, "compiled" if others[0] == "compiled" else "eager", bf16="bf16" in others)
+        for run in found.values():
+            run()
+        print(json.dumps({name: summarise(s).median for name, s in interleaved(found, CPU, rounds=ROUNDS).items()}))
 
 
 if __name__ == "__main__":
