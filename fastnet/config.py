@@ -55,6 +55,15 @@ class DataOptions:
     val_fraction: float | None = None
     """Share of each class that validates where the data set has no images for that, drawn by a hash of the files'
     paths, copies of a photo together. Default: 0.2."""
+    crop_fraction: float | None = None
+    """Share of the short side that validation looks at. Default: 0.875. (timm: --crop-pct)"""
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """How validation images are resized. Default: bilinear, as training's crops always are."""
+    mean: tuple[float, float, float] | None = None
+    """Subtracted from the channels' values of 0 to 1. Default: as --pretrained weights were trained with, else
+    ImageNet's."""
+    std: tuple[float, float, float] | None = None
+    """What they are then divided by. Default: as for --mean."""
     loader: Literal["auto", "dali", "torch"] = "auto"
     """Input pipeline: NVIDIA DALI (decodes on the GPU where there is one) or torchvision v2 on a DataLoader."""
     workers: int | None = None

@@ -58,6 +58,9 @@ def evaluate(
     weights_style: Style | None = None,
     resolution: int | None = None,
     crop_fraction: float | None = None,
+    interpolation: Literal["bilinear", "bicubic"] | None = None,
+    mean: tuple[float, float, float] | None = None,
+    std: tuple[float, float, float] | None = None,
     tta: Literal["off", "hflip", "five", "ten"] = "off",
     worst: int = 20,
     gradcam_stages: tuple[int, ...] = (4, 6, 9),
@@ -84,6 +87,9 @@ def evaluate(
         weights_style: Whose names the file uses, when the file itself does not tell.
         resolution: Image side in pixels; default: the run's, or the one that the weights were published with.
         crop_fraction: Share of the short side to look at; default: 0.875, or as the weights were published.
+        interpolation: How images are resized; default: as the file says or was published, else bilinear.
+        mean: Subtracted from the channels' values of 0 to 1; default: as the file says or was published.
+        std: What they are divided by; default: as for mean.
         tta: Mean over views: hflip (mirrored too), five (centre and corners), ten (both).
         worst: Wrong predictions to show.
         gradcam_stages: Stages that Grad-CAM shows, 1 (stem) to 9 (head), as `python -m fastnet.summary` counts them.
@@ -112,6 +118,9 @@ def evaluate(
         style=weights_style,
         resolution=resolution,
         crop_fraction=crop_fraction,
+        interpolation=interpolation,
+        mean=mean,
+        std=std,
         device=where,
         kernels=kernels,
     )

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from data_pipeline.loaders.augment import IMAGENET, Normalization
 from fastnet import DISTRIBUTION
 from fastnet.arch import EFFICIENTNET, Style, Variant
 from fastnet.commands import parse
@@ -105,20 +106,19 @@ def verification_images(trained: Trained, data: str | None) -> tuple[Tensor, str
             count = len(index.splits["val"])
             rows = [i * count // IMAGES for i in range(IMAGES)]
             return load_views(trained, subset(index, rows)), f"validation images of {index.root}"
-    return generated_images(trained.resolution), "generated images"
+    return generated_images(trained.resolution, trained.normalization), "generated images"
 
 
-def generated_images(resolution: int) -> Tensor:
+def generated_images(resolution: int, normalization: Normalization = IMAGENET) -> Tensor:
     """[8, 3, R, R]: patterns of the generated sample, normalised."""
     import torch
     from torchvision.transforms.v2 import functional as F
 
     from data_pipeline.dataset.synthetic import PATTERNS, render
-    from data_pipeline.loaders.augment import IMAGENET_MEAN, IMAGENET_STD
 
     pictures = [torch.from_numpy(render(name, 0)).permute(2, 0, 1) for name in sorted(PATTERNS)[:IMAGES]]
     pixels = torch.stack([F.resize(picture, [resolution, resolution], antialias=True) for picture in pictures])
-    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(values)[:, None, None] for values in normalization)
     return (pixels / 255 - mean) / std
 
 

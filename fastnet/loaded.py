@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from data_pipeline.loaders.augment import EVAL_MARGIN, eval_params
+from data_pipeline.loaders.augment import IMAGENET, Interpolation, Normalization, eval_margin, eval_params
 from data_pipeline.loaders.postprocess import finish
 from data_pipeline.loaders.torch_loader import cut
 from fastnet.analysis.predictions import log_probabilities
@@ -31,15 +31,23 @@ Picture: TypeAlias = "str | Path | Image.Image | NDArray[np.uint8] | Tensor"
 class Transform:
     """A picture as the model wants it: `picture -> [3, R, R]` float32, cut, resized and normalised as in validation."""
 
-    def __init__(self, resolution: int, crop_fraction: float) -> None:
+    def __init__(
+        self,
+        resolution: int,
+        crop_fraction: float,
+        interpolation: Interpolation = "bilinear",
+        normalization: Normalization = IMAGENET,
+    ) -> None:
         self.resolution, self.crop_fraction = resolution, crop_fraction
+        self.interpolation, self.normalization = interpolation, normalization
 
     def __call__(self, picture: Picture) -> Tensor:
         pixels = _pixels(picture)
         _, height, width = pixels.shape
-        params = eval_params([(width, height)], self.resolution, self.crop_fraction)
-        seen = cut(pixels, params.windows[0], self.resolution, EVAL_MARGIN)
-        return finish(seen[None], params, torch.device("cpu"))[0]
+        margin = eval_margin(self.interpolation)
+        params = eval_params([(width, height)], self.resolution, self.crop_fraction, margin)
+        seen = cut(pixels, params.windows[0], self.resolution, margin, self.interpolation)
+        return finish(seen[None], params, torch.device("cpu"), self.normalization)[0]
 
 
 class LoadedModel:
@@ -49,7 +57,9 @@ class LoadedModel:
     def __init__(self, trained: Trained) -> None:
         self.trained = trained
         self.model: EfficientNet = trained.model
-        self.transform = Transform(trained.resolution, trained.crop_fraction)
+        self.transform = Transform(
+            trained.resolution, trained.crop_fraction, trained.interpolation, trained.normalization
+        )
         self.classes = tuple(map(trained.class_name, range(trained.model.config.num_classes)))
 
     def predict(self, images: Picture | Sequence[Picture], top: int = 5) -> Any:
@@ -84,12 +94,15 @@ def load(
     weights_style: Style | None = None,
     resolution: int | None = None,
     crop_fraction: float | None = None,
+    interpolation: Interpolation | None = None,
+    mean: tuple[float, float, float] | None = None,
+    std: tuple[float, float, float] | None = None,
     kernels: Kernels = "auto",
 ) -> LoadedModel:
     """The model of a run's folder, of a file of fastnet, torchvision or timm, or ("imagenet" and a variant) a published
     one.
 
-    Resolution and crop are the run's or the file's own unless given; `weights_style` says whose a file is where it does
+    Resolution, crop, interpolation, mean and deviation are the run's or the file's own unless given; `weights_style` says whose a file is where it does
     not tell. Raises UserError, with one sentence, where it cannot be read or the device is not there.
     """
     trained = load_trained(
@@ -99,6 +112,9 @@ def load(
         style=weights_style,
         resolution=resolution,
         crop_fraction=crop_fraction,
+        interpolation=interpolation,
+        mean=mean,
+        std=std,
         device=pick_device(device),
         kernels=kernels,
     )

@@ -98,7 +98,10 @@ def write_grad_cams(trained: Trained, results: list[dict[str, Any]], stages: Seq
         path = folder / f"{stem}.png"
         while os.path.lexists(path):  # the photo itself, or what an earlier call wrote
             path, number = folder / f"{stem}-{number}.png", number + 1
-        save(grad_cam_grid(images, maps, [f"{best['class']} {100 * best['probability']:.1f} %"]), path)
+        save(
+            grad_cam_grid(images, maps, [f"{best['class']} {100 * best['probability']:.1f} %"], trained.normalization),
+            path,
+        )
         written.append(path)
     return written
 
@@ -116,6 +119,9 @@ def predict(
     weights_style: Style | None = None,
     resolution: int | None = None,
     crop_fraction: float | None = None,
+    interpolation: Literal["bilinear", "bicubic"] | None = None,
+    mean: tuple[float, float, float] | None = None,
+    std: tuple[float, float, float] | None = None,
     tta: Literal["off", "hflip", "five", "ten"] = "off",
     batch_size: int = 32,
     workers: int = 0,
@@ -138,6 +144,9 @@ def predict(
         weights_style: Whose names the file uses, when the file itself does not tell.
         resolution: Image side in pixels; default: the run's, or the one that the weights were published with.
         crop_fraction: Share of the short side to look at; default: 0.875, or as the weights were published.
+        interpolation: How images are resized; default: as the file says or was published, else bilinear.
+        mean: Subtracted from the channels' values of 0 to 1; default: as the file says or was published.
+        std: What they are divided by; default: as for mean.
         tta: Mean over views: hflip (mirrored too), five (centre and corners), ten (both).
         batch_size: Images a batch.
         workers: Processes that decode; 0 is best for a few images.
@@ -162,6 +171,9 @@ def predict(
         style=weights_style,
         resolution=resolution,
         crop_fraction=crop_fraction,
+        interpolation=interpolation,
+        mean=mean,
+        std=std,
         device=where,
         kernels=kernels,
     )

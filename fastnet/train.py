@@ -32,6 +32,7 @@ TIMM_NAMES = {
     "--clip-grad": "--clip-grad-norm",
     "--drop": "--dropout",
     "--drop-path": "--drop-connect-rate",
+    "--crop-pct": "--crop-fraction",
     "--reprob": "--random-erasing",
     "--log-interval": "--log-every",
     "--log-wandb": "--wandb",

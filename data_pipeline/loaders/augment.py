@@ -8,7 +8,7 @@ Images are described by their *oriented* size (after EXIF rotation), width first
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -51,6 +51,17 @@ _ERASED_AREA, _ERASED_RATIO = (0.02, 1 / 3), (0.3, 1 / 0.3)
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
 _YIQ_INVERSE = np.linalg.inv(_YIQ)
 _GRAY = 128.0  # the fixed point of a contrast change on 8-bit pixels, as in color_twist
+
+
+class Normalization(NamedTuple):
+    """What is subtracted from each channel's values of 0 to 1, and what they are then divided by."""
+
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+
+IMAGENET = Normalization()
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 @dataclass(frozen=True)
@@ -248,15 +259,22 @@ def rectangles_in_pixels(erased: NDArray[np.float32], side: int) -> NDArray[np.i
     return np.concatenate([corner, end - corner], axis=1).astype(np.int32)
 
 
-def eval_params(sizes: ArrayLike, resolution: int, crop_fraction: float = CROP_FRACTION) -> Params:
+def eval_margin(interpolation: Interpolation) -> int:
+    """Output pixels around evaluation's view that are resized along: as far as the filter reaches beyond a pixel."""
+    return EVAL_MARGIN if interpolation == "bilinear" else 2 * EVAL_MARGIN
+
+
+def eval_params(
+    sizes: ArrayLike, resolution: int, crop_fraction: float = CROP_FRACTION, margin: int = EVAL_MARGIN
+) -> Params:
     """The centre of each image, for oriented `sizes` [N, 2]: the square of `crop_fraction` of the short side.
 
     To half a source pixel the same view as resizing the short side to resolution / crop_fraction and cropping the
-    centre, without resizing what the crop throws away. One output pixel around it is resized along and cut off, so
-    that the antialiasing filter finds real pixels beyond the border: what resizers make up there differs.
+    centre, without resizing what the crop throws away. `margin` output pixels around it are resized along and cut off,
+    so that the antialiasing filter finds real pixels beyond the border: what resizers make up there differs.
     """
     sizes = np.asarray(sizes, np.int64)
     short = sizes.min(axis=1)
-    side = np.clip(np.rint(crop_fraction * short * (1 + 2 * EVAL_MARGIN / resolution)), 1, short).astype(np.int64)
+    side = np.clip(np.rint(crop_fraction * short * (1 + 2 * margin / resolution)), 1, short).astype(np.int64)
     windows = np.stack([(sizes[:, 0] - side) // 2, (sizes[:, 1] - side) // 2, side, side], axis=1)
     return Params(windows.astype(np.int32), np.zeros(len(sizes), np.bool_), None)

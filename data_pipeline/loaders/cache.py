@@ -30,7 +30,7 @@ from data_pipeline.dataset.index import Index
 from data_pipeline.dataset.synthetic import user_cache_folder
 from data_pipeline.errors import DataError
 from data_pipeline.files import open_lock
-from data_pipeline.loaders.augment import CROP_FRACTION, Augmentation
+from data_pipeline.loaders.augment import CROP_FRACTION, Augmentation, Interpolation
 from data_pipeline.loaders.pixel_store import Content, Photos, PixelStore, Views, for_each, stored_bytes, training_side
 from data_pipeline.memory import available_memory
 
@@ -67,7 +67,7 @@ class PixelCache:
 
     augmentation: what is drawn for training, which decides how large photos are stored; default: `Augmentation()`.
     side: pixels of a stored photo's short side; default: enough for every crop that is drawn.
-    crop_fraction: share of the short side that evaluation looks at.
+    crop_fraction, interpolation: share of the short side that evaluation looks at, and how that is resized.
     memory: gives zeroed bytes that the processes of this machine share, asked for by all of them in turn, split by
     split; None: this process keeps RAM of its own.
     """
@@ -84,10 +84,11 @@ class PixelCache:
         augmentation: Augmentation | None = None,
         side: int | None = None,
         crop_fraction: float = CROP_FRACTION,
+        interpolation: Interpolation = "bilinear",
         limit: int | None = None,
     ) -> None:
         self.kind, self.reason, self.index, self.cache_dir, self.limit = kind, reason, index, cache_dir, limit
-        self.contents = _contents(index, resolution, augmentation, side, crop_fraction)
+        self.contents = _contents(index, resolution, augmentation, side, crop_fraction, interpolation)
         self._side_given = side is not None
         self._memory: dict[str, Tensor] = {}
         if kind == "ram" and memory is not None:
@@ -105,8 +106,11 @@ class PixelCache:
         """Raises ValueError where what is stored of `split` is not what `plan` asks for."""
         content = self.contents[split]
         if isinstance(content, Views):
-            if plan.train or (plan.resolution, plan.crop_fraction) != (content.resolution, content.crop_fraction):
-                raise ValueError(f"the cache holds {content}, crop {content.crop_fraction}: make one for this loader")
+            if plan.train or content != Views(plan.resolution, plan.crop_fraction, plan.interpolation):
+                raise ValueError(
+                    f"the cache holds {content}, crop {content.crop_fraction} ({content.interpolation}): make one for "
+                    "this loader"
+                )
         elif not plan.train or (
             not self._side_given and training_side(plan.resolution, plan.augmentation) > content.side
         ):
@@ -145,10 +149,17 @@ class PixelCache:
 
 
 def _contents(
-    index: Index, resolution: int, augmentation: Augmentation | None, side: int | None, crop_fraction: float
+    index: Index,
+    resolution: int,
+    augmentation: Augmentation | None,
+    side: int | None,
+    crop_fraction: float,
+    interpolation: Interpolation,
 ) -> dict[str, Content]:
     photos = Photos(side or training_side(resolution, augmentation or Augmentation()))
-    return {name: photos if name == "train" else Views(resolution, crop_fraction) for name in index.splits}
+    return {
+        name: photos if name == "train" else Views(resolution, crop_fraction, interpolation) for name in index.splits
+    }
 
 
 def choose_cache(
@@ -159,6 +170,7 @@ def choose_cache(
     augmentation: Augmentation | None = None,
     side: int | None = None,
     crop_fraction: float = CROP_FRACTION,
+    interpolation: Interpolation = "bilinear",
     device: str | torch.device = "cpu",
     cache_dir: str | Path | None = None,
     memory: Callable[[int], Tensor] | None = None,
@@ -168,7 +180,7 @@ def choose_cache(
     `device` is one), ram and disk that fits. What was asked for and does not fit is replaced: "gpu" and "disk" by
     "ram", and where RAM is too small, by as many training images as fit there or by "none"; `reason` says so.
 
-    augmentation, side, crop_fraction: as in `PixelCache`.
+    augmentation, side, crop_fraction, interpolation: as in `PixelCache`.
     cache_dir: where "disk" keeps its files; default: the user's cache folder.
     memory: as in `PixelCache`, where several processes of this machine train together. Files are shared as they are;
         each GPU keeps the whole set, as every rank's images of an epoch come from all of it.
@@ -179,11 +191,12 @@ def choose_cache(
     """
     if requested not in ("none", "disk", "ram", "gpu", "auto"):
         raise ValueError(f'cache must be "none", "disk", "ram", "gpu" or "auto", got "{requested}"')
-    contents = _contents(index, resolution, augmentation, side, crop_fraction)
+    contents = _contents(index, resolution, augmentation, side, crop_fraction, interpolation)
     kind, reason, limit = agree(lambda: _choose(requested, index, contents, torch.device(device), cache_dir))
     return PixelCache(
         kind, reason, index, resolution, cache_dir, memory,
-        augmentation=augmentation, side=side, crop_fraction=crop_fraction, limit=limit,
+        augmentation=augmentation, side=side, crop_fraction=crop_fraction,
+        interpolation=interpolation, limit=limit,
     )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ class _UnderWay:
         self.loader, self.step = loader, step
         count, side = len(step.indices), loader.plan.resolution
         on_cpu = loader.device.type == "cpu"
-        self.finish = Finish(step.params, side) if on_cpu else None
+        self.finish = Finish(step.params, side, loader.plan.normalization) if on_cpu else None
         kind = torch.float32 if on_cpu else torch.uint8
         self.rows = staging((count, side, side, 3), kind, loader.device)
         self.boxes = loader.store.boxes(step.indices, step.params.windows)
@@ -98,7 +98,8 @@ class _UnderWay:
                     store.ensure(index)
                     stored.append(row)
                 else:
-                    seen = view(plan.split, index, self.step.params.windows[row], plan.resolution, plan.margin)
+                    window = self.step.params.windows[row]
+                    seen = view(plan.split, index, window, plan.resolution, plan.margin, plan.interpolation)
                     self._take(row, (seen.flip(-1) if self.step.params.flips[row] else seen).permute(1, 2, 0))
             except BadFiles as found:
                 bad |= found.reasons

@@ -9,7 +9,7 @@ import torch
 from data_pipeline.dataset.index import Index
 from data_pipeline.errors import DataError
 from data_pipeline.loaders import loader
-from data_pipeline.loaders.augment import CROP_FRACTION, Augmentation
+from data_pipeline.loaders.augment import CROP_FRACTION, IMAGENET, Augmentation, Interpolation, Normalization
 from data_pipeline.loaders.cache import PixelCache
 from data_pipeline.loaders.dali_options import DaliOptions
 from data_pipeline.loaders.loader import WHOLE, Loader, Plan, Shard
@@ -28,6 +28,8 @@ def make_loader(
     device: str | torch.device = "cpu",
     workers: int,
     crop_fraction: float = CROP_FRACTION,
+    interpolation: Interpolation = "bilinear",
+    normalization: Normalization = IMAGENET,
     cache: PixelCache | None = None,
     dali: DaliOptions | None = None,
     shard: Shard = WHOLE,
@@ -38,6 +40,7 @@ def make_loader(
     faster on a CPU. augmentation: None is `Augmentation()`; evaluation (train=False) uses none.
     workers: threads of DALI, or processes of the torch loader (0: none, in this process).
     crop_fraction: share of the short side that evaluation looks at, in its centre.
+    interpolation: how evaluation resizes that; training's crops are always bilinear.
     cache: of `choose_cache`; images come from there whatever the backend, unless its kind is "none". Where that is
     "disk" and the files are not there, they are written now.
     dali: how that backend decodes; None is `DaliOptions()`.
@@ -67,6 +70,8 @@ def make_loader(
         train,
         augmentation or Augmentation(),
         crop_fraction=crop_fraction,
+        interpolation="bilinear" if train else interpolation,
+        normalization=normalization,
         shard=shard,
     )
     made = _make(backend, plan, device, workers, split, cache, dali)

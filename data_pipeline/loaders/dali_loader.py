@@ -30,6 +30,7 @@ from data_pipeline.dataset.probe import CMYK, PILLOW, probe_image
 from data_pipeline.dataset.tar import TarMember, opened
 from data_pipeline.errors import BadFiles, DataError
 from data_pipeline.files import check_photo
+from data_pipeline.loaders.augment import Interpolation
 from data_pipeline.loaders.dali_options import DaliOptions
 from data_pipeline.loaders.loader import Batch, Loader, Plan, Step
 from data_pipeline.loaders.torch_loader import decoded
@@ -45,6 +46,8 @@ _NO_MEMORY = re.compile(
     r"out ?of ?memory|bad_alloc|memory ?allocation|allocat(ion|or) (failed|failure|error)|(cannot|failed to) allocate",
     re.IGNORECASE,
 )
+
+_FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 # A column of a batch: an array, which DALI takes at once, or rows of different lengths.
 _Column = NDArray[Any] | list[NDArray[Any]]
@@ -170,6 +173,7 @@ def decoded_windows(
     margin: int,
     device: str,
     options: DaliOptions,
+    interpolation: Interpolation = "bilinear",
 ) -> Any:
     """Graph: 8-bit pixels [side, side, 3] of a window of each upright image, resized with antialiasing, flipped.
 
@@ -184,7 +188,7 @@ def decoded_windows(
         images = _decoded(files, anchors, shapes, "cpu", options).gpu()
     else:
         images = _decoded(files, anchors, shapes, device, options)
-    images = fn.resize(images, size=[side + 2 * margin] * 2, interp_type=types.INTERP_LINEAR, antialias=True)
+    images = fn.resize(images, size=[side + 2 * margin] * 2, interp_type=_FILTERS[interpolation], antialias=True)
     return fn.crop_mirror_normalize(
         images, crop=[side, side], mirror=flips, dtype=types.UINT8, output_layout="HWC", mean=[0.0], std=[1.0]
     )
@@ -203,6 +207,7 @@ def _pipeline(source: _Source, device: str, options: DaliOptions) -> Any:
         margin=plan.margin,
         device=device,
         options=options,
+        interpolation=plan.interpolation,
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import BadFiles
-from data_pipeline.loaders.augment import IMAGENET_MEAN, IMAGENET_STD, rectangles_in_pixels
+from data_pipeline.loaders.augment import rectangles_in_pixels
 from data_pipeline.loaders.loader import Batch, Loader, Plan, Step
 from data_pipeline.loaders.pixel_store import PixelStore, one_thread_each
 from data_pipeline.loaders.prefetch import sent, staging
@@ -124,7 +124,7 @@ class DeviceLoader(Loader):
             colors=torch.from_numpy(params.colors) if fused and params.colors is not None else None,
             erased=erased,
             fills=fills,
-            **({"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if fused else {}),
+            **(plan.normalization._asdict() if fused else {}),
         )
         parameters, offsets, sizes, labels = sent(
             [

@@ -26,10 +26,13 @@ from data_pipeline.dataset.index import Split
 from data_pipeline.errors import BadFiles, DataError
 from data_pipeline.loaders.augment import (
     CROP_FRACTION,
-    EVAL_MARGIN,
+    IMAGENET,
     Augmentation,
+    Interpolation,
+    Normalization,
     Params,
     epoch_order,
+    eval_margin,
     eval_params,
     train_params,
 )
@@ -43,7 +46,7 @@ _log = logging.getLogger("data_pipeline")
 
 
 class Batch(NamedTuple):
-    """images [B, 3, R, R] float32, channels_last, normalised by ImageNet's mean and deviation; labels [B] int64."""
+    """images [B, 3, R, R] float32, channels_last, normalised; labels [B] int64."""
 
     images: Tensor
     labels: Tensor
@@ -101,6 +104,9 @@ class Plan:
     """Positions in the split of images that are not asked for any more."""
     crop_fraction: float = CROP_FRACTION
     """Share of the short side that evaluation looks at."""
+    interpolation: Interpolation = "bilinear"
+    """How evaluation's view is resized; training's crops always by the bilinear filter."""
+    normalization: Normalization = IMAGENET
     shard: Shard = WHOLE
     """The part of each batch that is this process's; order and crops know nothing of it."""
 
@@ -115,14 +121,16 @@ class Plan:
     @property
     def margin(self) -> int:
         """Output pixels on each side that are resized along with every window and cut off."""
-        return 0 if self.train else EVAL_MARGIN
+        return 0 if self.train else eval_margin(self.interpolation)
 
     def step(self, epoch: int, batch: int) -> Step:
         rows = slice(batch * self.batch_size, (batch + 1) * self.batch_size)
         if not self.train:
             indices = self._mine(np.arange(len(self.split))[rows])
             indices = indices[~self._is_quarantined(indices)]
-            return Step(indices, eval_params(self.split.sizes[indices], self.resolution, self.crop_fraction))
+            return Step(
+                indices, eval_params(self.split.sizes[indices], self.resolution, self.crop_fraction, self.margin)
+            )
         indices = self._mine(self.order(epoch)[rows])
         sizes = self.split.sizes[indices]
         return Step(indices, train_params(self.augmentation, self.seed, epoch, indices, sizes))
@@ -244,7 +252,7 @@ class Loader(ABC):
 
     def _batch(self, pixels: Tensor, step: Step) -> Batch:
         (labels,) = sent([torch.from_numpy(self.plan.split.labels[step.indices])], self.device)
-        return Batch(finish(pixels, step.params, self.device), labels)
+        return Batch(finish(pixels, step.params, self.device, self.plan.normalization), labels)
 
 
 def dali_installed() -> bool:

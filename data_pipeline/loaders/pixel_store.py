@@ -24,7 +24,7 @@ from torch import Tensor
 
 from data_pipeline.dataset.index import Split
 from data_pipeline.errors import BadFiles
-from data_pipeline.loaders.augment import CROP_FRACTION, EVAL_MARGIN, Augmentation, eval_params
+from data_pipeline.loaders.augment import CROP_FRACTION, Augmentation, Interpolation, eval_margin, eval_params
 
 # Stored pixels along a side for each output pixel of the smallest crop: with fewer, shrinking twice changes the energy
 # of the differences between neighbours by more than 3 % in the finest of pictures
@@ -81,10 +81,12 @@ class Views:
 
     resolution: int
     crop_fraction: float = CROP_FRACTION
+    interpolation: Interpolation = "bilinear"
 
     @property
     def name(self) -> str:
-        return f"views-{self.resolution}-{self.crop_fraction:.6g}"
+        how = "" if self.interpolation == "bilinear" else f"-{self.interpolation}"
+        return f"views-{self.resolution}-{self.crop_fraction:.6g}{how}"
 
     def __str__(self) -> str:
         return f"validation images of {self.resolution} x {self.resolution}"
@@ -95,8 +97,9 @@ class Views:
     def decoded(self, split: Split, index: int, size: tuple[int, int]) -> Tensor:
         from data_pipeline.loaders.torch_loader import view
 
-        params = eval_params(split.sizes[[index]], self.resolution, self.crop_fraction)
-        return view(split, index, params.windows[0], self.resolution, EVAL_MARGIN).permute(1, 2, 0)
+        margin = eval_margin(self.interpolation)
+        window = eval_params(split.sizes[[index]], self.resolution, self.crop_fraction, margin).windows[0]
+        return view(split, index, window, self.resolution, margin, self.interpolation).permute(1, 2, 0)
 
 
 Content = Photos | Views

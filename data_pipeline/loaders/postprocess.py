@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from data_pipeline.loaders.augment import IMAGENET_MEAN, IMAGENET_STD, Params, rectangles_in_pixels
+from data_pipeline.loaders.augment import IMAGENET, Normalization, Params, rectangles_in_pixels
 from data_pipeline.loaders.prefetch import sent
 
 _AT_ONCE = 32  # images of a batch on a GPU whose intermediate values are in memory at once
@@ -24,13 +24,14 @@ class Finish:
     normalisation, so the clamp is between normalised black and white.
     """
 
-    def __init__(self, params: Params, side: int) -> None:
+    def __init__(self, params: Params, side: int, normalization: Normalization = IMAGENET) -> None:
         colors, count = params.colors, len(params.windows)
         self.operations, self.strengths = params.operations, params.strengths
         self.erased = None if params.erased is None else rectangles_in_pixels(params.erased, side)
         self.fills = None if params.fills is None else torch.from_numpy(params.fills)
-        self.scale = 1 / (255 * torch.tensor(IMAGENET_STD))
-        self.black = -torch.tensor(IMAGENET_MEAN) / torch.tensor(IMAGENET_STD)
+        mean, std = map(torch.tensor, normalization)
+        self.scale = 1 / (255 * std)
+        self.black = -mean / std
         self.white = self.black + 255 * self.scale
         self.side = side
         self.changes_color = colors is not None
@@ -112,10 +113,10 @@ class Finish:
         return changed.permute(0, 2, 3, 1)
 
 
-def finish(pixels: Tensor, params: Params, device: torch.device) -> Tensor:
+def finish(pixels: Tensor, params: Params, device: torch.device, normalization: Normalization = IMAGENET) -> Tensor:
     """8-bit pixels [B, 3, R, R], fastest in channels_last -> images [B, 3, R, R] as in `Batch`."""
     count, _, side, _ = pixels.shape
-    rows, last_step = pixels.permute(0, 2, 3, 1), Finish(params, side)
+    rows, last_step = pixels.permute(0, 2, 3, 1), Finish(params, side, normalization)
     if device.type != "cpu":
         return last_step.batch(rows.to(device, non_blocking=True).contiguous()).permute(0, 3, 1, 2)
     images = torch.empty(rows.shape)

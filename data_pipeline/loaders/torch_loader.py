@@ -16,10 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from data_pipeline.dataset.index import Split
 from data_pipeline.errors import BadFiles, DataError
+from data_pipeline.loaders.augment import Interpolation
 from data_pipeline.loaders.decode import decode_photo
 from data_pipeline.loaders.loader import Batch, Loader, Plan, Step
 
@@ -57,7 +59,7 @@ class _Batches(Dataset[_Prepared]):
         pixels = torch.empty(len(step.indices), side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         for row, index in enumerate(step.indices):
             try:
-                seen = view(split, int(index), step.params.windows[row], side, margin)
+                seen = view(split, int(index), step.params.windows[row], side, margin, self.plan.interpolation)
             except (RuntimeError, OSError) as error:
                 # Handed over, not raised: DataLoader would wrap the sentence in the worker's traceback.
                 bad[int(index)] = reason_of(error)
@@ -71,7 +73,9 @@ def reason_of(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def view(split: Split, index: int, box: NDArray[np.int32], side: int, margin: int) -> Tensor:
+def view(
+    split: Split, index: int, box: NDArray[np.int32], side: int, margin: int, interpolation: Interpolation = "bilinear"
+) -> Tensor:
     """[3, side, side] uint8: `box` (x, y, width, height) of the upright image, resized with antialiasing to a square
     that is `margin` pixels larger on each side, which are cut off.
 
@@ -79,13 +83,16 @@ def view(split: Split, index: int, box: NDArray[np.int32], side: int, margin: in
         RuntimeError: as `decoded`.
     """
     image = decoded(split.paths[index], int(split.orientations[index]), split.sizes[index])
-    return cut(image, box, side, margin)
+    return cut(image, box, side, margin, interpolation)
 
 
-def cut(image: Tensor, box: NDArray[np.int32], side: int, margin: int) -> Tensor:
+def cut(
+    image: Tensor, box: NDArray[np.int32], side: int, margin: int, interpolation: Interpolation = "bilinear"
+) -> Tensor:
     """`view` of an upright image [3, H, W]."""
     x, y, width, height = box.tolist()
-    found = F.resize(image[:, y : y + height, x : x + width], [side + 2 * margin] * 2, antialias=True)
+    how = InterpolationMode(interpolation)
+    found = F.resize(image[:, y : y + height, x : x + width], [side + 2 * margin] * 2, how, antialias=True)
     return found[:, margin : margin + side, margin : margin + side]
 
 

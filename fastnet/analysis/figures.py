@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from data_pipeline.loaders.augment import IMAGENET, Normalization
 from fastnet.analysis.gradcam import heat, overlay
 from fastnet.analysis.lettering import families, legible
 from fastnet.analysis.predictions import as_pictures
@@ -140,9 +141,11 @@ def picture_grid(pictures: np.ndarray, titles: Sequence[str], columns: int = 5) 
     return figure
 
 
-def grad_cam_grid(images: Tensor, maps: Mapping[int, Tensor], titles: Sequence[str]) -> Figure:
+def grad_cam_grid(
+    images: Tensor, maps: Mapping[int, Tensor], titles: Sequence[str], normalization: Normalization = IMAGENET
+) -> Figure:
     """One row an image (normalised, [N, 3, R, R]): what the model saw, and the maps [N, h, w] of each stage over it."""
-    pictures, side, stages = as_pictures(images), images.shape[-1], sorted(maps)
+    pictures, side, stages = as_pictures(images, normalization), images.shape[-1], sorted(maps)
     hot = {stage: heat(maps[stage].cpu(), side).numpy() for stage in stages}
     figure = Figure((2.4 * (len(stages) + 1), 2.75 * len(pictures)), layout="constrained")
     grid = figure.subplots(len(pictures), len(stages) + 1, squeeze=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data_pipeline import Batch, Index, Loader, Split, make_loader
 from data_pipeline.dataset.probe import Probe, decode_fully
-from data_pipeline.loaders.augment import IMAGENET_MEAN, IMAGENET_STD
+from data_pipeline.loaders.augment import IMAGENET, Normalization
 from fastnet.device import Amp
 from fastnet.errors import UserError
 from fastnet.loading.trained import Trained
@@ -92,6 +92,8 @@ def view_loader(trained: Trained, index: Index, *, tta: Tta = "off", **options: 
         "val",
         resolution=side,
         crop_fraction=crop_fraction,
+        interpolation=trained.interpolation,
+        normalization=trained.normalization,
         seed=0,
         train=False,
         augmentation=None,
@@ -173,8 +175,8 @@ def load_views(trained: Trained, index: Index, batch_size: int = 32) -> Tensor:
     return torch.cat([images for images, _ in loader.batches(0)])
 
 
-def as_pictures(images: Tensor) -> np.ndarray:
+def as_pictures(images: Tensor, normalization: Normalization = IMAGENET) -> np.ndarray:
     """Normalised images [N, 3, R, R] -> what they look like, [N, R, R, 3] uint8."""
-    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    mean, std = map(torch.tensor, normalization)
     pixels = (images.detach().cpu().permute(0, 2, 3, 1) * std + mean) * 255
     return pixels.round().clamp(0, 255).byte().numpy()

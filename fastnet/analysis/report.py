@@ -194,7 +194,14 @@ def _worst(trained: Trained, index: Index, found: Predictions, count: int) -> li
     images = load_views(trained, subset(index, found.positions[rows].tolist()))
     titles = [_verdict(found, index, row) for row in rows]
     note = "<p class='note'>The wrong ones of largest loss: true class → prediction and its probability.</p>"
-    return [Section("Worst predictions", note, figures.picture_grid(as_pictures(images), titles), "worst.png")]
+    return [
+        Section(
+            "Worst predictions",
+            note,
+            figures.picture_grid(as_pictures(images, trained.normalization), titles),
+            "worst.png",
+        )
+    ]
 
 
 def _explained(
@@ -226,7 +233,9 @@ def _explained(
     note = "<p class='note'>Where each stage saw evidence for the predicted class: " + (
         "the images that were asked for.</p>" if files else "the surest right predictions, then the worst ones.</p>"
     )
-    figure = figures.grad_cam_grid(images, {stage: torch.cat(each) for stage, each in maps.items()}, titles)
+    figure = figures.grad_cam_grid(
+        images, {stage: torch.cat(each) for stage, each in maps.items()}, titles, trained.normalization
+    )
     return Section("Grad-CAM", note, figure, "gradcam.png")
 
 

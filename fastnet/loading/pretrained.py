@@ -76,7 +76,8 @@ def _installed_file(variant: str) -> Path:
 
 
 def read_pretrained(pretrained: str | Path, variant: str, style: Style | None = None) -> LoadedWeights:
-    """The weights that `--pretrained` means, for images normalised by ImageNet's mean and deviation."""
+    """The weights that `--pretrained` means; their `view` tells how images have to be normalised for them, and those of
+    Lite's packages are made to fit ImageNet's mean and deviation."""
     loaded = load_weights(pretrained_file(pretrained, variant), style=style)
     return normalised_as_imagenet(loaded) if pretrained == IMAGENET else loaded
 
@@ -94,7 +95,7 @@ def normalised_as_imagenet(loaded: LoadedWeights) -> LoadedWeights:
     shift = (stem * ((mean - 0.5) / 0.5)[:, None, None]).sum((1, 2, 3))
     state["stem.bn.running_mean"] = state["stem.bn.running_mean"] - shift
     state["stem.conv.weight"] = stem * (std / 0.5)[:, None, None]
-    return replace(loaded, state_dict=state)
+    return replace(loaded, state_dict=state, view=replace(loaded.view, mean=IMAGENET_MEAN, std=IMAGENET_STD))
 
 
 def pretrained_file(pretrained: str | Path, variant: str) -> Path:

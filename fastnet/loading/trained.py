@@ -9,12 +9,15 @@ from typing import Literal
 import torch
 
 from data_pipeline import Index, build_index
-from data_pipeline.loaders.augment import CROP_FRACTION
-from fastnet.arch import EFFICIENTNET, Kernels, Style, coefficients
+from data_pipeline.loaders.augment import IMAGENET as IMAGENET_PIXELS
+from data_pipeline.loaders.augment import Interpolation, Normalization
+from fastnet.arch import Kernels, Style
 from fastnet.config import TrainConfig, read_config
 from fastnet.device import check_kernels
 from fastnet.errors import UserError
+from fastnet.loading.foreign import HUB_FILES
 from fastnet.loading.pretrained import IMAGENET, imagenet_file, normalised_as_imagenet, published
+from fastnet.loading.view import View
 from fastnet.loading.weights import LoadedWeights, load_weights
 from fastnet.model import EfficientNet
 from fastnet.scaling import architecture
@@ -37,6 +40,12 @@ class Trained:
     resolution: int
     crop_fraction: float
     classes: tuple[str, ...] | None
+    interpolation: Interpolation = "bilinear"
+    normalization: Normalization = IMAGENET_PIXELS
+
+    @property
+    def view(self) -> View:
+        return View(self.resolution, self.crop_fraction, self.interpolation, *self.normalization)
 
     @property
     def device(self) -> torch.device:
@@ -53,6 +62,8 @@ def resolve_weights_file(target: Path, which: RunFile = "best") -> Path:
         for name in wanted:
             if (target / name).is_file():
                 return target / name
+        if which == "best" and (found := [target / name for name in HUB_FILES if (target / name).is_file()]):
+            return found[0]
         raise UserError(f"{target} holds no {' or '.join(wanted)}: name a run's folder or a file.")
     if not target.is_file():
         raise UserError(f"{target} does not exist: name a run's folder or a weights file.")
@@ -67,12 +78,16 @@ def load_trained(
     style: Style | None = None,
     resolution: int | None = None,
     crop_fraction: float | None = None,
+    interpolation: Interpolation | None = None,
+    mean: tuple[float, float, float] | None = None,
+    std: tuple[float, float, float] | None = None,
     device: torch.device | str = "cpu",
     kernels: Kernels = "auto",
 ) -> Trained:
     """The model of a run, of a .safetensors or .pth file, or ("imagenet" and a variant) of torchvision.
 
-    Resolution and crop are the run's or the file's own; otherwise those that torchvision publishes for the variant.
+    Resolution, crop, interpolation, mean and standard deviation are the run's or the file's own, otherwise those that
+    timm or torchvision publish for it, unless they are given.
     Raises UserError where the target cannot be read, is another variant, or kernels do not work on the device.
     """
     if str(target) == IMAGENET:
@@ -92,10 +107,16 @@ def load_trained(
             f"{path} holds a {loaded.config.variant}: leave out --variant {variant} or name another file.",
             exit_status=2,
         )
-    run = path.parent if (path.parent / "config.json").is_file() else None
+    run = path.parent if path.name not in HUB_FILES and (path.parent / "config.json").is_file() else None
     config = read_config(path.parent / "config.json") if run else None
-    own_resolution, own_crop = _own_view(loaded, config)
-    resolution, crop_fraction = resolution or own_resolution, crop_fraction or own_crop
+    given = dict(crop_fraction=crop_fraction, interpolation=interpolation, mean=mean, std=std)
+    try:
+        view = loaded.view.changed(given)
+    except ValueError as error:
+        raise UserError(f"--{error}", exit_status=2) from error
+    arch = architecture(loaded.config.variant, loaded.config.scaling)
+    trained_at = config.model.resolution if config else None
+    resolution, crop_fraction = resolution or loaded.resolution or trained_at or arch.resolution, view.crop_fraction
     if not 32 <= resolution <= 4096:
         raise UserError(f"--resolution {resolution} must lie between 32 and 4096.", exit_status=2)
     if not 0.1 <= crop_fraction <= 1:
@@ -108,6 +129,8 @@ def load_trained(
         resolution,
         crop_fraction,
         _class_names(loaded, path),
+        view.interpolation,
+        view.normalization,
     )
 
 
@@ -116,18 +139,6 @@ def _build(loaded: LoadedWeights, device: torch.device, kernels: Kernels) -> Eff
     model = EfficientNet(replace(loaded.config, kernels=kernels))
     model.load_state_dict(loaded.state_dict)
     return model.to(device=device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-
-
-def _own_view(loaded: LoadedWeights, config: TrainConfig | None) -> tuple[int, float]:
-    """(resolution, crop fraction) that the weights were evaluated with."""
-    if loaded.style == "fastnet":
-        arch = architecture(loaded.config.variant, loaded.config.scaling)
-        trained_at = config.model.resolution if config else None
-        return loaded.resolution or trained_at or arch.resolution, CROP_FRACTION
-    if loaded.config.network.family is not EFFICIENTNET:
-        return coefficients(loaded.config.variant).resolution, CROP_FRACTION
-    view = published(loaded.config.variant).transforms()
-    return view.crop_size[0], view.crop_size[0] / view.resize_size[0]
 
 
 def _class_names(loaded: LoadedWeights, path: Path) -> tuple[str, ...] | None:

@@ -15,10 +15,10 @@ here. What the numbers mean differs too, so it travels with them:
 These are the values of the modules that each library builds.
 """
 
-import pickle
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -29,6 +29,8 @@ from torch import Tensor
 
 from fastnet.arch import VARIANTS, Block, Network, Padding, Scaling, Style
 from fastnet.loading.checkpoint import load_checkpoint, one_line, read_metadata, save_checkpoint
+from fastnet.loading.foreign import Foreign, beside, read_pickled, weights_in
+from fastnet.loading.view import View, foreign_view
 from fastnet.model import EfficientNet, ModelConfig
 from fastnet.scaling import SCALED, Architecture, architecture
 from fastnet.typed import checked_fields, fits
@@ -47,23 +49,33 @@ class LoadedWeights:
     style: Style
     classes: tuple[str, ...] | None = None
     resolution: int | None = None
+    view: View = field(default_factory=View)
+    """How it saw photos; of weights that were saved without it, fastnet's own."""
 
 
 def load_weights(path: str | Path, *, style: Style | None = None) -> LoadedWeights:
     """Read a .safetensors or .pth file of fastnet, torchvision or timm.
 
-    ``style`` is needed where names do not tell: timm's efficientnet_* and tf_efficientnet_* have the same keys. The
-    safetensors header decides, then the file's name, then its folders' names. A .pth file is read without unpickling
-    anything but tensors. Raises ValueError (UserError for a damaged fastnet checkpoint) with one sentence that names
+    ``style`` is needed where names do not tell: timm's efficientnet_* and tf_efficientnet_* have the same keys. What
+    the file or the config.json beside it says decides, then the file's name, then its folders' names. ``path`` may be
+    a run's folder, or one of the Hugging Face hub. Of a .pth file nothing is unpickled but tensors and a script's
+    arguments. Raises ValueError (UserError for a damaged fastnet checkpoint) with one sentence that names
     the file and the remedy.
     """
-    path = Path(path)
+    path = weights_in(Path(path))
     if not path.is_file():
         raise ValueError(f"there is no weights file {path}: check the path.")
-    state, header = _read_safetensors(path) if path.suffix == ".safetensors" else (_read_pickled(path), {})
+    foreign = beside(path, _read_safetensors(path) if path.suffix == ".safetensors" else read_pickled(path))
+    names = (*foreign.names, *foreign.notes.values(), *reversed(path.absolute().parts))
     try:
-        found = _detect_style(state, header, path, style)
-        loaded = _own(path) if found == "fastnet" else _from_foreign(state, found)
+        found = _detect_style(foreign, names, path, style)
+        if found == "fastnet":
+            loaded = _own(path)
+        else:
+            loaded = _from_foreign(foreign.state, found)
+            view = foreign_view(found, loaded.config.variant, path.name, names, foreign.configs)
+            known = foreign.classes if foreign.classes and len(foreign.classes) == loaded.config.num_classes else None
+            loaded = dataclasses.replace(loaded, view=view, resolution=view.resolution, classes=known)
         refuse_nan(loaded.state_dict)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -80,7 +92,12 @@ def _own(path: Path) -> LoadedWeights:
         raise ValueError("its classes or its resolution are damaged: restore it from a backup.")
     if classes and len(classes) != config.num_classes:
         raise ValueError(f"it names {len(classes)} classes and tells {config.num_classes} apart: it is damaged.")
-    return LoadedWeights(_checked(weights, config), config, "fastnet", tuple(classes) if classes else None, resolution)
+    try:
+        view = View().changed(metadata.get("view") or {}).changed({"resolution": resolution})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"its view is damaged ({error}): restore it from a backup.") from None
+    known = tuple(classes) if classes else None
+    return LoadedWeights(_checked(weights, config), config, "fastnet", known, resolution, view)
 
 
 def refuse_nan(state: Mapping[str, Tensor]) -> None:
@@ -96,12 +113,13 @@ def save_weights(
     *,
     classes: Sequence[str] | None = None,
     resolution: int | None = None,
+    view: View | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the model's tensors and ModelConfig to ``path`` (.safetensors), atomically; the config also as .json.
 
-    With the class names and the resolution in pixels the file needs no run beside it to predict. notes: further
-    JSON-serialisable facts for its header.
+    With the class names and the view, or the resolution in pixels alone, the file needs no run beside it to predict.
+    notes: further JSON-serialisable facts for its header.
     Raises ValueError for another suffix, UserError where the file cannot be written.
     """
     path = Path(path)
@@ -110,6 +128,9 @@ def save_weights(
     metadata: dict[str, Any] = {"model": model.config.to_dict(), **(notes or {})}
     if classes is not None:
         metadata["classes"] = list(classes)
+    if view is not None:
+        metadata["view"] = view.to_dict()
+        resolution = resolution or view.resolution
     if resolution is not None:
         metadata["resolution"] = resolution
     save_checkpoint(path, model.state_dict(), {}, metadata)
@@ -318,33 +339,18 @@ def _checked(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]
 # --- files -----------------------------------------------------------------------------------------------------
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_safetensors(path: Path) -> Foreign:
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
-        return load_file(path), header
+        return Foreign(load_file(path), notes=header)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as safetensors ({one_line(error)}): fetch or save it again.") from None
 
 
-def _read_pickled(path: Path) -> dict[str, Tensor]:
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{path} cannot be read as a file of plain tensors ({reason}): convert it to .safetensors or fetch it "
-            "again."
-        ) from None
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not (isinstance(content, dict) and content and all(isinstance(v, Tensor) for v in content.values())):
-        raise ValueError(f"{path} holds no state dict: save model.state_dict() and load that.")
-    return content
-
-
-def _detect_style(state: Mapping[str, Tensor], header: Mapping[str, str], path: Path, asked: Style | None) -> Style:
+def _detect_style(foreign: Foreign, names: Sequence[str], path: Path, asked: Style | None) -> Style:
+    """names: where timm's name of the model may stand, the surest first."""
+    state, header = foreign.state, foreign.notes
     if "fastnet" in header and "model" in read_metadata(header["fastnet"], path):
         possible: tuple[Style, ...] = ("fastnet",)
     elif "features.0.0.weight" in state:
@@ -371,8 +377,8 @@ def _detect_style(state: Mapping[str, Tensor], header: Mapping[str, str], path: 
         return asked
     if len(possible) == 1:
         return possible[0]
-    # The header of a timm export may name the architecture; then the nearest name on the path, as in timm's own cache.
-    for text in (*header.values(), *reversed(path.absolute().parts)):
+    # What the file says, and then the nearest name on the path, as in timm's own cache.
+    for text in names:
         if match := re.search(r"(tf_)?efficientnet_(b[0-7]|lite[0-4])", text):
             return "timm_tf" if match[1] else "timm"
     raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -14,6 +15,8 @@ from fastnet.config import TrainConfig
 from fastnet.create import create_model
 from fastnet.device import Amp, check_kernels, pick_workers
 from fastnet.errors import UserError, out_of_memory
+from fastnet.loading.pretrained import read_pretrained
+from fastnet.loading.view import View
 from fastnet.model import EfficientNet, ModelConfig
 from fastnet.training.distributed import BatchLayout, Ranks, sync_batch_norm
 from fastnet.training.ema import ModelEma
@@ -22,15 +25,37 @@ from fastnet.training.optim import freeze_stages, make_optimizer
 from fastnet.training.step import TrainStep
 
 
-def build_cache(config: TrainConfig, index: Index, resolution: int, device: torch.device, ranks: Ranks) -> PixelCache:
+def view_of(config: TrainConfig, resolution: int, saved: dict[str, Any] | None) -> View:
+    """How the run's images are cut and normalised: as its flags say, else as its weights want.
+
+    saved: a continued run's metadata.
+    """
+    view, options = View(resolution), config.model
+    if saved is not None:
+        return view.changed(saved.get("view") or {})
+    if options.pretrained:
+        try:
+            own = read_pretrained(options.pretrained, options.variant, options.weights_style).view
+        except (ValueError, OSError) as error:
+            raise UserError(f"--pretrained {options.pretrained}: {error}") from error
+        view = view.changed({"mean": own.mean, "std": own.std})
+    try:
+        return view.changed(dataclasses.asdict(config.data))
+    except ValueError as error:
+        raise UserError(f"--{error}", exit_status=2) from error
+
+
+def build_cache(config: TrainConfig, index: Index, view: View, device: torch.device, ranks: Ranks) -> PixelCache:
     """Where the run keeps decoded images; all ranks call it together."""
     with cache_memory(config):
         return choose_cache(
             config.data.cache,
             index,
-            resolution,
+            view.resolution or 0,
             augmentation=config.augment,
             side=config.data.cache_side,
+            crop_fraction=view.crop_fraction,
+            interpolation=view.interpolation,
             device=device,
             memory=ranks.shared_memory if ranks.size > 1 else None,
             agree=ranks.broadcast_from_main,
@@ -49,12 +74,7 @@ def cache_memory(config: TrainConfig) -> Iterator[None]:
 
 
 def build_loaders(
-    config: TrainConfig,
-    index: Index,
-    cache: PixelCache,
-    resolution: int,
-    device: torch.device,
-    batch_layout: BatchLayout,
+    config: TrainConfig, index: Index, cache: PixelCache, view: View, device: torch.device, batch_layout: BatchLayout
 ) -> tuple[Loader, Loader]:
     """(training, validation). A training batch is this rank's share of a whole step's, however many parts it goes
     through the model in."""
@@ -71,7 +91,10 @@ def build_loaders(
     common: dict[str, Any] = dict(
         backend=config.data.loader,
         cache=cache,
-        resolution=resolution,
+        resolution=view.resolution,
+        crop_fraction=view.crop_fraction,
+        interpolation=view.interpolation,
+        normalization=view.normalization,
         seed=config.run.seed,
         device=device,
         workers=pick_workers(config.data.workers, device, ranks.local_size),

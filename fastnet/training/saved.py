@@ -15,6 +15,7 @@ from data_pipeline.dataset.known import Known
 from fastnet.config import TrainConfig
 from fastnet.errors import UserError, out_of_memory
 from fastnet.loading.checkpoint import Progress, load_checkpoint, one_line, save_checkpoint, write_readable
+from fastnet.loading.view import View
 from fastnet.loading.weights import refuse_nan, save_weights
 from fastnet.model import EfficientNet, ModelConfig
 from fastnet.training.distributed import BatchLayout, Ranks
@@ -48,6 +49,7 @@ class Run(Protocol):
     batch_layout: BatchLayout
     progress: Progress
     resolution: int
+    view: View
     known: Tensor
     run_id: str
     metrics_lines: int | None
@@ -71,6 +73,7 @@ def save_run(trainer: Run, quarantined: dict[str, str]) -> None:
         "model": trainer.model.config.to_dict(),
         "classes": list(index.classes),
         "resolution": trainer.resolution,
+        "view": trainer.view.to_dict(),
         "data_fingerprint": index.fingerprint,
         "quarantined": index.quarantine_records(quarantined.items()),
         "images_per_step": trainer.batch_layout.images,
@@ -173,7 +176,7 @@ def keep_best(trainer: Run, model: EfficientNet, values: dict[str, Any]) -> None
     of this run's that are not among the best any more. values: of the evaluation of this model."""
     progress, hist, folder = trainer.progress, trainer.config.run.checkpoint_hist, trainer.folder
     notes = {key: values[key] for key in ("weights", "epoch", "top1", "loss")}
-    common: dict[str, Any] = dict(classes=trainer.index.classes, resolution=trainer.resolution, notes=notes)
+    common: dict[str, Any] = dict(classes=trainer.index.classes, view=trainer.view, notes=notes)
     if values["top1"] > progress.best_top1:
         progress.best_top1, progress.best_epoch = values["top1"], values["epoch"]
         save_weights(folder / "best.safetensors", model, **common)

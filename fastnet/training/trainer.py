@@ -23,7 +23,7 @@ from fastnet.errors import UserError, out_of_memory
 from fastnet.loading.checkpoint import Progress, write_atomically
 from fastnet.model import EfficientNet, ModelConfig
 from fastnet.scaling import architecture
-from fastnet.training.build import build_cache, build_loaders, build_model, build_step
+from fastnet.training.build import build_cache, build_loaders, build_model, build_step, view_of
 from fastnet.training.console import Display, Lines, Preparation, Report
 from fastnet.training.cuda_graph import CudaRecorder, pick_cuda_graph
 from fastnet.training.distributed import ALONE, Ranks, divide
@@ -81,16 +81,18 @@ class Trainer:
         )
         self.peak_lr = config.peak_lr(self.batch_layout.images)
         saved_model = ModelConfig(**saved["model"] | {"kernels": config.model.kernels}) if saved else None
+        with ranks.local_main_first():
+            self.view = view_of(config, self.resolution, saved or None)
         # The first process of a machine fills what the others on it read.
         with ranks.local_main_first():
             # Who replaces a file that became unreadable depends on all that did, and on the places of all others.
             bad, known = saved.get("quarantined", []), known_in(self.saved[1]) if self.saved else None
             self.index = build_index(config.data.data, config.data.val_fraction, quarantined=bad, known=known)
         check_same_data(ranks, self.index)
-        cache = build_cache(config, self.index, self.resolution, self.device, ranks)
+        cache = build_cache(config, self.index, self.view, self.device, ranks)
         with ranks.local_main_first():
             self.train_loader, self.val_loader = build_loaders(
-                config, self.index, cache, self.resolution, self.device, self.batch_layout
+                config, self.index, cache, self.view, self.device, self.batch_layout
             )
             self.model = build_model(config, len(self.index.classes), self.device, saved_model, self.say)
         self.step = build_step(config, self.model, self.device, self.amp, self.batch_layout)
