@@ -102,8 +102,9 @@ def load(
     """The model of a run's folder, of a file of fastnet, torchvision or timm, or ("imagenet" and a variant) a published
     one.
 
-    Resolution, crop, interpolation, mean and deviation are the run's or the file's own unless given; `weights_style` says whose a file is where it does
-    not tell. Raises UserError, with one sentence, where it cannot be read or the device is not there.
+    Resolution, crop, interpolation, mean and deviation are the run's or the file's own unless given; `weights_style`
+    says whose a file is where it does not tell. Raises UserError, with one sentence, where it cannot be read or the
+    device is not there.
     """
     trained = load_trained(
         run_or_file,
