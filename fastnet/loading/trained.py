@@ -119,8 +119,6 @@ def load_trained(
     resolution, crop_fraction = resolution or loaded.resolution or trained_at or arch.resolution, view.crop_fraction
     if not 32 <= resolution <= 4096:
         raise UserError(f"--resolution {resolution} must lie between 32 and 4096.", exit_status=2)
-    if not 0.1 <= crop_fraction <= 1:
-        raise UserError(f"--crop-fraction {crop_fraction} must lie between 0.1 and 1.", exit_status=2)
     return Trained(
         path,
         run,

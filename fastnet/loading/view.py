@@ -47,8 +47,8 @@ class View:
                     raise ValueError(f"{name} must be three numbers between 0 and 1, not {values[name]}.")
         if given.get("interpolation", "bilinear") not in ("bilinear", "bicubic"):
             raise ValueError(f"interpolation must be bilinear or bicubic, not {given['interpolation']}.")
-        if not 0 < given.get("crop_fraction", 1) <= 1:
-            raise ValueError(f"crop-fraction must be a share of the short side up to 1, not {given['crop_fraction']}.")
+        if not 0.1 <= given.get("crop_fraction", 1) <= 1:
+            raise ValueError(f"crop-fraction {given['crop_fraction']} must lie between 0.1 and 1.")
         return replace(self, **given)
 
 
@@ -95,8 +95,10 @@ def view_of_config(config: Mapping[str, Any]) -> dict[str, Any]:
     size = config.get("input_size") or ()
     side = size[-1] if size else config.get("img_size") or config.get("val_crop_size")
     crop, whole = config.get("crop_pct"), config.get("val_resize_size")
-    if side and (crop or whole):
-        crop = side / whole if whole else whole_pixels(side, crop)
+    if side and whole:
+        crop = side / whole
+    elif side and crop:
+        crop = whole_pixels(side, crop)
     interpolation = config.get("interpolation")
     return {
         "resolution": side,
