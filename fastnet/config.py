@@ -48,10 +48,13 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class DataOptions:
-    data: str = "sample"
+    data: str | None = None
     """A folder with a folder a class, or with train/<class>/* and val/<class>/*, or in Food-101's layout; a .csv of
     paths and labels, or its folder; webdataset shards: a folder with train*.tar and val*.tar, or a quoted pattern,
-    'shards/*.tar'; 'sample' is generated offline."""
+    'shards/*.tar'; 'sample' is generated offline. Default: of --recipe food101 where `python -m data_pipeline prepare`
+    put it, of quick sample; others need it."""
+    num_classes: int | None = None
+    """Refuse a data set with another number of classes."""
     val_fraction: float | None = None
     """Share of each class that validates where the data set has no images for that, drawn by a hash of the files'
     paths, copies of a photo together. Default: 0.2."""
@@ -75,6 +78,17 @@ class DataOptions:
     cache_side: int | None = None
     """Short side in pixels to which --cache shrinks training photos. Default: 2 x --resolution over the root of the
     smallest --scale, from which every crop is as sharp as from the photo."""
+
+    @property
+    def source(self) -> str:
+        """UserError (exit status 2) where no data set is named."""
+        if self.data is None:
+            raise UserError(
+                "--data is missing: name a folder of photos; `python -m data_pipeline prepare --root data` downloads "
+                "Food-101, which is found from then on, and --data sample works without any photos.",
+                exit_status=2,
+            )
+        return self.data
 
 
 @dataclass(frozen=True)
@@ -271,6 +285,7 @@ class TrainConfig:
             raise UserError("--recipe finetune needs weights: add --pretrained imagenet or a file.", exit_status=2)
         if self.model.weights_style and not self.model.pretrained:
             raise UserError("--weights-style needs --pretrained FILE.", exit_status=2)
+        _ = self.data.source
 
     @property
     def images_per_step(self) -> int:
@@ -297,6 +312,15 @@ def processes() -> int:
     if not said.isascii() or not said.isdigit() or not 1 <= int(said[:9]) < 1e6:
         raise UserError(f"WORLD_SIZE is {said!r}, and torchrun sets a number: start with torchrun, or unset it.")
     return int(said)
+
+
+def flag_types() -> dict[str, Any]:
+    """Every flag of the command line, with the type of what it takes."""
+    found: dict[str, Any] = {}
+    for name, hint in get_type_hints(TrainConfig).items():
+        each = get_type_hints(hint) if dataclasses.is_dataclass(hint) else {name: hint}
+        found |= {"--" + flag.replace("_", "-"): kind for flag, kind in each.items()}
+    return found
 
 
 def config_from_dict(values: dict[str, Any], source: Path) -> TrainConfig:
@@ -344,6 +368,7 @@ FOOD101 = TrainConfig()
 QUICK = replace(
     FOOD101,
     recipe="quick",
+    data=replace(FOOD101.data, data="sample"),
     model=replace(FOOD101.model, resolution=48, dropout=0.0, drop_connect_rate=0.0),
     augment=replace(FOOD101.augment, scale=(0.6, 1.0), brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0),
     optimizer=replace(

@@ -17,26 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from fastnet.commands import parse
-from fastnet.config import RECIPES, TrainConfig, processes, read_config
+from fastnet.config import RECIPES, TrainConfig, flag_types, processes, read_config
 from fastnet.errors import Lenient, UserError, run_command
+from fastnet.flags import translated, without_effect
 from fastnet.training.run_folder import check_new
 
 RUNS = Path("runs")
-
-# What a user of timm's train.py would type.
-TIMM_NAMES = {
-    "--opt": "--optimizer",
-    "--opt-betas": "--betas",
-    "--decay-rate": "--lr-decay",
-    "--smoothing": "--label-smoothing",
-    "--clip-grad": "--clip-grad-norm",
-    "--drop": "--dropout",
-    "--drop-path": "--drop-connect-rate",
-    "--crop-pct": "--crop-fraction",
-    "--reprob": "--random-erasing",
-    "--log-interval": "--log-every",
-    "--log-wandb": "--wandb",
-}
 
 # What may change when a run is continued; all else decides what the run computes.
 CHANGEABLE = {
@@ -69,7 +55,7 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
     """The configuration that a command line means: a recipe's or a continued run's, with the given flags on top."""
     import tyro
 
-    arguments = _complete_compile([_our_name(argument) for argument in arguments])
+    arguments = translated(arguments, flag_types())
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--recipe", default="food101")
     early.add_argument("--resume")
@@ -89,6 +75,8 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     config = _absolute(config)
+    if idle := without_effect(config, {word.partition("=")[0] for word in arguments}):
+        print(f"without effect: {', '.join(idle)}", file=sys.stderr)
     if folder is not None:
         _refuse_changes(_absolute(default), config, folder)
         return replace(config, run=replace(config.run, resume=str(folder), out=str(folder)))
@@ -103,26 +91,9 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     if config.run.out is not None:
         config = replace(config, run=replace(config.run, out=str(expanded(Path(config.run.out)))))
     data = config.data.data
-    if data == SAMPLE:
+    if data is None or data == SAMPLE:
         return config
     return replace(config, data=replace(config.data, data=os.path.abspath(expanded(Path(data)))))
-
-
-def _our_name(argument: str) -> str:
-    """timm's name of a flag, with or without =VALUE, becomes ours."""
-    name, equals, value = argument.partition("=")
-    return TIMM_NAMES.get(name, name) + equals + value
-
-
-def _complete_compile(arguments: list[str]) -> list[str]:
-    """A bare `--compile` means `--compile regional`."""
-    completed = []
-    for position, argument in enumerate(arguments):
-        completed.append(argument)
-        following = arguments[position + 1] if position + 1 < len(arguments) else "--"
-        if argument == "--compile" and following.startswith("-"):
-            completed.append("regional")
-    return completed
 
 
 def find_resumed(resume: str | None, out: str | None) -> Path | None:
@@ -185,13 +156,14 @@ def run_folder(config: TrainConfig) -> Path:
 
 def resolve_config() -> tuple[TrainConfig, Path]:
     """What the command line means, and the run's folder; offers to download a data set that is not there."""
+    from data_pipeline.dataset.download import offer, prepared
+
     config = parse_arguments(sys.argv[1:])
+    if config.data.data is None and config.recipe == "food101" and (place := prepared()):
+        config = replace(config, data=replace(config.data, data=str(place)))
     config.validate()
     folder = run_folder(config)
-
-    from data_pipeline.dataset.download import offer
-
-    offer(config.data.data)
+    offer(config.data.source)
     return config, folder
 
 

@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +27,13 @@ from data_pipeline.dataset.formats import FORMATS
 from data_pipeline.dataset.index import NAME
 from data_pipeline.dataset.synthetic import SAMPLE
 from data_pipeline.errors import DataError
-from data_pipeline.files import expanded
+from data_pipeline.files import expanded, user_cache_folder
 
 _TRIES, _TIMEOUT, _BLOCK = 5, 30, 1 << 20
 _PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds before the second try, twice as many before each further one
 _EXTRACTED = 1.05  # bytes of the folder for each byte of the archive: photos do not compress
 _RESIZED_QUALITY = 92
+_PREPARED = "food-101.path"
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,35 @@ def prepare(root: Path, short_side: int | None = None, source: Source | None = N
             _extract(archive, folder)
             archive.unlink()
         if short_side is None:
+            remember(folder)
             return folder
         resized = root / f"{NAME}-{short_side}"
         if not resized.is_dir():
             _resize(folder, resized, short_side)
+        remember(resized)
         return resized
     except OSError as error:
         raise DataError(
             f"{error.filename or root} cannot be written ({error.strerror or error}): free some space or name another "
             "--root; the same command goes on where this one stopped."
         ) from error
+
+
+def remember(folder: Path) -> None:
+    """`prepared` finds it from now on; silent where the user's cache folder cannot be written to."""
+    with suppress(OSError):
+        note = user_cache_folder() / _PREPARED
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_bytes(os.fsencode(folder))
+
+
+def prepared() -> Path | None:
+    """Where `python -m data_pipeline prepare` last put Food-101, if it is still there."""
+    with suppress(OSError, ValueError):
+        folder = Path(os.fsdecode((user_cache_folder() / _PREPARED).read_bytes()))
+        if (folder / "meta").is_dir():
+            return folder
+    return None
 
 
 def offer(data: str) -> None:

@@ -158,7 +158,7 @@ def data_of(trained: Trained, data: str | None) -> Index:
     if data is None:
         if trained.config is None:
             raise UserError(f"{trained.path} belongs to no run: say with --data what to evaluate it on.", exit_status=2)
-        data = trained.config.data.data
+        data = trained.config.data.source
     index = build_index(data, val_fraction=trained.config.data.val_fraction if trained.config else None)
     known = trained.model.config.num_classes
     if len(index.classes) != known:

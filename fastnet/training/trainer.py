@@ -87,7 +87,7 @@ class Trainer:
         with ranks.local_main_first():
             # Who replaces a file that became unreadable depends on all that did, and on the places of all others.
             bad, known = saved.get("quarantined", []), known_in(self.saved[1]) if self.saved else None
-            self.index = build_index(config.data.data, config.data.val_fraction, quarantined=bad, known=known)
+            self.index = build_index(config.data.source, config.data.val_fraction, quarantined=bad, known=known)
         check_same_data(ranks, self.index)
         cache = build_cache(config, self.index, self.view, self.device, ranks)
         with ranks.local_main_first():

@@ -13,7 +13,7 @@ import pytest
 
 from fastnet.config import FOOD101, QUICK, RECIPES, config_from_dict, read_config
 from fastnet.errors import UserError, run_command
-from fastnet.train import parse_arguments, run_folder
+from fastnet.train import parse_arguments, resolve_config, run_folder
 
 
 def saved_run(folder: Path) -> Path:
@@ -78,7 +78,6 @@ def test_a_user_of_timm_may_type_timms_names() -> None:
     config = parse_arguments(f"{theirs} {same}".split())
     assert config == parse_arguments(f"{ours} {same}".split())
     assert (config.optimizer.betas, config.model.drop_connect_rate) == ((0.8, 0.9), 0.3)
-    config.validate()
 
 
 def test_torch_is_not_needed_for_help() -> None:
@@ -181,3 +180,25 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     run = saved_run(tmp_path / "run")
     with pytest.raises(UserError, match="already holds a run"):
         run_folder(parse_arguments(["--out", str(run)]))
+
+
+def test_no_data_is_no_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from data_pipeline.dataset.download import prepared, remember
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train"])
+    with pytest.raises(UserError, match="--data is missing: name a folder") as caught:
+        resolve_config()
+    assert caught.value.exit_status == 2
+    food = tmp_path / "data" / "food-101"
+    (food / "meta").mkdir(parents=True)
+    remember(food)
+    assert resolve_config()[0].data.data == str(food)
+    monkeypatch.setattr(sys, "argv", ["train", "--recipe", "finetune", "--pretrained", "imagenet"])
+    with pytest.raises(UserError, match="--data is missing"):
+        resolve_config()
+    (food / "meta").rmdir()
+    assert prepared() is None
+    monkeypatch.setattr(sys, "argv", ["train", "--recipe", "quick"])
+    assert resolve_config()[0].data.data == "sample"
