@@ -25,9 +25,9 @@ from PIL import Image, ImageOps
 
 from data_pipeline.dataset.formats import FORMATS
 from data_pipeline.dataset.index import NAME
-from data_pipeline.dataset.synthetic import SAMPLE
+from data_pipeline.dataset.synthetic import SAMPLE, user_cache_folder
 from data_pipeline.errors import DataError
-from data_pipeline.files import expanded, user_cache_folder
+from data_pipeline.files import expanded
 
 _TRIES, _TIMEOUT, _BLOCK = 5, 30, 1 << 20
 _PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds before the second try, twice as many before each further one

@@ -94,7 +94,9 @@ def test_names_that_cannot_be(capsys: Said, tmp_path: Path, monkeypatch: pytest.
         (["--seed", str(2**80)], "--seed 1208925819614629174706176 must lie between 0 and"),
         (["--seed", "-1"], "--seed -1 must lie between 0 and"),
     ):
-        monkeypatch.setattr(sys, "argv", ["train", "--device", "cpu", "--out", str(tmp_path / "run"), *flags])
+        monkeypatch.setattr(
+            sys, "argv", ["train", "--recipe", "quick", "--device", "cpu", "--out", str(tmp_path / "run"), *flags]
+        )
         status = run_command(train_command.train)
         assert re.search(words, one_sentence(capsys, status, status))
         assert status in (1, 2)

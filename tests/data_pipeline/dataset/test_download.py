@@ -23,6 +23,12 @@ from data_pipeline.dataset import download as prepare
 from data_pipeline.dataset.download import Source
 
 
+@pytest.fixture(autouse=True)
+def _cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Food-101 was put is remembered in the user's cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 def jpeg(number: int, size: tuple[int, int] = (90, 60), orientation: int = 1) -> bytes:
     generator = np.random.default_rng(number)
     tags = Image.Exif()
