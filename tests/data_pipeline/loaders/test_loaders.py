@@ -329,7 +329,8 @@ def test_a_worker_that_dies_is_reported(index: Index) -> None:
     # In a process of its own: a fork of this one would inherit the threads of every backend that ran in it.
     code = f"""if True:
         import os
-        from data_pipeline import DataError, build_index, make_loader, torch_loader
+        from data_pipeline import DataError, build_index, make_loader
+        from data_pipeline.loaders import torch_loader
 
         torch_loader.decoded = lambda *_: os._exit(9)
         made = make_loader(
@@ -486,7 +487,8 @@ def test_a_worker_that_dies_between_two_passes_is_replaced(index: Index, tmp_pat
 STORM = """
 import os, signal, subprocess, sys
 from pathlib import Path
-from data_pipeline import build_index, make_loader, torch_loader
+from data_pipeline import build_index, make_loader
+from data_pipeline.loaders import torch_loader
 inner, flag = torch_loader.decoded, Path(sys.argv[3])
 def decoded(*rest):
     if not flag.exists() and sys.argv[4] == "dies":
