@@ -79,6 +79,9 @@ def trips(kernel: Any, arguments: Arguments, loops: Sequence[Loop]) -> dict[Loop
     found = {}
     for loop in loops:
         around = [i for i, (first, last) in enumerate(lines) if first <= loop.line <= last]
+        if not around:  # the branch belongs to a function that was inlined: the innermost loop that holds all the rest
+            own = {line for line in loop.lines if any(first <= line <= last for first, last in lines)}
+            around = [i for i, (first, last) in enumerate(lines) if own and first <= min(own) and max(own) <= last]
         if not around:
             raise RuntimeError(f"{name}: the loop that ends at line {loop.line} of {loop.file} is none of its own")
         exact = [i for i in around if lines[i][0] == loop.line]

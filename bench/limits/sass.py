@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 _FILE = re.compile(r'//## File "([^"]+)", line (\d+)')
@@ -56,12 +56,14 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """From `head` to the backward branch `tail`, which stands at `line` of `file`."""
+    """From `head` to the backward branch `tail`, which stands at `line` of `file`; `lines` are all of that file's that
+    its instructions come from."""
 
     head: int
     tail: int
     file: str
     line: int
+    lines: frozenset[int] = field(default=frozenset(), compare=False)
 
     def holds(self, index: int) -> bool:
         return self.head <= index <= self.tail
@@ -134,7 +136,10 @@ def loops(instructions: Sequence[Instruction]) -> list[Loop]:
     no loops; a branch back behind a conditional exit is one."""
     end = last_exit(instructions)
     found = [
-        Loop(i.target, i.index, i.file, i.line)
+        Loop(
+            i.target, i.index, i.file, i.line,
+            frozenset(j.line for j in instructions[i.target : i.index + 1] if j.file == i.file),
+        )
         for i in instructions
         if i.base == "BRA" and i.target is not None and i.target < i.index
         and (i.index < end or instructions[i.index - 1].base == "EXIT")

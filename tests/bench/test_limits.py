@@ -75,6 +75,17 @@ def test_a_loop_has_the_count_of_the_source_that_it_stands_in() -> None:
         trips(fn, arguments, [Loop(0, 9, FILE, end + 500)])
 
 
+def test_a_branch_of_an_inlined_function_belongs_to_the_loop_around_it() -> None:
+    fn = next(spec.fn for spec in kernels.all_specs() if spec.fn.fn.__name__ == "_depthwise_kernel")
+    (outer, _), (inner, last) = source_loops(fn.fn)
+    helper = outer - 40
+    found = [
+        Loop(2, 5, "depthwise.py", helper, frozenset({helper, inner + 1, last})),
+        Loop(0, 9, "depthwise.py", helper, frozenset({helper, outer + 1, inner + 1})),
+    ]
+    assert list(trips(fn, {"groups": 7, "partials": 2, "steps": 30}, found).values()) == [30, 4]
+
+
 def test_pipes_are_taken_as_long_as_the_card_needs() -> None:
     def taken(text: str, card: Any = H100) -> tuple[Pipe, float]:
         i = Instruction(0, text, "", "", 0)
