@@ -1,9 +1,10 @@
-"""`python -m fastnet.evaluate RUN_OR_FILE`: how good a model is on the validation split, in numbers and pictures."""
+"""`python -m fastnet.evaluate RUN_OR_FILE`: how good a model is on a data set, in numbers and pictures."""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -49,7 +50,9 @@ def evaluate(
     target: str,
     /,
     data: str | None = None,
+    split: Literal["train", "val"] = "val",
     report: bool = True,
+    suspects: bool = False,
     out: str | None = None,
     json: bool = False,
     expect_reported: bool = False,
@@ -73,13 +76,17 @@ def evaluate(
     kernels: Kernels = "auto",
 ) -> int:
     """Evaluate a run, or a file of weights, on the validation split: top-1, top-5, macro F1, AUC, calibration; and a
-    report with curves, confusion matrix, the worst predictions and Grad-CAM.
+    report with curves, confusion matrix, the worst predictions and Grad-CAM. With --suspects also the images whose
+    label may be wrong.
 
     Args:
         target: A run's folder, a .safetensors or .pth file, or imagenet with --variant.
         data: Data set; default: the one that the run was trained on.
+        split: Which images; of those that the model was trained on it is surer than of new ones.
         report: Write report.html and its pictures; --no-report prints the numbers alone.
-        out: Folder of the report; default: report/ in the run's folder.
+        suspects: Rank the images by how much the model contradicts their labels: suspects.csv, and suspects.html with
+            the pictures (needs the extra `suspects`).
+        out: Folder of the report and the suspects; default: report/ in the run's folder, report-train/ for that split.
         json: Print the numbers, also of each class, as JSON.
         expect_reported: Fail where top-1 or loss are not those that the run reported of these weights.
         checkpoint: Which weights of a run.
@@ -102,6 +109,7 @@ def evaluate(
         kernels: Operations inside MBConv.
     """
     from fastnet.allocator import keep_memory
+    from fastnet.analysis.suspects import require_cleanlab
     from fastnet.device import pick_device, pick_workers, tell
     from fastnet.loading.trained import data_of, load_trained
     from fastnet.training.tuning import pick_precision
@@ -124,8 +132,13 @@ def evaluate(
         device=where,
         kernels=kernels,
     )
-    folder = _report_folder(trained, out) if report else None
+    if suspects:
+        require_cleanlab()
+    folder = _report_folder(trained, out, split) if report or suspects else None
+    if suspects and folder is None:
+        raise UserError(f"{trained.path} belongs to no run: name a folder for --suspects with --out.", exit_status=2)
     index = data_of(trained, data)
+    index = replace(index, splits={"val": index.splits[split]})
     for note in index.notes:
         print(f"data: {note}", file=sys.stderr)
     if folder is not None:
@@ -142,7 +155,15 @@ def evaluate(
     _print_json(scores) if json else _print_numbers(scores)
     if expect_reported:
         _compare(scores, trained.path)
-    if folder is not None:
+    if suspects and folder is not None:
+        from fastnet.analysis.suspects import write_suspects
+
+        page, count = write_suspects(trained, index, found, folder)
+        said = f"{count} of {scores.images} labels are suspected: {page}"
+        if split == "train" and trained.run is not None:
+            said += " (the model was trained on them, which hides some: --split val has none of these)"
+        print(said, file=sys.stderr if json else sys.stdout)
+    if folder is not None and report:
         from fastnet.analysis.report import write_report
 
         page = write_report(
@@ -169,18 +190,21 @@ def _compare(scores: Scores, path: Path) -> None:
         )
 
 
-def _report_folder(trained: Trained, out: str | None) -> Path | None:
-    """--out, else report/ in the run; None for weights of no run. UserError where it cannot be written, before the
-    work starts."""
+def _report_folder(trained: Trained, out: str | None, split: str) -> Path | None:
+    """--out, else report/ or report-<split>/ in the run; None for weights of no run. UserError where it cannot be
+    written, before the work starts."""
     if out is None and trained.run is None:
         return None
     from data_pipeline.files import expanded
     from fastnet.analysis.report import check_folder
+    from fastnet.analysis.suspects import check_free
 
-    folder = expanded(Path(out)) if out is not None else trained.run / "report"  # type: ignore[operator]
+    name = "report" if split == "val" else f"report-{split}"
+    folder = expanded(Path(out)) if out is not None else trained.run / name  # type: ignore[operator]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_folder(folder)
+        check_free(folder)
     except OSError as error:
         raise UserError(f"no report can be written to {folder} ({error.strerror}): name another --out.") from error
     return folder

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from data_pipeline.dataset.formats import WORDS, is_read
@@ -78,7 +79,7 @@ def ranked(trained: Trained, values: Tensor, labels: Tensor) -> list[dict[str, A
 
 
 def write_grad_cams(trained: Trained, results: list[dict[str, Any]], stages: Sequence[int], folder: Path) -> list[Path]:
-    """One PNG for each predicted file: the model's view, and where each stage saw evidence for the prediction. No
+    """One PNG for each predicted file: the model's view, and where each stage highlights evidence for it. No
     file that is there is replaced."""
     import torch
 
@@ -112,6 +113,7 @@ def predict(
     /,
     top: int = 5,
     json: bool = False,
+    csv: str | None = None,
     gradcam: bool = False,
     gradcam_stages: tuple[int, ...] = (4, 6, 9),
     out: str = "gradcam",
@@ -134,9 +136,10 @@ def predict(
 
     Args:
         target: A run's folder, a .safetensors or .pth file, or imagenet with --variant.
-        images: Images, or folders of images.
+        images: Images, folders of images, or addresses of images on the web.
         top: Classes to name.
         json: Print one JSON array instead of lines.
+        csv: File for a table of all images and their classes, which a spreadsheet opens.
         gradcam: Also write a picture of each image with the evidence for its class highlighted (Grad-CAM).
         gradcam_stages: Stages to look at, 1 (stem) to 9 (head), as `python -m fastnet.summary` counts them.
         out: Folder for --gradcam's pictures.
@@ -177,21 +180,61 @@ def predict(
         device=where,
         kernels=kernels,
     )
-    results = predict_files(
-        trained,
-        expand(images),
-        top=top,
-        tta=tta,
-        amp=pick_precision(amp, where, kernels, trained.model.config.variant, tell),
-        batch_size=batch_size,
-        workers=workers,
-    )
+    with TemporaryDirectory(prefix="fastnet-") as downloads:
+        files, missing = fetched(images, Path(downloads))
+        results = predict_files(
+            trained,
+            list(files),
+            top=top,
+            tta=tta,
+            amp=pick_precision(amp, where, kernels, trained.model.config.variant, tell),
+            batch_size=batch_size,
+            workers=workers,
+        )
+        if gradcam:
+            folder = expanded(Path(out))
+            pictures = write_grad_cams(trained, results, gradcam_stages, folder)
+            print(f"{len(pictures)} Grad-CAM pictures in {folder}", file=sys.stderr)
+    results = [result | {"file": files[Path(result["file"])]} for result in results] + missing
     _print_json(results) if json else _print_lines(results)
-    if gradcam:
-        folder = expanded(Path(out))
-        pictures = write_grad_cams(trained, results, gradcam_stages, folder)
-        print(f"{len(pictures)} Grad-CAM pictures in {folder}", file=sys.stderr)
+    if csv is not None:
+        _write_csv(results, expanded(Path(csv)))
     return int(any("error" in result for result in results))
+
+
+def fetched(images: Iterable[str], folder: Path) -> tuple[dict[Path, str], list[dict[str, Any]]]:
+    """({file: what it is called} of all that `images` name, addresses fetched into `folder`; {"file", "error"} of those
+    that cannot be had)."""
+    from fastnet.analysis.fetch import fetch, is_url
+
+    files: dict[Path, str] = {}
+    missing: list[dict[str, Any]] = []
+    for name in images:
+        if not is_url(name):
+            files |= {path: str(path) for path in expand([name])}
+            continue
+        try:
+            files[fetch(name, folder)] = name
+        except OSError as error:
+            missing.append({"file": name, "error": str(error)})
+    return files, missing
+
+
+def _write_csv(results: list[dict[str, Any]], path: Path) -> None:
+    """A line an image: its most probable classes and their probabilities, or why it cannot be read."""
+    from fastnet.analysis.page import csv_text
+    from fastnet.loading.checkpoint import write_atomically
+
+    ranks = max((len(result.get("top", ())) for result in results), default=0)
+    heads = ["file", "error"]
+    for rank in range(1, ranks + 1):
+        heads += [f"class_{rank}", f"probability_{rank}"]
+    rows = [
+        [result["file"], result.get("error", "")]
+        + [cell for entry in result.get("top", ()) for cell in (entry["class"], f"{entry['probability']:.6f}")]
+        for result in results
+    ]
+    write_atomically(path, csv_text(heads, rows))
 
 
 def check_numbers(*, top: int = 1, batch_size: int = 1, workers: int = 0, gradcam_stages: Sequence[int] = (9,)) -> None:

@@ -20,9 +20,11 @@ NAMED = 10  # curves of more classes are drawn in grey, and the weakest named
 WEAKEST = 6
 LABELLED = 150  # classes that fit along a confusion matrix's axes
 COUNTED = 20  # classes up to which its cells hold numbers
+CSS_DPI = 96
+"""Pixels of a page in an inch of a figure: its points are the page's."""
 
 
-def save(figure: Figure, path: Path, dpi: int = 110) -> None:
+def save(figure: Figure, path: Path, dpi: int = 160) -> None:
     """Write a PNG, atomically. Raises UserError where it cannot be written."""
     from io import BytesIO
 
@@ -31,21 +33,27 @@ def save(figure: Figure, path: Path, dpi: int = 110) -> None:
     write_atomically(path, content.getvalue())
 
 
+def short(name: str, longest: int = 24) -> str:
+    """For a figure, where a long name would leave no room for what it names; its end often tells it from others."""
+    return name if len(name) <= longest else f"{name[: longest - 10]}…{name[-9:]}"
+
+
 def confusion_matrix(confusion: Tensor, names: Sequence[str]) -> Figure:
     """Share of each true class (row) that was taken for each class (column)."""
     count = len(names)
-    side = min(28.0, max(6.0, 3 + 0.21 * count))
-    figure = Figure((side, side), layout="constrained")
+    # A page of 1280 pixels shows 101 classes whole, their names in seven points.
+    side = max(6.0, 2.2 + 0.36 * count) if count <= COUNTED else min(24.0, 1.9 + 0.107 * count)
+    figure = Figure((side, side + 0.5), layout="constrained")
     axes = figure.subplots()
     share = confusion / confusion.sum(1, keepdim=True).clamp_min(1)
     # The square root lifts the few per cent that matter out of the background.
     image = axes.imshow(share.sqrt().numpy(), cmap="Blues", vmin=0, vmax=1)
-    bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.01, aspect=30)
+    bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.6, pad=0.01, aspect=40)
     levels = np.array([0, 0.01, 0.05, 0.2, 0.5, 1])
     bar.set_ticks(list(np.sqrt(levels)), labels=[f"{100 * level:.0f} %" for level in levels])
-    size = 10 if count <= COUNTED else 7.5
+    size = 10 if count <= COUNTED else 7
     if count <= LABELLED:
-        shown, fonts = legible(names), families(names)
+        shown, fonts = legible([short(name) for name in names]), families(names)
         axes.set_xticks(range(count), shown, rotation=90, fontsize=size, fontfamily=fonts)
         axes.set_yticks(range(count), shown, fontsize=size, fontfamily=fonts)
     if count <= COUNTED:
@@ -67,7 +75,7 @@ def confusion_matrix(confusion: Tensor, names: Sequence[str]) -> Figure:
 
 def roc(rates: tuple[Tensor, Tensor], areas: Sequence[float], names: Sequence[str]) -> Figure:
     """One-vs-rest ROC of every class; `rates` are `scores.roc_curves`, areas the AUCs."""
-    figure = Figure((9, 6), layout="constrained")
+    figure = Figure((6.4, 7.4), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="0.7", linestyle=":", linewidth=1)
     _curves(axes, *rates, areas, names, "AUC")
@@ -77,7 +85,7 @@ def roc(rates: tuple[Tensor, Tensor], areas: Sequence[float], names: Sequence[st
 
 def precision_recall(curves: tuple[Tensor, Tensor], precisions: Sequence[float], names: Sequence[str]) -> Figure:
     """Precision against recall of every class; `curves` are `scores.precision_recall_curves`."""
-    figure = Figure((9, 6), layout="constrained")
+    figure = Figure((6.4, 7.4), layout="constrained")
     axes = figure.subplots()
     _curves(axes, *curves, precisions, names, "AP")
     axes.set(xlabel="recall", ylabel="precision", title="Precision and recall, each class against the rest")
@@ -93,14 +101,14 @@ def _curves(axes: Axes, x: Tensor, curves: Tensor, areas: Sequence[float], names
     for i in known:
         if i not in named:
             axes.plot(x, curves[i], color="0.8", linewidth=0.6, zorder=1)
-    for i, name in zip(named, legible([names[i] for i in named]), strict=True):
+    for i, name in zip(named, legible([short(names[i]) for i in named]), strict=True):
         axes.plot(x, curves[i], linewidth=1.3, label=f"{name}: {areas[i]:.3f}", zorder=2)
     if known:
         mean = sum(areas[i] for i in known) / len(known)
         axes.plot(x, curves[known].mean(0), color="black", linewidth=2.2, label=f"mean: {mean:.3f}", zorder=3)
         title = f"{measure}, weakest {len(named)} of {len(names)}" if many else measure
-        prop = {"family": families(names), "size": 9}
-        axes.legend(title=title, prop=prop, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+        prop = {"family": families(names), "size": 10}
+        axes.legend(title=title, prop=prop, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False)
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02), aspect="equal")
     axes.grid(color="0.93")
     axes.set_axisbelow(True)
@@ -125,19 +133,6 @@ def reliability_diagram(bins: tuple[Tensor, Tensor, Tensor], ece: float) -> Figu
     above.legend(fontsize=9, loc="upper left")
     below.bar(centres, images, width * 0.94, color="0.6")
     below.set(xlim=(0, 1), xlabel="confidence", ylabel="images")
-    return figure
-
-
-def picture_grid(pictures: np.ndarray, titles: Sequence[str], columns: int = 5) -> Figure:
-    """Pictures [N, R, R, 3] uint8 with a few lines above each."""
-    rows = -(-len(pictures) // columns)
-    figure = Figure((2.3 * columns, 2.85 * rows), layout="constrained")
-    cells = figure.subplots(rows, columns, squeeze=False).flat
-    for axes in cells:
-        axes.set_axis_off()
-    for axes, picture, title in zip(figure.axes, pictures, legible(titles), strict=False):
-        axes.imshow(picture)
-        axes.set_title(title, fontsize=8.5, fontfamily=families(titles))
     return figure
 
 

@@ -2,58 +2,46 @@
 
 from __future__ import annotations
 
-import base64
-import csv
 import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from html import escape
-from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from data_pipeline import Index
 from fastnet.analysis import figures
-from fastnet.analysis.gradcam import grad_cam
+from fastnet.analysis.gradcam import grad_cam, heat, overlay
+from fastnet.analysis.page import MARK, card, csv_text, document, plot, table
 from fastnet.analysis.predictions import Predictions, as_pictures, index_files, load_views, subset
 from fastnet.analysis.scores import Scores, most_confused, precision_recall_curves, reliability, roc_curves
+from fastnet.config import RECIPES, TrainConfig
 from fastnet.errors import UserError
-from fastnet.loading.checkpoint import write_atomically
+from fastnet.loading.checkpoint import notes_of, write_atomically
 from fastnet.loading.trained import Trained
-from fastnet.training.curves import curves_of
+from fastnet.training.curves import CURVES, best_of, curve, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 EXPLAINED = 4  # images that Grad-CAM explains of the surest right ones, and of the worst
 
-MARK = "<meta name='generator' content='fastnet'>"
-FILES = ("report.html", "scores.json", "predictions.csv", *(f"{name}.png" for name in (
-    "confusion", "gradcam", "precision_recall", "reliability", "roc", "worst"
-)))  # fmt: skip
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color: #1c2430; }
-h1 { font-size: 1.6rem; } h2 { margin-top: 2.4rem; border-bottom: 1px solid #d8dee6; padding-bottom: .2rem; }
-img { max-width: 100%; height: auto; } .wide { overflow: auto; } .wide img { max-width: none; }
-p.note { color: #5b6675; }
-table { border-collapse: collapse; } th, td { padding: .15rem .8rem; text-align: right; }
-th { border-bottom: 1px solid #9aa5b1; } td { border-bottom: 1px solid #eceff3; }
-th:first-child, td:first-child { text-align: left; }
-.numbers { display: flex; flex-wrap: wrap; gap: 1rem; } .numbers div { background: #f3f5f8; border-radius: 8px;
-padding: .6rem 1.1rem; } .numbers b { display: block; font-size: 1.4rem; }
-"""
+FIGURES = ("confusion", "precision_recall", "reliability", "roc")
+FILES = ("report.html", "scores.json", "predictions.csv", *(f"{name}.png" for name in FIGURES))
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, its HTML, and the figure under it."""
+    """A heading, its HTML, and the figure under it, which is also written as a file; fixed: as in `plot`."""
 
     title: str
     html: str
     figure: Figure | None = None
     file: str = ""
+    fixed: bool = False
 
 
 def write_report(
@@ -101,6 +89,7 @@ def write_report(
         *_worst(trained, index, found, worst),
         _explained(trained, index, found, stages, explained),
         _per_class(scores),
+        *_settings(trained.config),
     ]
     parts = []
     for section in sections:
@@ -108,15 +97,11 @@ def write_report(
         if section.figure is not None:
             path = folder / section.file
             figures.save(section.figure, path)
-            # Scrolled, not shrunk to the page: the names of 101 classes have to be read.
-            parts.append(f"<div class='wide'>{_inline(section.title, path.read_bytes())}</div>")
-    title = f"efficientnet_{trained.model.config.variant} on {index.root.name}"
-    page = (
-        f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>{MARK}<title>{escape(title)}</title>\n"
-        f"<style>{STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )
+            width = round(section.figure.get_figwidth() * figures.CSS_DPI)
+            parts.append(plot(section.title, path.read_bytes(), width, fixed=section.fixed))
+    page = document(f"efficientnet_{trained.model.config.variant} on {index.root.name}", parts)
     write_atomically(folder / "scores.json", (json.dumps(scores.as_dict(), indent=2) + "\n").encode())
-    write_atomically(folder / "predictions.csv", _csv(index, found).encode("utf-8", "surrogateescape"))
+    write_atomically(folder / "predictions.csv", _csv(index, found))
     write_atomically(folder / "report.html", page.encode("utf-8", "surrogateescape"))
     return folder / "report.html"
 
@@ -145,45 +130,47 @@ def _overview(trained: Trained, index: Index, scores: Scores, tta: str) -> Secti
         f"{trained.path} at {trained.resolution} px{views}; {scores.images} validation images of {index.root}, "
         f"{len(index.classes)} classes"
     )
-    return Section("Result", f"<div class='numbers'>{cells}</div><p class='note'>{escape(described)}</p>")
+    files = "<p>Every image: <a href='predictions.csv'>predictions.csv</a>; <a href='scores.json'>scores.json</a></p>"
+    return Section("Result", f"<div class='numbers'>{cells}</div><p class='note'>{escape(described)}</p>{files}")
 
 
 def _learning(trained: Trained) -> list[Section]:
     if trained.run is None or not (trained.run / "metrics.jsonl").is_file():
         return []
-    return [Section("Learning curves", _inline("Learning curves", curves_of(trained.run / "metrics.jsonl")))]
-
-
-def _inline(title: str, picture: bytes) -> str:
-    encoded = base64.b64encode(picture).decode()
-    return f"<img alt='{escape(title)}' src='data:image/png;base64,{encoded}'>"
+    lines = read_metrics(trained.run / "metrics.jsonl")
+    best = best_of(lines, notes_of(trained.path))
+    noted = (
+        f"<p class='note'>The best, which is kept: epoch {best['epoch']}, top-1 {best['top1']:.2f} %.</p>"
+        if best and "epoch" in best
+        else ""
+    )
+    plots = "".join(plot(name, curve(lines, key, best), 380) for key, name in CURVES.items())
+    return [Section("Learning curves", f"{noted}<div class='plots'>{plots}</div>")]
 
 
 def _confusion(scores: Scores) -> Section:
     names = tuple(one.name for one in scores.classes)
-    rows = "".join(
-        f"<tr><td>{escape(true)}</td><td style='text-align:left'>{escape(taken)}</td><td>{images}</td>"
-        f"<td>{100 * share:.1f} %</td></tr>"
+    rows = [
+        (true, taken, str(images), f"{100 * share:.1f} %")
         for true, taken, images, share in most_confused(scores.confusion, names)
-    )
-    table = (
-        "<p>Most often confused:</p><table><tr><th>true</th><th style='text-align:left'>taken for</th><th>images</th>"
-        f"<th>of the class</th></tr>{rows}</table>"
-        if rows
-        else "<p>No image is confused.</p>"
-    )
-    return Section("Confusion", table, figures.confusion_matrix(scores.confusion, names), "confusion.png")
+    ]
+    listed = table(("true", "taken for", "images", "of the class"), rows, text=2)
+    html = f"<p>Most often confused:</p>{listed}" if rows else "<p>No image is confused.</p>"
+    # Scrolled on a narrow page, not shrunk: the names of 101 classes have to be read.
+    fixed = len(names) > figures.NAMED
+    return Section("Confusion", html, figures.confusion_matrix(scores.confusion, names), "confusion.png", fixed)
 
 
 def _verdict(found: Predictions, index: Index, row: int) -> str:
-    """Three short lines: the true class, the prediction, and how sure it is."""
+    """The true class, the prediction, and how sure it is."""
     true, predicted = int(found.labels[row]), int(found.predicted[row])
     sure = 100 * found.log_probabilities[row, predicted].exp().item()
-    return f"{_short(index.classes[true])}\n→ {_short(index.classes[predicted])} {sure:.0f} %"
+    return f"{index.classes[true]} → {index.classes[predicted]} {sure:.0f} %"
 
 
-def _short(name: str, longest: int = 24) -> str:
-    return name if len(name) <= longest else name[: longest - 1] + "…"
+def name_in(index: Index, path: str) -> str:
+    """A file as it is called below the data set's folder."""
+    return os.path.relpath(path, index.root) if path.startswith(f"{index.root}{os.sep}") else path
 
 
 def _worst(trained: Trained, index: Index, found: Predictions, count: int) -> list[Section]:
@@ -191,17 +178,20 @@ def _worst(trained: Trained, index: Index, found: Predictions, count: int) -> li
     rows = wrong[found.losses[wrong].argsort(descending=True, stable=True)][:count].tolist()
     if not rows:
         return []
-    images = load_views(trained, subset(index, found.positions[rows].tolist()))
-    titles = [_verdict(found, index, row) for row in rows]
     note = "<p class='note'>The wrong ones of largest loss: true class → prediction and its probability.</p>"
-    return [
-        Section(
-            "Worst predictions",
-            note,
-            figures.picture_grid(as_pictures(images, trained.normalization), titles),
-            "worst.png",
-        )
+    return [Section("Worst predictions", note + cards(trained, index, found, rows))]
+
+
+def cards(trained: Trained, index: Index, found: Predictions, rows: Sequence[int]) -> str:
+    """What the model saw of these rows, what it said, and their files."""
+    positions = found.positions[list(rows)].tolist()
+    pictures = as_pictures(load_views(trained, subset(index, positions)), trained.normalization)
+    paths = index.splits["val"].paths
+    shown = [
+        card([picture], _verdict(found, index, row), name_in(index, paths[position]))
+        for picture, row, position in zip(pictures, rows, positions, strict=True)
     ]
+    return f"<div class='cards'>{''.join(shown)}</div>"
 
 
 def _explained(
@@ -212,9 +202,10 @@ def _explained(
         with torch.inference_mode():
             probabilities = trained.model(images).float().softmax(1)
         of = probabilities.argmax(1)
-        titles = [
-            f"{Path(file).name}\n→ {_short(index.classes[label])} {100 * row[label].item():.0f} %"
-            for file, label, row in zip(files, of.tolist(), probabilities, strict=True)
+        names = list(files)
+        said = [
+            f"{index.classes[label]} {100 * row[label].item():.0f} %"
+            for label, row in zip(of.tolist(), probabilities, strict=True)
         ]
     else:
         right = (found.predicted == found.labels).nonzero()[:, 0]
@@ -223,42 +214,60 @@ def _explained(
             *right[found.losses[right].argsort(stable=True)][:EXPLAINED].tolist(),
             *wrong[found.losses[wrong].argsort(descending=True, stable=True)][:EXPLAINED].tolist(),
         ]
-        images = load_views(trained, subset(index, found.positions[rows].tolist()))
-        of, titles = found.predicted[rows], [_verdict(found, index, row) for row in rows]
-    maps: dict[int, list[torch.Tensor]] = {stage: [] for stage in stages}
-    for image, label in zip(images.split(1), of.to(trained.device).split(1), strict=True):
-        _, one = grad_cam(trained.model, image, label, stages=stages)
-        for stage, found_map in one.items():
-            maps[stage].append(found_map.cpu())
-    note = "<p class='note'>Where each stage saw evidence for the predicted class: " + (
-        "the images that were asked for.</p>" if files else "the surest right predictions, then the worst ones.</p>"
-    )
-    figure = figures.grad_cam_grid(
-        images, {stage: torch.cat(each) for stage, each in maps.items()}, titles, trained.normalization
-    )
-    return Section("Grad-CAM", note, figure, "gradcam.png")
+        positions = found.positions[rows].tolist()
+        images = load_views(trained, subset(index, positions))
+        of, said = found.predicted[rows], [_verdict(found, index, row) for row in rows]
+        names = [name_in(index, index.splits["val"].paths[position]) for position in positions]
+    stages = sorted(set(stages))
+    shown = []
+    for image, label, heading, name in zip(images.split(1), of.to(trained.device).split(1), said, names, strict=True):
+        _, maps = grad_cam(trained.model, image, label, stages=stages)
+        picture = as_pictures(image, trained.normalization)[0]
+        hot = [heat(maps[stage].cpu(), picture.shape[0])[0].numpy() for stage in stages]
+        shown.append(card([picture, *(overlay(picture, one) for one in hot)], heading, name))
+    listed = ", ".join(f"{stage}{' (head)' if stage == 9 else ''}" for stage in stages)
+    note = f"<p class='note'>What the model saw, and where stages {listed} highlight evidence for the predicted class: "
+    note += "the images that were asked for.</p>" if files else "the surest right predictions, then the worst.</p>"
+    return Section("Grad-CAM", f"{note}<div class='cards explained'>{''.join(shown)}</div>")
 
 
 def _per_class(scores: Scores) -> Section:
     def cell(value: float) -> str:
-        return "<td>–</td>" if value != value else f"<td>{value:.3f}</td>"
+        return "–" if value != value else f"{value:.3f}"
 
     ranked = sorted(scores.classes, key=lambda one: (one.f1, one.name))
-    rows = "".join(
-        f"<tr><td>{escape(one.name)}</td><td>{one.images}</td>"
-        + "".join(cell(v) for v in (one.precision, one.recall, one.f1, one.auc, one.average_precision))
-        + "</tr>"
+    rows = [
+        (one.name, str(one.images), *map(cell, (one.precision, one.recall, one.f1, one.auc, one.average_precision)))
         for one in ranked
-    )
-    heads = "".join(f"<th>{name}</th>" for name in ("class", "images", "precision", "recall", "F1", "AUC", "AP"))
-    return Section("Classes, the weakest first", f"<table><tr>{heads}</tr>{rows}</table>")
+    ]
+    heads = ("class", "images", "precision", "recall", "F1", "AUC", "AP")
+    return Section("Classes, the weakest first", table(heads, rows))
 
 
-def _csv(index: Index, found: Predictions) -> str:
+def _settings(config: TrainConfig | None) -> list[Section]:
+    """What the run was told, what differs from its recipe first."""
+    if config is None:
+        return []
+    values, usual = _flat(asdict(config)), _flat(asdict(RECIPES.get(config.recipe, TrainConfig())))
+    own = {name: value for name, value in values.items() if value != usual.get(name)}
+    heads = ("setting", "value")
+    changed = table(heads, own.items(), text=2) if own else "<p>All as the recipe has them.</p>"
+    folded = f"<details><summary>All settings</summary>{table(heads, values.items(), text=2)}</details>"
+    return [Section("Settings", f"<p>Recipe {escape(config.recipe)}, and what differs:</p>{changed}{folded}")]
+
+
+def _flat(values: dict[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= _flat(value)
+        else:
+            found[f"--{name.replace('_', '-')}"] = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return found
+
+
+def _csv(index: Index, found: Predictions) -> bytes:
     """path, true class, predicted class, its probability, the true class's probability, loss; one line an image."""
-    text = StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "true", "predicted", "probability", "probability_of_true", "loss"])
     rows = zip(
         found.positions.tolist(),
         found.labels.tolist(),
@@ -268,7 +277,17 @@ def _csv(index: Index, found: Predictions) -> str:
         strict=True,
     )
     paths, names = index.splits["val"].paths, index.classes
-    for position, true, predicted, probability, loss in rows:
-        values = (f"{probability:.6f}", f"{torch.tensor(-loss).exp().item():.6f}", f"{loss:.6f}")
-        writer.writerow([paths[position], names[true], names[predicted], *values])
-    return text.getvalue()
+    return csv_text(
+        ("path", "true", "predicted", "probability", "probability_of_true", "loss"),
+        (
+            (
+                paths[position],
+                names[true],
+                names[predicted],
+                f"{probability:.6f}",
+                f"{torch.tensor(-loss).exp().item():.6f}",
+                f"{loss:.6f}",
+            )
+            for position, true, predicted, probability, loss in rows
+        ),
+    )

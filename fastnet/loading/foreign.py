@@ -69,7 +69,21 @@ def read_pickled(path: Path) -> Foreign:
     names = tuple(name for name in (content.get("arch"), config.get("model")) if isinstance(name, str))
     if not (state and all(isinstance(value, Tensor) for value in state.values())):
         raise ValueError(f"{path} holds no state dict: save model.state_dict() and load that.")
-    return Foreign(_unwrapped(state), names, (config,) if config else ())
+    return Foreign(_unwrapped(state), names, tuple(one for one in (config, _noted(content)) if one), _classes(content))
+
+
+def _noted(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The view that an export of ours for torchvision notes beside the weights, under torchvision's names."""
+    side, crop = content.get("resolution"), content.get("crop_fraction")
+    if "class_names" not in content or not side or not crop:
+        return {}
+    own = {name: content.get(name) for name in ("interpolation", "mean", "std")}
+    return {"val_crop_size": side, "val_resize_size": side / crop, **own}
+
+
+def _classes(content: Mapping[str, Any]) -> tuple[str, ...] | None:
+    names = content.get("class_names")
+    return tuple(map(str, names)) if isinstance(names, list) else None
 
 
 def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

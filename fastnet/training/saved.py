@@ -175,7 +175,7 @@ def keep_best(trainer: Run, model: EfficientNet, values: dict[str, Any]) -> None
     """Write what belongs to the best: best.safetensors, and of several checkpoint-<epoch>.safetensors, and remove those
     of this run's that are not among the best any more. values: of the evaluation of this model."""
     progress, hist, folder = trainer.progress, trainer.config.run.checkpoint_hist, trainer.folder
-    notes = {key: values[key] for key in ("weights", "epoch", "top1", "loss")}
+    notes = {key: values[key] for key in ("weights", "epoch", "top1", "loss")} | {"run_id": trainer.run_id}
     common: dict[str, Any] = dict(classes=trainer.index.classes, view=trainer.view, notes=notes)
     if values["top1"] > progress.best_top1:
         progress.best_top1, progress.best_epoch = values["top1"], values["epoch"]

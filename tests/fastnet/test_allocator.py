@@ -18,7 +18,8 @@ GLIBC = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C libr
 BLOCKS = """
 import json, resource, sys
 import torch
-from fastnet import allocator, evaluate, export, predict, summary, train, trainer
+from fastnet import allocator, evaluate, export, predict, summary, train
+from fastnet.training import trainer
 if sys.argv[1] == "keep":
     allocator.keep_memory(torch.device("cpu"))
 

@@ -13,7 +13,7 @@ from fastnet.arch import Kernels
 from fastnet.config import RunOptions
 from fastnet.device import check_kernels
 from fastnet.errors import UserError
-from fastnet.export import _check_expressible
+from fastnet.exports.formats import check_expressible
 from fastnet.model import EfficientNet, ModelConfig, efficientnet
 from fastnet.scaling import architecture
 from fastnet.summary import summarise
@@ -63,5 +63,5 @@ def test_what_reads_the_network_takes_it() -> None:
     assert {stage: tuple(found.shape) for stage, found in maps.items()} == {2: (1, 32, 32), 9: (1, 2, 2)}
     told = summarise("lite0", resolution=224)
     assert (told.totals[1000].parameters, told.totals[1000].byte_passes) == (4_652_008, None)
-    with pytest.raises(UserError, match="torchvision has no lite1: use --to timm, onnx or pt2"):
-        _check_expressible(ModelConfig("lite1"), "torchvision")
+    with pytest.raises(UserError, match="torchvision has no lite1: use --to timm, onnx, pt2 or openvino"):
+        check_expressible(ModelConfig("lite1"), "torchvision", preprocessing=False)

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_bare_numbers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_report_needs_nothing_beside_it(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [{"kind": "train", "step": 1, "loss": 2.0, "top1": 9.0, "lr": 0.1}]
-    lines += [{"kind": "eval", "step": 1, "weights": "model", "loss": 1.9, "top1": 10.0, "top5": 20.0}]
+    lines += [{"kind": "eval", "step": 1, "epoch": 3, "weights": "model", "loss": 1.9, "top1": 10.0, "top5": 20.0}]
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     assert evaluate(str(run), json=True, workers=0, worst=3, gradcam_stages=(9,)) == 0
     said = capsys.readouterr()
@@ -51,15 +52,22 @@ def test_a_report_needs_nothing_beside_it(run: Path, capsys: pytest.CaptureFixtu
     assert [one["name"] for one in scores["classes"]] == list(CLASSES)
     folder = run / "report"
     assert f"report: {folder / 'report.html'}" in said.err
-    pictures = ["confusion", "gradcam", "precision_recall", "reliability", "roc", "worst"]
+    pictures = ["confusion", "precision_recall", "reliability", "roc"]
     assert {path.name for path in folder.iterdir()} == {
         "report.html", "scores.json", "predictions.csv", *(f"{name}.png" for name in pictures),
     }  # fmt: skip
     for name in pictures:
         assert min(Image.open(folder / f"{name}.png").size) > 200
     page = (folder / "report.html").read_text()
-    assert page.count("src='data:image/png;base64,") == len(pictures) + 1  # and the learning curves
-    assert not re.search(r"(src|href)=['\"](?!data:)", page)
+    assert page.count("src='data:image/png;base64,") == len(pictures) + 3  # and the learning curves
+    assert set(re.findall(r"(?:src|href)='(?!data:)([^']*)", page)) == {"predictions.csv", "scores.json"}
+    index = data_of(load_trained(run), None)
+    shown = re.findall(r"<small>([^<]*)</small>", page)
+    assert len(shown) == 3 + min(round(12 * scores["top1"] / 100), 4) + min(12 - round(12 * scores["top1"] / 100), 4)
+    assert set(shown) <= {escape(str(Path(path).relative_to(index.root))) for path in index.splits["val"].paths}
+    assert "The best, which is kept: epoch 3, top-1 10.00 %" in page
+    assert re.search(r"<td class='text'>--resolution</td><td class='text'>48</td>.*<details>", page)
+    assert "--label-smoothing</td>" in page[page.index("<details>") :]
     assert "apple &lt;pie&gt;" in page
     assert "apple <pie>" not in page
     assert json.loads((folder / "scores.json").read_text()) == scores
@@ -130,7 +138,7 @@ def test_weights_that_tell_no_result_cannot_be_compared(run: Path) -> None:
         evaluate(str(run), report=False, expect_reported=True, workers=0)
 
 
-@pytest.mark.parametrize("command", ["evaluate", "export", "predict", "summary"])
+@pytest.mark.parametrize("command", ["evaluate", "export", "predict", "serve", "summary"])
 def test_help_needs_no_torch(command: str) -> None:
     code = (
         f"import sys; sys.argv = ['{command}', '--help']; from fastnet.{command} import main\n"

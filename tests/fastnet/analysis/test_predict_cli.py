@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -88,6 +92,39 @@ def test_a_folder_as_json_with_grad_cam(trained: Trained, tmp_path: Path, capsys
     assert sorted(path.name for path in out.iterdir()) == ["1-2.png", "1.png", "2.png"]
     width, height = Image.open(out / "1.png").size
     assert width > 2.5 * height  # the view and two stages beside each other
+
+
+def test_addresses_and_a_table_for_a_spreadsheet(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "web"
+    folder.mkdir()
+    photo = Path(data_of(trained, None).splits["val"].paths[0])
+    (folder / "a b.jpg").write_bytes(photo.read_bytes())
+    (folder / "=1+1.jpg").write_bytes(photo.read_bytes())
+    handler = partial(SimpleHTTPRequestHandler, directory=str(folder))
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *args: None)
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.chdir(folder)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        web = f"http://127.0.0.1:{server.server_port}"
+        asked = (f"{web}/a%20b.jpg?size=1", "=1+1.jpg", f"{web}/absent.jpg")
+        assert predict(str(trained.run), asked, json=True, top=2, csv=str(tmp_path / "said.csv")) == 1
+        server.shutdown()
+    found, local, absent = json.loads(capsys.readouterr().out)
+    assert (found["file"], local["file"]) == asked[:2]
+    expected = predict_files(trained, [photo], top=2)[0]["top"]
+    for entry, other, one in zip(found["top"], local["top"], expected, strict=True):
+        assert entry["class"] == other["class"] == one["class"]
+        assert entry["probability"] == pytest.approx(one["probability"], abs=1e-5)
+    assert absent == {"file": asked[2], "error": "HTTP 404 File not found"}
+    with open(tmp_path / "said.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == [asked[0], "'=1+1.jpg", asked[2]]  # no formula
+    assert rows[0]["class_1"] == found["top"][0]["class"]
+    assert float(rows[0]["probability_2"]) == pytest.approx(found["top"][1]["probability"], abs=1e-6)
+    assert rows[2]["error"] == absent["error"]
 
 
 def test_refused_before_any_work(trained: Trained, tmp_path: Path) -> None:

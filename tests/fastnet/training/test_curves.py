@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastnet.training.curves import draw_curves
+from fastnet.training.curves import best_of, curve, draw_curves
 
 
 def test_every_curve_is_drawn(tmp_path: Path) -> None:
@@ -34,3 +34,21 @@ def test_every_curve_is_drawn(tmp_path: Path) -> None:
     ]
     assert colors(drawn([])) == 1
     assert colors(drawn(evaluations)) == 3
+
+
+def test_the_best_is_what_the_weights_say_else_the_highest_top1() -> None:
+    common: dict[str, object] = dict(kind="eval", loss=1.0)
+    lines = [
+        dict(common, step=step, epoch=step, weights=weights, top1=10.0 * step + len(weights))
+        for step in (1, 2)
+        for weights in ("model", "ema")
+    ]
+    assert best_of(lines) == lines[2]
+    assert best_of(lines, {"epoch": 1, "weights": "ema", "top1": 1.0}) == lines[1]
+    assert best_of(lines, {"epoch": 7, "weights": "ema"}) == lines[2]
+    assert best_of([dict(kind="train", step=1)]) is None
+
+    def image(best: dict[str, object] | None) -> bytes:
+        return curve(lines, "top1", best)
+
+    assert image(lines[1]) != image(lines[3]) != image(None)
