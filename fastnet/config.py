@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -19,27 +20,33 @@ from fastnet.errors import UserError
 from fastnet.typed import checked_fields, parse_object
 
 
+def option(default: Any, low: float | None = None, high: float | None = None, *, changeable: bool = False) -> Any:
+    """A flag: its default; what a number, or each of several, must lie between; whether a continued run may be given
+    another value, since it decides nothing that is computed."""
+    return field(default=default, metadata={"bounds": (low, high), "changeable": changeable})
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     variant: Variant = "b0"
     """EfficientNet variant."""
     scaling: Scaling = "published"
     """Width and depth: the published coefficients, or the pure powers alpha^phi and beta^phi of the paper's eq. 3."""
-    resolution: int | None = None
+    resolution: int | None = option(None, 32, 4096)
     """Image side in pixels. Default: gamma^phi of the variant from base 200 (b0 200, b1 232, b4 352, b7 536); Lite's as
     published."""
     padding: Padding = "symmetric"
     """Convolution padding: symmetric (torchvision, timm efficientnet_*) or TensorFlow's SAME (tf_efficientnet_*)."""
-    dropout: float | None = None
+    dropout: float | None = option(None, 0, 0.999)
     """Dropout before the classifier. Default: the variant's, 0.2 (b0) to 0.5 (b7)."""
-    drop_connect_rate: float | None = None
+    drop_connect_rate: float | None = option(None, 0, 0.999)
     """Stochastic depth: block i of N is dropped with probability rate*i/N. Default: the variant's, 0.2 to 0.5."""
     pretrained: str | None = None
     """Weights to start from: imagenet (torchvision's published file of the variant, fetched once), or a .safetensors or
     .pth file of fastnet, torchvision or timm. Sets the padding, BN eps and momentum that they were trained with."""
     weights_style: Style | None = None
     """Where --pretrained comes from, when the file itself does not tell."""
-    kernels: Kernels = "auto"
+    kernels: Kernels = option("auto", changeable=True)
     """How MBConv runs: triton is one fused block and never falls back, triton-ops fuses between torch's convolutions,
     native is the fused block in C++ for a CPU, compiled at first use; it never falls back either; torch is plain; auto
     is native on a CPU with a C++ compiler and triton on a GPU from compute capability 8.0 on, but for blocks that
@@ -48,14 +55,14 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class DataOptions:
-    data: str | None = None
+    data: str | None = option(None, changeable=True)
     """A folder with a folder a class, or with train/<class>/* and val/<class>/*, or in Food-101's layout; a .csv of
     paths and labels, or its folder; webdataset shards: a folder with train*.tar and val*.tar, or a quoted pattern,
     'shards/*.tar'; 'sample' is generated offline. Default: of --recipe food101 where `python -m data_pipeline prepare`
     put it, of quick sample; others need it."""
     num_classes: int | None = None
     """Refuse a data set with another number of classes."""
-    val_fraction: float | None = None
+    val_fraction: float | None = option(None, 0.001, 0.9)
     """Share of each class that validates where the data set has no images for that, drawn by a hash of the files'
     paths, copies of a photo together. Default: 0.2."""
     crop_fraction: float | None = None
@@ -67,15 +74,15 @@ class DataOptions:
     ImageNet's."""
     std: tuple[float, float, float] | None = None
     """What they are then divided by. Default: as for --mean."""
-    loader: Literal["auto", "dali", "torch"] = "auto"
+    loader: Literal["auto", "dali", "torch"] = option("auto", changeable=True)
     """Input pipeline: NVIDIA DALI (decodes on the GPU where there is one) or torchvision v2 on a DataLoader."""
-    workers: int | None = None
+    workers: int | None = option(None, 0, 1024, changeable=True)
     """Worker threads (DALI, cache) or processes (torch). Default: the cores, at most 16; on a CPU half of them."""
-    cache: Literal["none", "disk", "ram", "gpu", "auto"] = "none"
+    cache: Literal["none", "disk", "ram", "gpu", "auto"] = option("none", changeable=True)
     """Decode each image once: training photos to --cache-side, validation to the view that the model sees; kept in
     RAM, on the GPU, or in a file that later runs find again; processes of one machine share RAM and file. auto takes
     the first of gpu, ram and disk that fits; what does not fit is replaced, in words: RAM may keep a part."""
-    cache_side: int | None = None
+    cache_side: int | None = option(None, 16, 16384)
     """Short side in pixels to which --cache shrinks training photos. Default: 2 x --resolution over the root of the
     smallest --scale, from which every crop is as sharp as from the photo."""
 
@@ -93,60 +100,60 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    epochs: int = 100
+    epochs: int = option(100, 1, 1e6, changeable=True)
     """Passes over the training set."""
-    batch_size: int = 64
+    batch_size: int = option(64, 2, 1e6)
     """Images that go through the model at a time, in each process that torchrun starts; a step has --grad-accum-steps x
     processes times as many. A continued run keeps the images of its steps, whatever the number of processes."""
-    grad_accum_steps: int = 1
+    grad_accum_steps: int = option(1, 1, 1e6)
     """Batches whose gradients add up to one update; their mean counts, as in one big batch."""
     optimizer: Literal["rmsprop_tf", "rmsprop", "adamw", "sgd"] = "rmsprop_tf"
     """RMSprop as TensorFlow defines it (the paper's: sqrt(v + eps), v starts at 1) or as torch does, AdamW, or SGD with
     Nesterov momentum. (timm: --opt)"""
-    lr: float | None = None
+    lr: float | None = option(None, 1e-9, 1e3)
     """Peak learning rate. Default: 0.064 (RMSprop), 0.1 (SGD) or 0.001 (AdamW) x images a step / 256."""
-    momentum: float = 0.9
+    momentum: float = option(0.9, 0, 0.9999)
     """Momentum of RMSprop and SGD."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = option((0.9, 0.999), 0, 0.999999)
     """AdamW's decays of the gradient's and its square's running means. (timm: --opt-betas)"""
-    rmsprop_decay: float = 0.9
+    rmsprop_decay: float = option(0.9, 0, 0.99999)
     """Decay of RMSprop's running mean of squared gradients."""
-    rmsprop_eps: float = 1e-3
+    rmsprop_eps: float = option(1e-3, 1e-12, 1)
     """RMSprop's epsilon."""
-    weight_decay: float = 1e-5
+    weight_decay: float = option(1e-5, 0, 10)
     """Decay of convolution and linear weights; none on batch norm and biases. An L2 penalty, and AdamW's own form."""
-    layer_decay: float = 1.0
+    layer_decay: float = option(1.0, 1e-3, 1)
     """Each layer (stem, blocks, head) learns at this times the rate of the layer above it."""
-    freeze_stages: int = 0
+    freeze_stages: int = option(0, 0, len(EFFICIENTNET.stages))
     """Leave the stem and the first so many of the seven stages of blocks (2 to 8 in fastnet.summary) as they are, batch
     norm's statistics too."""
     sched: Literal["step", "cosine"] = "step"
     """Learning rate after the warm-up: a staircase, or half a cosine down to --min-lr at the last epoch."""
-    warmup_epochs: float = 5.0
+    warmup_epochs: float = option(5.0, 0, 1e6)
     """Epochs of linear warm-up."""
-    warmup_lr: float = 0.0
+    warmup_lr: float = option(0.0, 0, 1e3)
     """Learning rate from which the warm-up starts."""
-    min_lr: float = 0.0
+    min_lr: float = option(0.0, 0, 1e3)
     """The learning rate never falls below this after the warm-up."""
-    lr_decay: float = 0.96
+    lr_decay: float = option(0.96, 1e-6, 1)
     """--sched step multiplies the learning rate by this every --decay-epochs epochs. (timm: --decay-rate)"""
-    decay_epochs: float = 8.0
+    decay_epochs: float = option(8.0, 1e-3, 1e6)
     """Epochs between two decays."""
-    label_smoothing: float = 0.1
+    label_smoothing: float = option(0.1, 0, 0.999)
     """Label smoothing of the cross-entropy. (timm: --smoothing)"""
-    clip_grad_norm: float = 5.0
+    clip_grad_norm: float = option(5.0, 0, 1e9)
     """Largest gradient norm; 0 switches clipping off. (timm: --clip-grad)"""
 
 
 @dataclass(frozen=True)
 class MixOptions:
-    mixup: float = 0.0
+    mixup: float = option(0.0, 0, 1e3)
     """Mixup: images and labels of a batch are mixed in a share drawn from Beta(this, this); 0 is off."""
-    cutmix: float = 0.0
+    cutmix: float = option(0.0, 0, 1e3)
     """Cutmix: a box is pasted from another image, its area drawn from Beta(this, this); 0 is off."""
-    mixup_prob: float = 1.0
+    mixup_prob: float = option(1.0, 0, 1)
     """Probability that a batch is mixed at all."""
-    mixup_switch_prob: float = 0.5
+    mixup_switch_prob: float = option(0.5, 0, 1)
     """Probability of cutmix where both are on."""
 
     @property
@@ -158,7 +165,7 @@ class MixOptions:
 class EmaOptions:
     model_ema: bool = False
     """Keep an exponential moving average of the weights, and evaluate it too; the better of both is kept as best."""
-    model_ema_decay: float = 0.9998
+    model_ema_decay: float = option(0.9998, 0, 1)
     """Decay of the average with each update."""
     model_ema_warmup: bool = False
     """Let the decay rise from 0 as 1 - (1 + updates)^(-2/3): for runs that are short for --model-ema-decay."""
@@ -166,56 +173,56 @@ class EmaOptions:
 
 @dataclass(frozen=True)
 class ProgressiveOptions:
-    progressive: int = 0
+    progressive: int = option(0, 0, 8)
     """Grow the training resolution in so many equal stages of the epochs (EfficientNetV2); 0: --resolution always."""
-    progressive_start: int | None = None
+    progressive_start: int | None = option(None, 32, 4096)
     """Resolution of the first stage. Default: half of --resolution."""
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    out: str | None = None
+    out: str | None = option(None, changeable=True)
     """Folder of the run; with several nodes one that all share. Default: runs/<variant>-<resolution>-<date>."""
-    resume: str | None = None
+    resume: str | None = option(None, changeable=True)
     """Continue a run: its folder, or 'auto' for --out (without --out: the newest in runs/) if it holds a checkpoint."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = option("auto", changeable=True)
     """Where to train; auto takes CUDA if there is a GPU that torch can use, and says why if it cannot."""
     amp: Literal["auto", "bf16", "fp16", "off"] = "auto"
     """Mixed precision. fp16 scales the loss; auto is bf16 on a GPU, fp16 on one below compute capability 8.0, and on
     a CPU bf16 or off, whichever was measured to train faster there (off with --kernels torch)."""
-    compile: Literal["off", "regional", "whole"] = "off"
+    compile: Literal["off", "regional", "whole"] = option("off", changeable=True)
     """torch.compile. A bare --compile means regional (each kind of block once, shared by its repeats); whole is one
     graph."""
-    tune: Literal["on", "off", "again"] = "on"
+    tune: Literal["on", "off", "again"] = option("on", changeable=True)
     """Before the first step of each kind of batch: check each block's kernels and measure what is fastest here, or
     read what earlier runs measured (on); believe predictions, falling back only where a kernel can't be run (off);
     measure anew (again)."""
-    seed: int = 0
+    seed: int = option(0, 0, 2**63 - 1)
     """Decides initial weights, order, augmentation, dropout and drop-connect."""
     deterministic: bool = False
     """Only deterministic algorithms: the same seed gives the same bits, at some cost in speed."""
-    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    cuda_graph: Literal["auto", "on", "off"] = option("auto", changeable=True)
     """Replay each step as one CUDA graph: forward, loss, backward, the gradients' all-reduce between GPUs, clipping,
     optimizer and average. auto: on CUDA, where the step can be recorded, in every process or in none."""
-    save_every: int = 0
+    save_every: int = option(0, 0, 1e9, changeable=True)
     """Also write a checkpoint every so many steps; 0: at the end of each epoch only."""
-    checkpoint_hist: int = 1
+    checkpoint_hist: int = option(1, 1, 1e6, changeable=True)
     """Keep the weights of so many best epochs: best.safetensors, and with 2 or more checkpoint-<epoch>.safetensors."""
-    log_every: int = 20
+    log_every: int = option(20, 1, 1e9, changeable=True)
     """Steps between two log lines, and between two looks at whether the loss is still finite. (timm: --log-interval)"""
-    profile: bool = False
+    profile: bool = option(False, changeable=True)
     """Record some steps after the first ones: a table of where their time goes (input, forward, backward, update, the
     longest kernels), and profile.json.gz in the run's folder, a trace that ui.perfetto.dev opens."""
-    tensorboard: bool = False
+    tensorboard: bool = option(False, changeable=True)
     """Also write the metrics for TensorBoard, into the run's folder."""
-    wandb: bool = False
+    wandb: bool = option(False, changeable=True)
     """Also send the metrics to Weights & Biases. (timm: --log-wandb)"""
-    wandb_project: str = "fastnet"
+    wandb_project: str = option("fastnet", changeable=True)
     """Project of --wandb."""
     sync_bn: bool = False
     """Under torchrun: batch norm normalises over the images of all processes. Otherwise each over its own, and the
     running statistics are those of process 0."""
-    reestimate_bn: int = 0
+    reestimate_bn: int = option(0, 0, 1e6)
     """Before each evaluation, re-estimate batch norm's statistics on so many training batches (0: use the running
     ones). For short runs: with momentum 0.01 they lag for hundreds of steps."""
 
@@ -239,48 +246,12 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raises UserError (exit status 2) that names the flag that can't be right."""
-        limits: list[tuple[str, float | None, float, float]] = [
-            ("--resolution", self.model.resolution, 32, 4096),
-            ("--dropout", self.model.dropout, 0, 0.999),
-            ("--drop-connect-rate", self.model.drop_connect_rate, 0, 0.999),
-            ("--val-fraction", self.data.val_fraction, 0.001, 0.9),
-            ("--workers", self.data.workers, 0, 1024),
-            ("--cache-side", self.data.cache_side, 16, 16384),
-            ("--epochs", self.optimizer.epochs, 1, 1e6),
-            ("--batch-size", self.optimizer.batch_size, 2, 1e6),
-            ("--grad-accum-steps", self.optimizer.grad_accum_steps, 1, 1e6),
-            ("--momentum", self.optimizer.momentum, 0, 0.9999),
-            ("--rmsprop-decay", self.optimizer.rmsprop_decay, 0, 0.99999),
-            ("--rmsprop-eps", self.optimizer.rmsprop_eps, 1e-12, 1),
-            ("--weight-decay", self.optimizer.weight_decay, 0, 10),
-            ("--betas", min(self.optimizer.betas), 0, 0.999999),
-            ("--betas", max(self.optimizer.betas), 0, 0.999999),
-            ("--layer-decay", self.optimizer.layer_decay, 1e-3, 1),
-            ("--freeze-stages", self.optimizer.freeze_stages, 0, len(EFFICIENTNET.stages)),
-            ("--warmup-lr", self.optimizer.warmup_lr, 0, 1e3),
-            ("--min-lr", self.optimizer.min_lr, 0, 1e3),
-            ("--warmup-epochs", self.optimizer.warmup_epochs, 0, 1e6),
-            ("--lr-decay", self.optimizer.lr_decay, 1e-6, 1),
-            ("--decay-epochs", self.optimizer.decay_epochs, 1e-3, 1e6),
-            ("--label-smoothing", self.optimizer.label_smoothing, 0, 0.999),
-            ("--clip-grad-norm", self.optimizer.clip_grad_norm, 0, 1e9),
-            ("--lr", self.optimizer.lr, 1e-9, 1e3),
-            ("--mixup", self.mix.mixup, 0, 1e3),
-            ("--cutmix", self.mix.cutmix, 0, 1e3),
-            ("--mixup-prob", self.mix.mixup_prob, 0, 1),
-            ("--mixup-switch-prob", self.mix.mixup_switch_prob, 0, 1),
-            ("--model-ema-decay", self.ema.model_ema_decay, 0, 1),
-            ("--progressive", self.progressive.progressive, 0, 8),
-            ("--progressive-start", self.progressive.progressive_start, 32, self.model.resolution or 4096),
-            ("--checkpoint-hist", self.run.checkpoint_hist, 1, 1e6),
-            ("--save-every", self.run.save_every, 0, 1e9),
-            ("--log-every", self.run.log_every, 1, 1e9),
-            ("--reestimate-bn", self.run.reestimate_bn, 0, 1e6),
-            ("--seed", self.run.seed, 0, 2**63 - 1),
-        ]
-        for flag, value, low, high in limits:
-            if value is not None and not low <= value <= high:
-                raise UserError(f"{flag} {value} must lie between {low:g} and {high:g}.", exit_status=2)
+        for name, value, low, high in bounded(self):
+            if not low <= value <= high:
+                raise UserError(f"--{flag_name(name)} {value} must lie between {low:g} and {high:g}.", exit_status=2)
+        largest = self.model.resolution or 4096
+        if (start := self.progressive.progressive_start) is not None and start > largest:
+            raise UserError(f"--progressive-start {start} must lie between 32 and {largest}.", exit_status=2)
         if self.recipe == "finetune" and not self.model.pretrained:
             raise UserError("--recipe finetune needs weights: add --pretrained imagenet or a file.", exit_status=2)
         if self.model.weights_style and not self.model.pretrained:
@@ -321,6 +292,35 @@ def flag_types() -> dict[str, Any]:
         each = get_type_hints(hint) if dataclasses.is_dataclass(hint) else {name: hint}
         found |= {"--" + flag.replace("_", "-"): kind for flag, kind in each.items()}
     return found
+
+
+def flag_name(name: str) -> str:
+    """A field's name as it stands behind the two dashes."""
+    return name.replace("_", "-")
+
+
+def changeable() -> set[str]:
+    """The fields that may change when a run is continued; all others decide what it computes."""
+    loading = {each.name for each in dataclasses.fields(DaliOptions)}
+    return loading | {each.name for _, each in _fields(TrainConfig()) if each.metadata.get("changeable")}
+
+
+def bounded(config: TrainConfig) -> Iterator[tuple[str, float, float, float]]:
+    """(name, value, low, high) of each number that has bounds and is given; of several numbers, of each."""
+    for options, declared in _fields(config):
+        low, high = declared.metadata.get("bounds", (None, None))
+        value = getattr(options, declared.name)
+        if low is not None and value is not None:
+            for number in value if isinstance(value, tuple) else (value,):
+                yield declared.name, number, low, high
+
+
+def _fields(config: TrainConfig) -> Iterator[tuple[Any, dataclasses.Field[Any]]]:
+    """Every option's field, and the object that holds it."""
+    for group in dataclasses.fields(config):
+        options = getattr(config, group.name)
+        if dataclasses.is_dataclass(options):
+            yield from ((options, each) for each in dataclasses.fields(options))
 
 
 def config_from_dict(values: dict[str, Any], source: Path) -> TrainConfig:

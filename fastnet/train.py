@@ -17,38 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from fastnet.commands import parse
-from fastnet.config import RECIPES, TrainConfig, flag_types, processes, read_config
+from fastnet.config import RECIPES, TrainConfig, changeable, flag_types, processes, read_config
 from fastnet.errors import Lenient, UserError, run_command
 from fastnet.flags import translated, without_effect
 from fastnet.training.run_folder import check_new
 
 RUNS = Path("runs")
-
-# What may change when a run is continued; all else decides what the run computes.
-CHANGEABLE = {
-    "data",  # where it lies now; what it holds is checked
-    "epochs",
-    "workers",
-    "dali_prefetch",
-    "dali_decode",
-    "dali_engine_share",
-    "loader",
-    "cache",
-    "device",
-    "compile",
-    "kernels",
-    "tune",
-    "cuda_graph",
-    "checkpoint_hist",
-    "log_every",
-    "profile",
-    "tensorboard",
-    "wandb",
-    "wandb_project",
-    "save_every",
-    "out",
-    "resume",
-}
 
 
 def parse_arguments(arguments: list[str]) -> TrainConfig:
@@ -119,7 +93,7 @@ def _refuse_changes(saved: TrainConfig, given: TrainConfig, folder: Path) -> Non
         return values
 
     before, now = flatten(saved), flatten(given)
-    allowed = set(CHANGEABLE)
+    allowed = changeable()
     if given.images_per_step * processes() == _images_per_step(saved, folder):
         # The same images in each step, in other parts: the way out of a GPU's memory.
         allowed |= {"batch_size", "grad_accum_steps"}
