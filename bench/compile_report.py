@@ -42,7 +42,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 from bench import compile_baseline
 from bench.compile_baseline import Entry
-from bench.limits.sass import WIDTHS, tool
+from bench.sass import WIDTHS, tool
 from kernels.device import SHARED_MEMORY
 
 FULL_ARCH = 90

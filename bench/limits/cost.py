@@ -28,8 +28,8 @@ import kernels
 from bench.compile_report import WARPS_PER_SM, occupancy
 from bench.limits import simulate
 from bench.limits.loops import trips
-from bench.limits.sass import Instruction, Loop, disassemble, last_exit, loops, parse, usage
 from bench.limits.simulate import Kind, Pipe
+from bench.sass import Instruction, Loop, disassemble, last_exit, loops, parse, usage
 from kernels.device import SHARED_MEMORY, Gpu
 from kernels.launch import Launch, cdiv
 

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bench.limits.sass import Loop
+from bench.sass import Loop
 from kernels.launch import cdiv
 
 Arguments = Mapping[str, Any]  # of a launch by name, constexprs among them

@@ -15,8 +15,8 @@ from bench.limits import __main__ as limits
 from bench.limits import simulate
 from bench.limits.cost import CARDS, pipe_cycles, pipe_of
 from bench.limits.loops import TRIPS, source_loops, trips
-from bench.limits.sass import Instruction, Loop, loops, parse
 from bench.limits.simulate import Kind, Machine, Op, Pipe
+from bench.sass import Instruction, Loop, loops, parse
 from kernels.block import traffic as mbconv_traffic
 from kernels.block.traffic import Block
 
