@@ -56,14 +56,14 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """From `head` to the backward branch `tail`, which stands at `line` of `file`; `lines` are all of that file's that
-    its instructions come from."""
+    """From `head` to the backward branch `tail`, which stands at `line` of `file`; `lines` are all places (file, line)
+    that its instructions come from."""
 
     head: int
     tail: int
     file: str
     line: int
-    lines: frozenset[int] = field(default=frozenset(), compare=False)
+    lines: frozenset[tuple[str, int]] = field(default=frozenset(), compare=False)
 
     def holds(self, index: int) -> bool:
         return self.head <= index <= self.tail
@@ -138,7 +138,7 @@ def loops(instructions: Sequence[Instruction]) -> list[Loop]:
     found = [
         Loop(
             i.target, i.index, i.file, i.line,
-            frozenset(j.line for j in instructions[i.target : i.index + 1] if j.file == i.file),
+            frozenset((j.file, j.line) for j in instructions[i.target : i.index + 1]),
         )
         for i in instructions
         if i.base == "BRA" and i.target is not None and i.target < i.index

@@ -8,6 +8,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from bench.sass import Loop
@@ -77,10 +78,11 @@ def trips(kernel: Any, arguments: Arguments, loops: Sequence[Loop]) -> dict[Loop
             f"{name} has {len(lines)} loops and TRIPS in bench/limits/loops.py counts {len(counts)}: update it"
         )
     found = {}
+    file = Path(inspect.getsourcefile(kernel.fn) or "").name
     for loop in loops:
-        around = [i for i, (first, last) in enumerate(lines) if first <= loop.line <= last]
+        around = [i for i, (first, last) in enumerate(lines) if loop.file == file and first <= loop.line <= last]
         if not around:  # the branch belongs to a function that was inlined: the innermost loop that holds all the rest
-            own = {line for line in loop.lines if any(first <= line <= last for first, last in lines)}
+            own = {at for name, at in loop.lines if name == file and any(a <= at <= b for a, b in lines)}
             around = [i for i, (first, last) in enumerate(lines) if own and first <= min(own) and max(own) <= last]
         if not around:
             raise RuntimeError(f"{name}: the loop that ends at line {loop.line} of {loop.file} is none of its own")

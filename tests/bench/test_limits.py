@@ -80,8 +80,8 @@ def test_a_branch_of_an_inlined_function_belongs_to_the_loop_around_it() -> None
     (outer, _), (inner, last) = source_loops(fn.fn)
     helper = outer - 40
     found = [
-        Loop(2, 5, "depthwise.py", helper, frozenset({helper, inner + 1, last})),
-        Loop(0, 9, "depthwise.py", helper, frozenset({helper, outer + 1, inner + 1})),
+        Loop(2, 5, "batch_norm.py", inner, frozenset((FILE, line) for line in (helper, inner + 1, last))),
+        Loop(0, 9, FILE, helper, frozenset({("batch_norm.py", 1), (FILE, outer + 1), (FILE, inner + 1)})),
     ]
     assert list(trips(fn, {"groups": 7, "partials": 2, "steps": 30}, found).values()) == [30, 4]
 
