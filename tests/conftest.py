@@ -3,8 +3,7 @@
 import importlib.util
 import os
 import re
-import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -57,16 +56,26 @@ def _two_threads() -> None:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
-@pytest.fixture(autouse=True)
-def _nothing_measured_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_measured_on_a_cpu() -> Iterator[None]:
     """What `--kernels auto` and `--amp auto` compute by must not depend on how fast the machine is that tests it: by
-    PyTorch, in fp32."""
-    tuner = sys.modules.get("fastnet.training.tuning.tuner")
-    if tuner is not None:
-        timer_for = tuner.timer_for
-        monkeypatch.setattr(tuner, "timer_for", lambda device: None if device.type == "cpu" else timer_for(device))
-        precision = sys.modules["fastnet.training.tuning.precision"]
-        monkeypatch.setattr(precision, "unavailable", lambda say: "it is a test")
+    PyTorch, in fp32, and nothing is compiled for it. `tests.runs.measured_on_a_cpu` takes this back."""
+    from fastnet import device, forms
+    from fastnet.training import ema, optim, step
+    from fastnet.training.tuning import precision, tuner
+
+    def named(model: torch.nn.Module) -> bool:
+        return getattr(getattr(model, "config", None), "kernels", "") == "native" and forms.computes_natively(model)
+
+    timer_for = tuner.timer_for
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuner, "timer_for", lambda device: None if device.type == "cpu" else timer_for(device))
+        patch.setattr(tuner, "unavailable", lambda: "it is a test")
+        patch.setattr(precision, "unavailable", lambda say: "it is a test")
+        patch.setattr(device, "unavailable", lambda say: None)
+        for module in (ema, optim, step):
+            patch.setattr(module, "computes_natively", named)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -59,3 +60,16 @@ def make_run(folder: Path, data: Path, resolution: int = 48) -> Path:
     model = settle(efficientnet("b0", num_classes=len(CLASSES)), resolution)
     save_weights(folder / "best.safetensors", model, classes=CLASSES, resolution=resolution)
     return folder
+
+
+def measured_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--kernels auto` and `--amp auto` as users have them; `tuner.timer_for` stays the test's own."""
+    from fastnet import device, forms
+    from fastnet.training import ema, optim, step
+    from fastnet.training.tuning import precision, tuner
+    from kernels.cpu.library import unavailable
+
+    for module in (device, tuner, precision):
+        monkeypatch.setattr(module, "unavailable", unavailable)
+    for module in (ema, optim, step):
+        monkeypatch.setattr(module, "computes_natively", forms.computes_natively)

@@ -196,7 +196,8 @@ def test_files_without_write_permission_are_enough(index: Index, tmp_path: Path)
 
 BUILD = """
 import sys, time
-from data_pipeline import build_index, cache
+from data_pipeline import build_index
+from data_pipeline.loaders import cache
 index = build_index(sys.argv[1], cache_dir=sys.argv[2])
 def endlessly(self, at, out):
     print("decoding", flush=True)

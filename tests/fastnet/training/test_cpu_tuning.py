@@ -22,6 +22,7 @@ from kernels.cpu.build import cpu_level
 from tests.fastnet.training.test_trainer import folder, tiny, train
 from tests.kernels.cpu.test_build import fake
 from tests.networks import THREE_BLOCKS
+from tests.runs import measured_on_a_cpu
 
 __all__ = ["fake", "folder"]
 
@@ -44,6 +45,7 @@ class FormTimer(HostTimer):
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FormTimer]:
     own = FormTimer()
+    measured_on_a_cpu(monkeypatch)
     monkeypatch.setattr(tuner, "timer_for", lambda device: own)
     monkeypatch.setattr("fastnet.training.tuning.kept.user_cache_folder", lambda: tmp_path / "cache")
     yield own
