@@ -56,6 +56,13 @@ def _two_threads() -> None:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
+@pytest.fixture(autouse=True)
+def _denormals_again() -> Iterator[None]:
+    """A training run in this process flushes them to zero for good."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _nothing_measured_on_a_cpu() -> Iterator[None]:
     """What `--kernels auto` and `--amp auto` compute by must not depend on how fast the machine is that tests it: by

@@ -595,7 +595,7 @@ def test_a_run_measures_falls_back_and_the_next_one_reads(
     assert status == 1
     assert "needs too much shared memory: find out what works with --tune again" in said
     assert said.count("\n") == 1
-    status, text, said = run("--kernels", "triton", "--tune", "off", "--out", str(tmp_path / "fourth"))
+    status, text, said = run("--kernels", "triton", "--out", str(tmp_path / "fourth"))
     assert status == 1
     assert said.startswith("error: --kernels triton can't run block 32→32→16 k3 s1 at 16, batch 2, fp32, training (")
     assert "needs too much shared memory" in said
