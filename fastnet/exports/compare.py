@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastnet.exports.program import Compute
+from kernels.cpu.build import cpu_name
 
 ROUNDS = 40
 
@@ -62,13 +62,7 @@ def table_of(forms: Sequence[Form]) -> list[str]:
 
 def machine() -> str:
     """The CPU's name and the threads that torch uses."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            name = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{name}, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def size_of(path: Path) -> int:

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from kernels import launch as L
 from kernels.cpu.library import STORAGE_DTYPES
-from kernels.operation import once_differentiable
+from kernels.operation import once_differentiable, schema_of
 
 
 def as_image(name: str, x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -59,10 +59,12 @@ def _plain(x: Tensor) -> bool:
     )
 
 
-def declare(name: str, function: Callable[..., Any], schema: str, fake: Callable[..., Any]) -> Any:
+def declare(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """The operation, declared to torch, and called without torch's dispatcher, which takes as long as the function,
     where that has no part in it."""
-    op = torch.library.custom_op(f"fastnet::cpu_{name}", function, mutates_args=(), device_types="cpu", schema=schema)
+    op = torch.library.custom_op(
+        f"fastnet::cpu_{name}", function, mutates_args=(), device_types="cpu", schema=schema_of(function)
+    )
     op.register_fake(fake)
     once_differentiable(op, "mbconv")
     OPERATIONS[name] = op

@@ -85,21 +85,13 @@ def _fake_convolve(x: Tensor, w: Tensor, k: int, stride: int, padding: str) -> t
     return empty_nhwc(x, w.shape[0], *out), L.empty((w.shape[0],), x), L.empty((w.shape[0],), x)
 
 
-_NORM = "Tensor mean, Tensor var, Tensor weight, Tensor bias"
-convolve = declare(
-    "convolve", convolve, "(Tensor x, Tensor w, int k, int stride, str padding) -> (Tensor, Tensor, Tensor)",
-    _fake_convolve,
-)  # fmt: skip
-activate = declare(
-    "activate", activate, f"(Tensor s, {_NORM}, float eps) -> Tensor", lambda s, *others: L.empty_image(s)
-)
+convolve = declare("convolve", convolve, _fake_convolve)
+activate = declare("activate", activate, lambda s, *others: L.empty_image(s))
 activate_backward = declare(
-    "activate_backward", activate_backward, f"(Tensor dy, Tensor s, {_NORM}, float eps) -> (Tensor, Tensor)",
-    lambda dy, s, *others: (L.empty_image(s), L.empty((2, s.shape[1]), s)),
-)  # fmt: skip
+    "activate_backward", activate_backward, lambda dy, s, *others: (L.empty_image(s), L.empty((2, s.shape[1]), s))
+)
 convolve_backward = declare(
     "convolve_backward", convolve_backward,
-    f"(Tensor du, Tensor s, Tensor sums, {_NORM}, Tensor x, int k, int stride, str padding, float eps) -> Tensor",
     lambda du, s, sums, mean, var, weight, bias, x, k, *others: L.empty((s.shape[1], k * k * x.shape[1]), s),
 )  # fmt: skip
 

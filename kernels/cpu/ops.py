@@ -230,10 +230,9 @@ def inference(
 
 
 def _twin(function: Callable[..., Any]) -> Any:
-    """The operation with the schema of its Triton form, and on fake tensors the same outputs."""
+    """The operation, which on fake tensors has the outputs of its Triton form."""
     name = function.__name__
     triton_form = getattr(mbconv_ops, name)
-    schema = str(triton_form._opoverload._schema)
 
     def fake(*arguments: Any) -> Any:
         found = triton_form(*arguments)
@@ -241,7 +240,7 @@ def _twin(function: Callable[..., Any]) -> Any:
             return _on_its_own(found)
         return tuple(None if output is None else _on_its_own(output) for output in found)
 
-    return declare(name, function, schema[schema.index("(") :], fake)
+    return declare(name, function, fake)
 
 
 def _on_its_own(output: Tensor) -> Tensor:
@@ -253,8 +252,6 @@ expand = _twin(expand)
 residual_expand = _twin(residual_expand)
 join = declare(
     "join", join,
-    "(Tensor p, Tensor? residual, Tensor? scale, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps)"
-    " -> Tensor",
     lambda p, *others: L.empty_image(p),
 )  # fmt: skip
 depthwise_forward = _twin(depthwise_forward)

@@ -15,6 +15,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import kernels
+from kernels.block import mbconv_ops
 from kernels.cpu import ops as cpu_ops
 from kernels.cpu.build import Level, build, cpu_level, cpu_levels
 from kernels.cpu.calls import OPERATIONS
@@ -232,3 +233,11 @@ def test_arguments_that_do_not_fit_are_refused_before_the_call() -> None:
     x, options = values.x.to("meta"), {"training": True, "momentum": 0.1, "eps": 1e-3, "residual": True}
     with pytest.raises(RuntimeError, match="cannot run on meta"):
         kernels.mbconv(x, **layers, **options, impl="native")  # type: ignore[arg-type]
+
+
+def test_both_forms_of_an_operation_take_the_same_arguments() -> None:
+    forms = {name: op for name, op in OPERATIONS.items() if hasattr(mbconv_ops, name)}
+    assert len(forms) == len(mbconv_ops.OPERATIONS)
+    for name, op in forms.items():
+        mine, theirs = (str(one._opoverload._schema).partition("(")[2] for one in (op, getattr(mbconv_ops, name)))
+        assert mine == theirs, name
