@@ -6,9 +6,11 @@ import ctypes
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -152,9 +154,17 @@ def _start_worker(_: int) -> None:
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    sys.excepthook = _report_in_worker
     threading.Thread(target=_end_for, args=(os.getppid(),), daemon=True).start()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _report_in_worker(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As Python does, but for what Python's thread that hands over tensors meets where the trainer hangs up: the end
+    of a worker like any other."""
+    if not issubclass(kind, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end_for(parent: int) -> None:

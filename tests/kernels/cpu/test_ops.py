@@ -64,8 +64,10 @@ BLOCKS = (
     Block(24, 40, 6, 5, 1, (7, 7), BF16, images=2, scaled=False, squeeze=6),
     Block(6, 10, 6, 5, 2, (9, 6), BF16, padding="same"),
     # Of one pixel: enough images that no variance is near zero, which would make an error a matter of luck.
-    Block(6, 4, 6, 5, 2, (1, 1), images=16, scaled=False, squeeze=1),
-    Block(4, 4, 1, 3, 2, (2, 1), BF16, squeeze=1),
+    Block(6, 4, 6, 5, 2, (1, 1), images=40, scaled=False, squeeze=1),
+    # No bf16 where a tap sees padding alone: PyTorch (oneDNN with AVX512_BF16) leaves its gradient unwritten.
+    Block(4, 4, 1, 3, 2, (2, 1), images=40, scaled=False, squeeze=1),
+    Block(4, 4, 1, 3, 2, (3, 2), BF16, squeeze=1),
     Block(16, 16, 1, 5, 2, (12, 9)),
     Block(40, 40, 6, 3, 1, (23, 21), squeeze=10),
     Block(24, 40, 6, 5, 2, (23, 21), BF16, squeeze=10),
@@ -108,7 +110,7 @@ def test_inference(block: Block, level: Level) -> None:
         hold(infer)
 
 
-@pytest.mark.parametrize("block", [BLOCKS[11], BLOCKS[12], BLOCKS[13]], ids=str)
+@pytest.mark.parametrize("block", [BLOCKS[12], BLOCKS[13], BLOCKS[14]], ids=str)
 def test_the_bits_are_those_of_any_number_of_threads(block: Block) -> None:
     found = []
     before = torch.get_num_threads()
