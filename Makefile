@@ -70,7 +70,7 @@ format: install  ## Let ruff put the files in order.
 	$(BIN)/ruff format .
 
 lock: install  ## Re-resolve requirements*.lock (names, versions and hashes; no address).
-	$(BIN)/uv pip compile pyproject.toml --group dev --extra onnx --extra lite --extra openvino --extra suspects \
+	$(BIN)/uv pip compile pyproject.toml --group dev --extra onnx --extra lite --extra hf --extra openvino --extra suspects \
 		--universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-header --upgrade -o requirements.lock
 	$(BIN)/uv pip compile --group races --no-deps --universal --python-version 3.12 --no-build --no-python-downloads \

@@ -10,14 +10,15 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+from data_pipeline.dataset.divide import Folds
 from data_pipeline.loaders.augment import Augmentation
 from data_pipeline.loaders.dali_options import DaliOptions
-from fastnet.arch import EFFICIENTNET, Kernels, Padding, Scaling, Style, Variant, coefficients
+from fastnet.arch import EFFICIENTNET, Kernels, Padding, Scaling, Style, Variant
 from fastnet.errors import UserError
-from fastnet.typed import checked_fields, parse_object
+
+BestBy = Literal["top1", "macro-f1", "loss"]
 
 
 def option(default: Any, low: float | None = None, high: float | None = None, *, changeable: bool = False) -> Any:
@@ -33,8 +34,8 @@ class ModelOptions:
     scaling: Scaling = "published"
     """Width and depth: the published coefficients, or the pure powers alpha^phi and beta^phi of the paper's eq. 3."""
     resolution: int | None = option(None, 32, 4096)
-    """Image side in pixels. Default: gamma^phi of the variant from base 200 (b0 200, b1 232, b4 352, b7 536); Lite's as
-    published."""
+    """Image side in pixels. Default: of --recipe finetune that of its weights; otherwise gamma^phi of the variant from
+    base 200 (b0 200, b1 232, b4 352, b7 536); Lite's as published."""
     padding: Padding = "symmetric"
     """Convolution padding: symmetric (torchvision, timm efficientnet_*) or TensorFlow's SAME (tf_efficientnet_*)."""
     dropout: float | None = option(None, 0, 0.999)
@@ -42,8 +43,10 @@ class ModelOptions:
     drop_connect_rate: float | None = option(None, 0, 0.999)
     """Stochastic depth: block i of N is dropped with probability rate*i/N. Default: the variant's, 0.2 to 0.5."""
     pretrained: str | None = None
-    """Weights to start from: imagenet (torchvision's published file of the variant, fetched once), or a .safetensors or
-    .pth file of fastnet, torchvision or timm. Sets the padding, BN eps and momentum that they were trained with."""
+    """Weights to start from: imagenet (torchvision's published file of the variant, fetched once; bare --pretrained),
+    a run's folder, a .safetensors or .pth file or checkpoint of fastnet, torchvision or timm, a folder of the Hugging
+    Face hub or a name there, such as timm/efficientnet_b0.ra_in1k. Sets the padding, BN eps and momentum, and the mean
+    and deviation, that they were trained with."""
     weights_style: Style | None = None
     """Where --pretrained comes from, when the file itself does not tell."""
     kernels: Kernels = option("auto", changeable=True)
@@ -60,15 +63,22 @@ class DataOptions:
     paths and labels, or its folder; webdataset shards: a folder with train*.tar and val*.tar, or a quoted pattern,
     'shards/*.tar'; 'sample' is generated offline. Default: of --recipe food101 where `python -m data_pipeline prepare`
     put it, of quick sample; others need it."""
-    num_classes: int | None = None
+    num_classes: int | None = option(None, 2, 1e6)
     """Refuse a data set with another number of classes."""
     val_fraction: float | None = option(None, 0.001, 0.9)
     """Share of each class that validates where the data set has no images for that, drawn by a hash of the files'
     paths, copies of a photo together. Default: 0.2."""
+    folds: int = 0
+    """Cross-validation of a data set without a validation split: so many parts of each class, of which --fold
+    validates; copies of a photo are in one part. 0: none."""
+    fold: int = 0
+    """Which of --folds validates, from 0."""
     crop_fraction: float | None = None
-    """Share of the short side that validation looks at. Default: 0.875. (timm: --crop-pct)"""
+    """Share of the short side that validation looks at. Default: 0.875, or of --recipe finetune that of its weights.
+    (timm: --crop-pct)"""
     interpolation: Literal["bilinear", "bicubic"] | None = None
-    """How validation images are resized. Default: bilinear, as training's crops always are."""
+    """How validation images are resized. Default: bilinear, as training's crops always are, or of --recipe finetune as
+    its weights want."""
     mean: tuple[float, float, float] | None = None
     """Subtracted from the channels' values of 0 to 1. Default: as --pretrained weights were trained with, else
     ImageNet's."""
@@ -85,6 +95,10 @@ class DataOptions:
     cache_side: int | None = option(None, 16, 16384)
     """Short side in pixels to which --cache shrinks training photos. Default: 2 x --resolution over the root of the
     smallest --scale, from which every crop is as sharp as from the photo."""
+
+    @property
+    def division(self) -> Folds | None:
+        return Folds(self.folds, self.fold) if self.folds else None
 
     @property
     def source(self) -> str:
@@ -105,6 +119,9 @@ class OptimizerOptions:
     batch_size: int = option(64, 2, 1e6)
     """Images that go through the model at a time, in each process that torchrun starts; a step has --grad-accum-steps x
     processes times as many. A continued run keeps the images of its steps, whatever the number of processes."""
+    min_steps: int = option(0, 0, 1e6)
+    """Lower --batch-size where an epoch would have fewer steps than this, and begin the epoch's images anew to fill its
+    last batch, so that none is left out; 0: neither. finetune has 10, or 1 beside --batch-size."""
     grad_accum_steps: int = option(1, 1, 1e6)
     """Batches whose gradients add up to one update; their mean counts, as in one big batch."""
     optimizer: Literal["rmsprop_tf", "rmsprop", "adamw", "sgd"] = "rmsprop_tf"
@@ -141,6 +158,9 @@ class OptimizerOptions:
     """Epochs between two decays."""
     label_smoothing: float = option(0.1, 0, 0.999)
     """Label smoothing of the cross-entropy. (timm: --smoothing)"""
+    balance: Literal["none", "sampler", "loss"] = "none"
+    """For classes of unequal size: sampler draws a class's images as often as the root of their number, loss weighs
+    each image by the inverse of it."""
     clip_grad_norm: float = option(5.0, 0, 1e9)
     """Largest gradient norm; 0 switches clipping off. (timm: --clip-grad)"""
 
@@ -206,6 +226,10 @@ class RunOptions:
     optimizer and average. auto: on CUDA, where the step can be recorded, in every process or in none."""
     save_every: int = option(0, 0, 1e9, changeable=True)
     """Also write a checkpoint every so many steps; 0: at the end of each epoch only."""
+    best_by: BestBy = "top1"
+    """What makes an epoch the best: top-1, the mean F1 of the classes, or the loss. (timm: --eval-metric)"""
+    patience: int = option(0, 0, 1e6)
+    """Stop when so many epochs in turn brought nothing better; 0: never."""
     checkpoint_hist: int = option(1, 1, 1e6, changeable=True)
     """Keep the weights of so many best epochs: best.safetensors, and with 2 or more checkpoint-<epoch>.safetensors."""
     log_every: int = option(20, 1, 1e9, changeable=True)
@@ -252,6 +276,10 @@ class TrainConfig:
         largest = self.model.resolution or 4096
         if (start := self.progressive.progressive_start) is not None and start > largest:
             raise UserError(f"--progressive-start {start} must lie between 32 and {largest}.", exit_status=2)
+        if self.data.folds and not 2 <= self.data.folds <= 100:
+            raise UserError(f"--folds {self.data.folds} must lie between 2 and 100.", exit_status=2)
+        if not 0 <= self.data.fold <= (most := max(0, self.data.folds - 1)):
+            raise UserError(f"--fold {self.data.fold} must lie between 0 and {most}.", exit_status=2)
         if self.recipe == "finetune" and not self.model.pretrained:
             raise UserError("--recipe finetune needs weights: add --pretrained imagenet or a file.", exit_status=2)
         if self.model.weights_style and not self.model.pretrained:
@@ -323,45 +351,6 @@ def _fields(config: TrainConfig) -> Iterator[tuple[Any, dataclasses.Field[Any]]]
             yield from ((options, each) for each in dataclasses.fields(options))
 
 
-def config_from_dict(values: dict[str, Any], source: Path) -> TrainConfig:
-    """The inverse of `TrainConfig.to_json`; UserError names `source` where a key is unknown."""
-    return _build(TrainConfig, values, source)
-
-
-def read_config(path: Path) -> TrainConfig:
-    """The configuration that a run was started with; UserError where it can't be read."""
-    try:
-        return config_from_dict(parse_object(path.read_text(encoding="utf-8")), path)
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} is not the folder of a run (no {path.name}): name one with --resume.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({error}): restore it, or start a new run.") from None
-
-
-def _build(cls: type, values: Any, source: Path) -> Any:
-    hints = get_type_hints(cls)
-    unknown = set(values) - set(hints) if isinstance(values, dict) else set()
-    if unknown:
-        raise UserError(
-            f"{source} holds settings that this version does not know ({', '.join(sorted(unknown))}): "
-            "continue the run with the version that wrote it."
-        )
-    try:
-        checked_fields(cls, values)
-        if cls is ModelOptions and "variant" in values:
-            coefficients(values["variant"])
-    except ValueError as error:
-        raise UserError(f"{source} is damaged ({error}): restore it, or start a new run.") from None
-    built = {}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]):
-            value = _build(hints[name], value, source)
-        elif isinstance(value, list):
-            value = tuple(value)
-        built[name] = value
-    return cls(**built)
-
-
 FOOD101 = TrainConfig()
 """From scratch on Food-101 at 200 px x gamma^phi. Accuracy and time to expect: not yet measured."""
 
@@ -386,6 +375,7 @@ FINETUNE = replace(
         FOOD101.optimizer,
         epochs=20,
         batch_size=16,
+        min_steps=10,
         optimizer="adamw",
         lr=1e-3,
         weight_decay=0.02,

@@ -36,6 +36,7 @@ SAME = {
     "--log-interval": "--log-every",
     "--recovery-interval": "--save-every",
     "--log-wandb": "--wandb",
+    "--eval-metric": "--best-by",
     "--amp-dtype": "--amp",
     "--torchcompile": "--compile",
     # torchvision
@@ -89,7 +90,7 @@ _SPLITS = "splits are found by their folders' names (train, val, valid, validati
 _DECAY = "batch norm and biases have no weight decay here, and all else has --weight-decay"
 _NETWORK = "EfficientNet's variants are --variant b0 to b7 and lite0 to lite4, with --dropout, --padding and --scaling"
 _NORM = "batch norm's epsilon and momentum come with --pretrained weights, and are the paper's otherwise"
-_PLATEAU = "--sched is step or cosine, with --lr-decay and --decay-epochs"
+_PLATEAU = "--sched is step or cosine, with --lr-decay and --decay-epochs; to stop early there is --patience"
 _ONE_CYCLE = "the cosine here is one half period (--sched cosine), continued by a new run from the best weights"
 _NOISE = "no noise is added to the rate"
 _MIX = "mixing is one draw a batch: --mixup, --cutmix, --mixup-prob, --mixup-switch-prob"
@@ -176,7 +177,7 @@ ELSEWHERE = {
     "--bce-loss": "the loss is cross-entropy with --label-smoothing",
     "--bce-sum": "the loss is cross-entropy with --label-smoothing",
     "--bce-target-thresh": "the loss is cross-entropy with --label-smoothing",
-    "--bce-pos-weight": "the loss is cross-entropy, all classes alike",
+    "--bce-pos-weight": "the loss is cross-entropy; for lopsided classes --balance loss",
     "--remode": _ERASE,
     "--recount": _ERASE,
     "--resplit": _ERASE,
@@ -188,7 +189,6 @@ ELSEWHERE = {
     "--dist-bn": "running statistics are rank 0's, or with --sync-bn those of all",
     "--worker-seeding": "what is drawn is a function of --seed, the epoch and the image, whatever the workers",
     "--save-images": "python -m fastnet.evaluate RUN makes a report with pictures",
-    "--eval-metric": "the best epoch is that of the highest top-1",
     "--experiment": "--out names the run's folder",
     "--tta": "python -m fastnet.evaluate RUN --tta hflip",
     "--use-multi-epochs-loader": "loaders live as long as the run",
@@ -330,10 +330,7 @@ def _named_model(words: list[str]) -> list[str]:
     if "--pretrained" in words:
         given = words.index("--pretrained") + 1
         if words[given] == BARE["--pretrained"] and (tf or tag):
-            full = ".".join(filter(None, (name, tag)))
-            raise UserError(
-                f"--pretrained: download timm/{full} from the Hugging Face hub, and name its folder.", exit_status=2
-            )
+            words[given] = "timm/" + ".".join(filter(None, (name, tag)))
     elif tf and "--padding" not in words:
         words += ["--padding", "same"]
     return words

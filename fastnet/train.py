@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from fastnet.commands import parse
-from fastnet.config import RECIPES, TrainConfig, changeable, flag_types, processes, read_config
+from fastnet.config import RECIPES, TrainConfig, changeable, flag_types, processes
+from fastnet.config_file import read_config
 from fastnet.errors import Lenient, UserError, run_command
 from fastnet.flags import translated, without_effect
+from fastnet.training.continuation import check_epochs
 from fastnet.training.run_folder import check_new
 
 RUNS = Path("runs")
@@ -49,23 +51,28 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     config = _absolute(config)
-    if idle := without_effect(config, {word.partition("=")[0] for word in arguments}):
+    typed = {word.partition("=")[0] for word in arguments}
+    if "--batch-size" in typed and "--min-steps" not in typed and folder is None and config.optimizer.min_steps:
+        config = replace(config, optimizer=replace(config.optimizer, min_steps=1))
+    if idle := without_effect(config, typed):
         print(f"without effect: {', '.join(idle)}", file=sys.stderr)
     if folder is not None:
         _refuse_changes(_absolute(default), config, folder)
+        check_epochs(default, config, folder)
         return replace(config, run=replace(config.run, resume=str(folder), out=str(folder)))
     return replace(config, run=replace(config.run, resume=None))
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
     """With the data set's place from the root on, so that the run can be continued and evaluated from anywhere."""
+    from data_pipeline.dataset.huggingface import HUB
     from data_pipeline.dataset.synthetic import SAMPLE
     from data_pipeline.files import expanded
 
     if config.run.out is not None:
         config = replace(config, run=replace(config.run, out=str(expanded(Path(config.run.out)))))
     data = config.data.data
-    if data is None or data == SAMPLE:
+    if data is None or data == SAMPLE or data.startswith(HUB):
         return config
     return replace(config, data=replace(config.data, data=os.path.abspath(expanded(Path(data)))))
 
@@ -120,8 +127,11 @@ def run_folder(config: TrainConfig) -> Path:
     if config.run.out is None:
         from fastnet.scaling import architecture
 
-        resolution = config.model.resolution or architecture(config.model.variant, config.model.scaling).resolution
-        return RUNS / f"{config.model.variant}-{resolution}-{time.strftime('%Y%m%d-%H%M%S')}"
+        kind: int | str = architecture(config.model.variant, config.model.scaling).resolution
+        if config.recipe == "finetune":  # the resolution is the weights'
+            kind = "finetune"
+        kind = config.model.resolution or kind
+        return RUNS / f"{config.model.variant}-{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.run.out)
     if config.run.resume is None:
         check_new(folder)
@@ -133,7 +143,7 @@ def resolve_config() -> tuple[TrainConfig, Path]:
     from data_pipeline.dataset.download import offer, prepared
 
     config = parse_arguments(sys.argv[1:])
-    if config.data.data is None and config.recipe == "food101" and (place := prepared()):
+    if config.data.data is None and config.recipe == "food101" and (place := prepared() or offer(None)):
         config = replace(config, data=replace(config.data, data=str(place)))
     config.validate()
     folder = run_folder(config)
@@ -152,11 +162,14 @@ def train() -> int:
 
     from fastnet.allocator import keep_memory
     from fastnet.device import pick_device
+    from fastnet.training.console import Heartbeat
     from fastnet.training.trainer import Trainer
 
     torch.set_flush_denormal(True)  # arithmetic on denormals is many times slower on a CPU
     keep_memory(pick_device(config.run.device, say=lambda text: None))  # the trainer says it
-    return Trainer(config, folder, Console()).run()
+    console = Console()
+    with Heartbeat(lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)) as doing:
+        return Trainer(config, folder, console, doing=doing).run()
 
 
 def _train_together() -> int:
@@ -168,6 +181,7 @@ def _train_together() -> int:
 
     from fastnet.allocator import keep_memory
     from fastnet.device import pick_device
+    from fastnet.training.console import Heartbeat
     from fastnet.training.distributed import join
     from fastnet.training.trainer import Trainer
 
@@ -178,7 +192,9 @@ def _train_together() -> int:
     with ranks.one_report():
         config, folder = ranks.broadcast_from_main(resolve_config)
         keep_memory(pick_device(config.run.device, say=lambda text: None))
-        return Trainer(config, folder, Console(quiet=not ranks.is_main), ranks).run()
+        console = Console(quiet=not ranks.is_main)
+        with Heartbeat(lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)) as doing:
+            return Trainer(config, folder, console, ranks, doing).run()
 
 
 def _of_several() -> bool:

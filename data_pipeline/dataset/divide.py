@@ -13,6 +13,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,15 @@ from data_pipeline.dataset.probe import PARSE_ERRORS
 from data_pipeline.files import read_photo
 
 VAL_FRACTION = 0.2
+
+
+class Folds(NamedTuple):
+    """Cross-validation: `fold` of `parts`, from 0, validates. Each image does in one of them."""
+
+    parts: int
+    fold: int
+
+
 SIDE = 8  # of a thumbnail, in pixels
 _APART = 3.0  # root mean square of the differences of two thumbnails, of 255, from which photos are different ones
 _ROWS = 1024  # thumbnails held against all others at once
@@ -49,14 +59,16 @@ def thumbnails(paths: Sequence[str]) -> list[bytes]:
         return list(pool.map(thumbnail, paths))
 
 
-def divide(files: Sequence[File], thumbs: Sequence[bytes], fraction: float) -> list[File]:
-    """Those of the files (name, label) that validate, in their order; thumbs: of each."""
+def divide(files: Sequence[File], thumbs: Sequence[bytes], share: float | Folds) -> list[File]:
+    """Those of the files (name, label) that validate, in their order; thumbs: of each. share: a part of each class."""
     by_class: dict[int, list[int]] = defaultdict(list)
     for at, (_, label) in enumerate(files):
         by_class[label].append(at)
     drawn: set[int] = set()
     for rows in by_class.values():
-        drawn |= {rows[at] for at in _draw([files[at][0] for at in rows], [thumbs[at] for at in rows], fraction)}
+        names, seen = [files[at][0] for at in rows], [thumbs[at] for at in rows]
+        chosen = _fold(names, seen, share) if isinstance(share, Folds) else _draw(names, seen, share)
+        drawn |= {rows[at] for at in chosen}
     return [files[at] for at in sorted(drawn)]
 
 
@@ -76,16 +88,29 @@ def _draw(names: Sequence[str], thumbs: Sequence[bytes], fraction: float) -> set
     if len(names) < 2:
         return set()
     target = min(max(1, round(fraction * len(names))), len(names) - 1)
-    groups = _groups(thumbs)
-    if len(groups) == 1:  # all alike
-        groups = [[at] for at in range(len(names))]
-    groups.sort(key=lambda group: min(_hash(names[at]) for at in group))
+    groups = _groups_in_order(names, thumbs)
     drawn: set[int] = set()
     for group in groups:
         if len(drawn) + len(group) <= target:
             drawn |= set(group)
     smallest = min(groups, key=len)
     return drawn or set(smallest)
+
+
+def _fold(names: Sequence[str], thumbs: Sequence[bytes], folds: Folds) -> set[int]:
+    """The same for one of several folds of about equal size, which share no image and leave none out."""
+    drawn: list[set[int]] = [set() for _ in range(folds.parts)]
+    for group in _groups_in_order(names, thumbs):
+        min(drawn, key=len).update(group)
+    return drawn[folds.fold]
+
+
+def _groups_in_order(names: Sequence[str], thumbs: Sequence[bytes]) -> list[list[int]]:
+    """Positions of pictures that look the same, ordered by a hash of their paths."""
+    groups = _groups(thumbs)
+    if len(groups) == 1:  # all alike
+        groups = [[at] for at in range(len(names))]
+    return sorted(groups, key=lambda group: min(_hash(names[at]) for at in group))
 
 
 def _hash(name: str) -> bytes:

@@ -24,6 +24,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from data_pipeline.dataset.formats import FORMATS
+from data_pipeline.dataset.huggingface import HUB
 from data_pipeline.dataset.index import NAME
 from data_pipeline.dataset.synthetic import SAMPLE, user_cache_folder
 from data_pipeline.errors import DataError
@@ -98,19 +99,21 @@ def prepared() -> Path | None:
     return None
 
 
-def offer(data: str) -> None:
-    """Where `data` is a folder that does not exist, and somebody is there to answer: ask whether to download Food-101.
+def offer(data: str | None) -> Path | None:
+    """Where `data` is a folder that does not exist, or is not named, and somebody is there to answer: ask whether to
+    download Food-101, and return where it is then.
 
     Raises:
         DataError: as `prepare`.
     """
-    folder = expanded(Path(data))
-    if data == SAMPLE or folder.exists() or not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return
+    folder = expanded(Path(data or "data"))
+    known = data is not None and (data == SAMPLE or data.startswith(HUB) or folder.exists())
+    if known or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return None
     root = folder.parent if folder.name == NAME else folder
-    print(f"There is no folder {folder}. Download Food-101 (5 GB) into {root} now? [y/N] ", end="", file=sys.stderr)
-    if sys.stdin.readline().strip().lower() in ("y", "yes"):
-        prepare(root)
+    why = f"There is no folder {folder}" if data else "--data names no photos"
+    print(f"{why}. Download Food-101 (5 GB) into {root} now? [y/N] ", end="", file=sys.stderr)
+    return prepare(root) if sys.stdin.readline().strip().lower() in ("y", "yes") else None
 
 
 @contextmanager

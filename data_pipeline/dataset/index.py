@@ -12,7 +12,6 @@ counted. The result is remembered in the user's cache folder by path, size and m
 import hashlib
 import json
 import os
-import tempfile
 from bisect import insort
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,18 +22,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.dataset.divide import VAL_FRACTION, divide, divide_as_known, thumbnails
+from data_pipeline.dataset.divide import VAL_FRACTION, Folds, divide, divide_as_known, thumbnails
+from data_pipeline.dataset.huggingface import hub_name, unpacked
+from data_pipeline.dataset.index_cache import cache_file, read_cache, stamp_of, stamps_of, write_cache
 from data_pipeline.dataset.known import Known, place_as_known, refuse_additions, went_bad
 from data_pipeline.dataset.layouts import LAYOUTS, OFFLINE, VAL_FOLDERS, Listing, listed_in_folders, listed_in_metadata
 from data_pipeline.dataset.probe import Probe, scan_files
 from data_pipeline.dataset.synthetic import SAMPLE, make_sample, user_cache_folder
 from data_pipeline.dataset.table import find_table, listed_in_table
-from data_pipeline.dataset.tar import Sample, contents, file_of, find_shards, read_shard
+from data_pipeline.dataset.tar import Sample, contents, find_shards, read_shard
 from data_pipeline.errors import DataError
 from data_pipeline.files import expanded
 
 NAME = "food-101"  # the official archive's folder
-_CACHE_VERSION = 3
 _SHARDS_AT_ONCE = 8  # read at once: a network's delays add up
 
 
@@ -103,9 +103,9 @@ class Index:
 
 def _listed_in_shards(root: Path, splits: dict[str, list[str]], cache: Path | None) -> Listing:
     """train*.tar and val*.tar; a shard is read where `cache` does not know it as it is now."""
-    file = None if cache is None else _cache_file(root, cache, "-shards")
-    known = {} if file is None else _read_cache(file)
-    stamps = {name: _stamp(f"{root}/{name}") for names in splits.values() for name in names}
+    file = None if cache is None else cache_file(root, cache, "-shards")
+    known = {} if file is None else read_cache(file)
+    stamps = {name: stamp_of(f"{root}/{name}") for names in splits.values() for name in names}
     unknown = [name for name, stamp in stamps.items() if name not in known or known[name][:2] != stamp]
     with ThreadPoolExecutor(_SHARDS_AT_ONCE) as pool:
         found = dict(zip(unknown, pool.map(lambda name: read_shard(f"{root}/{name}"), unknown), strict=True))
@@ -113,32 +113,37 @@ def _listed_in_shards(root: Path, splits: dict[str, list[str]], cache: Path | No
         name: found[name] if name in found else [Sample(*fields) for fields in known[name][2]] for name in stamps
     }
     if file is not None and (unknown or stamps.keys() != known.keys()):
-        _write_cache(file, {name: [*stamps[name], samples[name]] for name in stamps})
+        write_cache(file, {name: [*stamps[name], samples[name]] for name in stamps})
     return Listing(*contents(root, splits, samples))
 
 
-def list_files(data: Path, cache: Path | None = None, val_fraction: float | None = None) -> tuple[Path, Listing]:
+def list_files(
+    data: Path, cache: Path | None = None, val_fraction: float | None = None, test: bool = False
+) -> tuple[Path, Listing]:
     """The absolute folder of a data set, and what it names. cache: where what was found in shards is remembered.
-    val_fraction: as in `build_index`.
+    val_fraction, test: as in `build_index`.
 
     Raises:
         DataError: there is none, or it cannot be read.
     """
-    root = Path(os.path.abspath(expanded(data)))
+    root = data if hub_name(data) else Path(os.path.abspath(expanded(data)))
     if (root / NAME / "meta").is_dir():  # where `python -m data_pipeline prepare --root` put it
         root = root / NAME
     try:
+        root = unpacked(root, cache) or root
         photos = (root / "train").is_dir() or ((root / "meta").is_dir() and (root / "images").is_dir())
         if not photos and (shards := find_shards(root)):
+            if test:
+                raise DataError(f"{root} has shards, whose test split is not told apart: name other data with --data.")
             return shards[0], _listed_in_shards(*shards, cache)
-        return (root if root.is_dir() else root.parent), _list(root, val_fraction)
+        return (root if root.is_dir() else root.parent), _list(root, val_fraction, test)
     except OSError as error:
         raise DataError(
             f"{error.filename or root} cannot be read ({error.strerror or error}): check its permissions."
         ) from error
 
 
-def _list(root: Path, val_fraction: float | None) -> Listing:
+def _list(root: Path, val_fraction: float | None, test: bool) -> Listing:
     if not root.exists():
         target = root.parent if root.name == NAME else root
         raise DataError(
@@ -146,7 +151,7 @@ def _list(root: Path, val_fraction: float | None) -> Listing:
             f"downloads Food-101, {OFFLINE}."
         )
     if root.is_file() and find_table(root):
-        return listed_in_table(root)
+        return listed_in_table(root, test)
     if not root.is_dir():
         raise DataError(f"{root} is a file, not a folder: expected {LAYOUTS}; {OFFLINE}.")
     if not any(root.iterdir()):
@@ -154,9 +159,11 @@ def _list(root: Path, val_fraction: float | None) -> Listing:
     if (root / "meta").is_dir() and (root / "images").is_dir():
         return listed_in_metadata(root)
     if not (root / "train").is_dir() and (table := find_table(root)):
-        return listed_in_table(table)
+        return listed_in_table(table, test)
     if (root / "train").is_dir():
-        return _list_split_folders(root, val_fraction)
+        return _list_split_folders(root, val_fraction, test)
+    if test:
+        raise DataError(f"{root} has no test split: leave --split test out, or name other data with --data.")
     names = [name for name in sorted(os.listdir(root)) if not name.startswith(".") and (root / name).is_dir()]
     if named := [name for name in names if name.lower() in (*VAL_FOLDERS, "test", "train", "training")]:
         raise DataError(f"{root} has {named[0]}/ but no train/: expected {LAYOUTS}.")
@@ -167,10 +174,14 @@ def _list(root: Path, val_fraction: float | None) -> Listing:
     raise DataError(f"{root} holds no data set that is known here: expected {LAYOUTS}; {OFFLINE}.")
 
 
-def _list_split_folders(root: Path, val_fraction: float | None) -> Listing:
+def _list_split_folders(root: Path, val_fraction: float | None, test: bool) -> Listing:
     train = root / "train"
     there = [name for name in VAL_FOLDERS if (root / name).is_dir()]
     has_test = (root / "test").is_dir()
+    if test:
+        if not has_test:
+            raise DataError(f"{root} has no test/: leave --split test out, or make that folder.")
+        return listed_in_folders(root, train, root / "test")
     if there:
         listing = listed_in_folders(root, train, root / there[0])
         ignored = there[1:] + ["test"] * has_test
@@ -196,48 +207,6 @@ def _without_empty(listing: Listing) -> Listing:
     return listing._replace(classes=[listing.classes[label] for label in used], files={"train": files}, notes=notes)
 
 
-def _cache_file(root: Path, cache: Path, of: str = "") -> Path:
-    return cache / "index" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:24]}{of}.json"
-
-
-def _read_cache(file: Path) -> dict[str, list]:
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        return dict(stored["files"]) if stored["version"] == _CACHE_VERSION else {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}  # absent or damaged: it is only a cache
-
-
-def _write_cache(file: Path, files: dict[str, list]) -> None:
-    """Atomic, and silent where the cache folder cannot be written to: the run goes on without it."""
-    scratch = None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(prefix=".index-", dir=file.parent)
-        with open(handle, "w", encoding="utf-8") as out:
-            json.dump({"version": _CACHE_VERSION, "files": files}, out)
-        os.replace(scratch, file)
-    except OSError:
-        if scratch is not None and os.path.exists(scratch):
-            os.unlink(scratch)
-
-
-def _stamp(path: str) -> list[int]:
-    """Size and modification time: what tells a changed file; zeros where it cannot be read."""
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):  # a name that no file can have
-        return [0, 0]
-    return [found.st_size, found.st_mtime_ns]
-
-
-def _stamps(paths: dict[str, str]) -> dict[str, list[int]]:
-    """Those of the files that hold these paths; each file is asked once."""
-    files = {name: file_of(path) for name, path in paths.items()}
-    stamps = {file: _stamp(file) for file in dict.fromkeys(files.values())}
-    return {name: stamps[file] for name, file in files.items()}
-
-
 def _probe_of(fields: Sequence[int]) -> Probe:
     width, height, orientation, kind = fields
     return Probe(width, height, orientation, kind, None)
@@ -245,8 +214,8 @@ def _probe_of(fields: Sequence[int]) -> Probe:
 
 def _probe_all(root: Path, listing: Listing, stamps: dict[str, list[int]], cache: Path) -> dict[str, Probe]:
     """Every file's probe by relative path, from the cache where the file has not changed since."""
-    file = _cache_file(root, cache)
-    known, fresh = _read_cache(file), {}
+    file = cache_file(root, cache)
+    known, fresh = read_cache(file), {}
     probes: dict[str, Probe] = {}
     unknown = []
     for name, stamp in stamps.items():
@@ -263,7 +232,7 @@ def _probe_all(root: Path, listing: Listing, stamps: dict[str, list[int]], cache
             if probe.reason is None:
                 fresh[name] = [*stamp, *probe[:4]]
         if fresh != known:
-            _write_cache(file, fresh)
+            write_cache(file, fresh)
     return probes
 
 
@@ -297,6 +266,8 @@ def build_index(
     val_fraction: float | None = None,
     *,
     cache_dir: str | Path | None = None,
+    folds: Folds | None = None,
+    test: bool = False,
     quarantined: Sequence[Sequence[Any]] = (),
     known: Known | None = None,
 ) -> Index:
@@ -309,12 +280,14 @@ def build_index(
     do. `known`: what that run began with; its files that are bad or gone now are quarantined in their places.
     `val_fraction`: share of each class that validates where the data set has no validation split (default: 0.2).
 
+    `folds`: instead of a share, the one of several that validates. `test`: "val" is the data set's test split.
+
     Raises:
-        DataError: no folder, no images, a class without images, damaged metadata, no permission; beside `known`, new
-            images, other labels or sizes.
+        DataError: no folder, no images, a class without images, damaged metadata, no permission; `folds` where there
+            is a validation split; beside `known`, new images, other labels or sizes.
     """
     cache = user_cache_folder() if cache_dir is None else Path(cache_dir)
-    root, listing = list_files(make_sample(cache) if str(data) == SAMPLE else Path(data), cache, val_fraction)
+    root, listing = list_files(make_sample(cache) if str(data) == SAMPLE else Path(data), cache, val_fraction, test)
     if listing.divide and known is not None:
         listing = divide_as_known(listing, known)
     added = {} if known is None else place_as_known(root, listing, known)
@@ -323,15 +296,20 @@ def build_index(
         if (name, label) not in listing.files[split]:  # a folder lists only what is there
             insort(listing.files[split], (name, label), key=listing.place)
     names = list(dict.fromkeys(name for held in (listing.files, added) for files in held.values() for name, _ in files))
-    stamps = _stamps({name: listing.path(root, name) for name in names})
+    stamps = stamps_of({name: listing.path(root, name) for name in names})
     probes = _probe_all(root, listing, stamps, cache) | kept_places
     refuse_additions(root, added, probes)
     notes = list(listing.notes)
+    if folds is not None and not listing.divide and known is None:
+        raise DataError(f"--folds, and {root} has images for validation: leave the flag out, or name train/ alone.")
     if listing.divide:
-        listing = _divided(root, listing, probes, stamps, cache, val_fraction or VAL_FRACTION)
+        listing = _divided(root, listing, probes, stamps, cache, folds or val_fraction or VAL_FRACTION)
+        share = f"{val_fraction or VAL_FRACTION:.0%} of each class"
+        if folds is not None:
+            share = f"fold {folds.fold} of {folds.parts}, which --fold 0 to {folds.parts - 1} name"
         notes.append(
-            f"{len(listing.files['val'])} images, {val_fraction or VAL_FRACTION:.0%} of each class, are kept for "
-            "validation, drawn by a hash of their paths, copies together (--val-fraction)"
+            f"{len(listing.files['val'])} images, {share}, are kept for validation, drawn by a hash of their paths, "
+            "copies together (--val-fraction)"
         )
     elif val_fraction is not None and known is None:
         notes.append("--val-fraction has no effect here: the data set has images for validation")
@@ -359,19 +337,24 @@ def build_index(
 
 
 def _divided(
-    root: Path, listing: Listing, probes: dict[str, Probe], stamps: dict[str, list[int]], cache: Path, fraction: float
+    root: Path,
+    listing: Listing,
+    probes: dict[str, Probe],
+    stamps: dict[str, list[int]],
+    cache: Path,
+    share: float | Folds,
 ) -> Listing:
     """The listing with a validation split that is drawn from the files that can be read; the others stay in training's,
     from which they are left out. Thumbnails are remembered in `cache`."""
     good = [file for file in listing.files["train"] if probes[file[0]].reason is None]
-    place = _cache_file(root, cache, "-thumbnails")
-    remembered = _read_cache(place)
+    place = cache_file(root, cache, "-thumbnails")
+    remembered = read_cache(place)
     known = ((name, remembered.get(name, [0, 0])) for name, _ in good)
     thumbs = {name: bytes.fromhex(kept[2]) for name, kept in known if kept[:2] == stamps[name] and len(kept) == 3}
     if unknown := [name for name, _ in good if name not in thumbs]:
         thumbs |= zip(unknown, thumbnails([listing.path(root, name) for name in unknown]), strict=True)
-        _write_cache(place, {name: [*stamps[name], thumb.hex()] for name, thumb in thumbs.items()})
-    val = divide(good, [thumbs[name] for name, _ in good], fraction)
+        write_cache(place, {name: [*stamps[name], thumb.hex()] for name, thumb in thumbs.items()})
+    val = divide(good, [thumbs[name] for name, _ in good], share)
     if good and not val:
         raise DataError(f"{root} has one photo a class, too few to validate on some: add photos, or a val/ folder.")
     drawn = set(val)

@@ -108,7 +108,7 @@ def _scan(path: str) -> Probe | None:
 
 def _scan_jpeg(reader: _Reader, size: int) -> Probe | None:
     """None where PIL should look at it."""
-    position, orientation = 2, 1
+    position, orientation, tagged = 2, 1, False
     frame: tuple[int, int, int, int] | None = None  # kind, width, height
     while True:
         # libjpeg looks for the next marker in the dirt between segments; DALI stops there.
@@ -136,8 +136,8 @@ def _scan_jpeg(reader: _Reader, size: int) -> Probe | None:
             frame = marker, width, height, channels
             if bits != 8:
                 return _failed(f"JPEG with {bits} bits a channel is not supported")
-        elif marker == 0xE1 and reader.at(position + 4, 6) == b"Exif\0\0":
-            orientation = _orientation(reader.at(position + 4, length - 2))
+        elif marker == 0xE1 and not tagged and reader.at(position + 4, 6) == b"Exif\0\0":
+            orientation, tagged = _orientation(reader.at(position + 4, length - 2)), True  # the first counts
         position += 2 + length
     if frame is None:
         return _failed("damaged JPEG header")

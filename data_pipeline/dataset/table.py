@@ -54,11 +54,12 @@ def _columns(file: Path) -> tuple[str, dict[str, str]] | None:
     return None
 
 
-def listed_in_table(file: Path) -> Listing:
-    """The photos that a .csv names, relative to its folder; the others there are left out by name.
+def listed_in_table(file: Path, test: bool = False) -> Listing:
+    """The photos that a .csv names, relative to its folder; the others there are left out by name. test: its test split
+    validates.
 
     Raises:
-        DataError: it cannot be read, a row lacks something, or a photo is named twice.
+        DataError: there is no such split, it cannot be read, a row lacks something, or a photo is named twice.
     """
     columns = _columns(file)
     assert columns is not None, "find_table looked"
@@ -94,9 +95,11 @@ def listed_in_table(file: Path) -> Listing:
     notes = [f"labels are those of {file}"]
     if "val" not in files and "test" in files:
         notes.append(f"{file} has no split called val: the best epoch is chosen on its test photos")
-    test = files.pop("test", None)
-    if "val" not in files and test is not None:
-        files["val"] = test
+    tested = files.pop("test", None)
+    if test and tested is None:
+        raise DataError(f"{file} has no split called test: leave --split test out, or name some photos so.")
+    if tested is not None and (test or "val" not in files):
+        files["val"] = tested
     files.setdefault("train", [])
     return Listing(classes, files, left_out=left_out, notes=notes, divide="val" not in files)
 

@@ -23,7 +23,7 @@ EVAL_MARGIN = 1
 
 _ATTEMPTS = 10  # random crops tried before the centre crop, as in torchvision's RandomResizedCrop
 _DRAWS = 4 * _ATTEMPTS + 5  # crops first, then flip, brightness, contrast, saturation, hue
-_ORDER_STREAM, _DRAW_STREAM, _OPERATION_STREAM, _ERASING_STREAM = 1, 2, 3, 4
+_ORDER_STREAM, _DRAW_STREAM, _OPERATION_STREAM, _ERASING_STREAM, _BALANCE_STREAM = 1, 2, 3, 4, 5
 
 # Operations of RandAugment, in the order of their numbers (Cubuk et al. 2019, section 3; the set of its appendix).
 OPERATIONS = (
@@ -157,6 +157,21 @@ def _hash(*keys: ArrayLike) -> NDArray[np.uint64]:
 def epoch_order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
     """The permutation of range(n) in which the images of an epoch are visited."""
     return np.argsort(_hash(_ORDER_STREAM, seed, epoch, np.arange(n)), kind="stable").astype(np.int64)
+
+
+def balanced_order(seed: int, epoch: int, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[N] images of an epoch in which a class of n images has a share in proportion to the root of n.
+
+    Small classes are gone through more than once, large ones not to the end; which of theirs are seen changes from
+    epoch to epoch.
+    """
+    order = epoch_order(seed, epoch, len(labels))
+    roots = np.sqrt(np.bincount(labels))
+    ends = np.rint(np.cumsum(roots) / roots.sum() * len(labels)).astype(np.int64)
+    counts = np.diff(ends, prepend=0)
+    drawn = [np.resize(order[labels[order] == label], count) for label, count in enumerate(counts) if count]
+    places = np.argsort(_hash(_BALANCE_STREAM, seed, epoch, np.arange(len(labels))), kind="stable")
+    return np.concatenate(drawn)[places]
 
 
 def _uniform(stream: int, seed: int, epoch: int, indices: NDArray[np.int64], count: int) -> NDArray[np.float64]:

@@ -31,7 +31,16 @@ from data_pipeline.dataset.synthetic import user_cache_folder
 from data_pipeline.errors import DataError
 from data_pipeline.files import open_lock
 from data_pipeline.loaders.augment import CROP_FRACTION, Augmentation, Interpolation
-from data_pipeline.loaders.pixel_store import Content, Photos, PixelStore, Views, for_each, stored_bytes, training_side
+from data_pipeline.loaders.pixel_store import (
+    Content,
+    Photos,
+    PixelStore,
+    Views,
+    contents_of,
+    for_each,
+    stored_bytes,
+    training_side,
+)
 from data_pipeline.memory import available_memory
 
 if TYPE_CHECKING:
@@ -88,7 +97,7 @@ class PixelCache:
         limit: int | None = None,
     ) -> None:
         self.kind, self.reason, self.index, self.cache_dir, self.limit = kind, reason, index, cache_dir, limit
-        self.contents = _contents(index, resolution, augmentation, side, crop_fraction, interpolation)
+        self.contents = contents_of(index.splits, resolution, augmentation, side, crop_fraction, interpolation)
         self._side_given = side is not None
         self._memory: dict[str, Tensor] = {}
         if kind == "ram" and memory is not None:
@@ -107,10 +116,8 @@ class PixelCache:
         content = self.contents[split]
         if isinstance(content, Views):
             if plan.train or content != Views(plan.resolution, plan.crop_fraction, plan.interpolation):
-                raise ValueError(
-                    f"the cache holds {content}, crop {content.crop_fraction} ({content.interpolation}): make one for "
-                    "this loader"
-                )
+                how = f"crop {content.crop_fraction}, {content.interpolation}"
+                raise ValueError(f"the cache holds {content} ({how}): make one for this loader")
         elif not plan.train or (
             not self._side_given and training_side(plan.resolution, plan.augmentation) > content.side
         ):
@@ -148,20 +155,6 @@ class PixelCache:
         return self._device_stores[split]
 
 
-def _contents(
-    index: Index,
-    resolution: int,
-    augmentation: Augmentation | None,
-    side: int | None,
-    crop_fraction: float,
-    interpolation: Interpolation,
-) -> dict[str, Content]:
-    photos = Photos(side or training_side(resolution, augmentation or Augmentation()))
-    return {
-        name: photos if name == "train" else Views(resolution, crop_fraction, interpolation) for name in index.splits
-    }
-
-
 def choose_cache(
     requested: Requested,
     index: Index,
@@ -191,21 +184,16 @@ def choose_cache(
     """
     if requested not in ("none", "disk", "ram", "gpu", "auto"):
         raise ValueError(f'cache must be "none", "disk", "ram", "gpu" or "auto", got "{requested}"')
-    contents = _contents(index, resolution, augmentation, side, crop_fraction, interpolation)
+    contents = contents_of(index.splits, resolution, augmentation, side, crop_fraction, interpolation)
     kind, reason, limit = agree(lambda: _choose(requested, index, contents, torch.device(device), cache_dir))
     return PixelCache(
         kind, reason, index, resolution, cache_dir, memory,
-        augmentation=augmentation, side=side, crop_fraction=crop_fraction,
-        interpolation=interpolation, limit=limit,
+        augmentation=augmentation, side=side, crop_fraction=crop_fraction, interpolation=interpolation, limit=limit,
     )  # fmt: skip
 
 
 def _choose(
-    requested: Requested,
-    index: Index,
-    contents: dict[str, Content],
-    device: torch.device,
-    cache_dir: str | Path | None,
+    requested: Requested, index: Index, contents: dict[str, Content], device: torch.device, cache_dir: str | Path | None
 ) -> Choice:
     """Which, and why."""
     if requested == "gpu" and device.type != "cuda":

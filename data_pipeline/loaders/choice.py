@@ -32,6 +32,8 @@ def make_loader(
     normalization: Normalization = IMAGENET,
     cache: PixelCache | None = None,
     dali: DaliOptions | None = None,
+    balanced: bool = False,
+    filled: bool = False,
     shard: Shard = WHOLE,
 ) -> Loader:
     """A loader of `index.splits[split]` that gives square images of `resolution` pixels on `device`.
@@ -44,6 +46,7 @@ def make_loader(
     cache: of `choose_cache`; images come from there whatever the backend, unless its kind is "none". Where that is
     "disk" and the files are not there, they are written now.
     dali: how that backend decodes; None is `DaliOptions()`.
+    balanced, filled: as in `Plan`, for training.
     shard: the part of each batch that this loader gives; `batch_size` counts those of all processes.
 
     Raises:
@@ -61,7 +64,8 @@ def make_loader(
         raise ValueError(f'backend must be "auto", "dali" or "torch", got "{backend}"')
     device = torch.device(device)
     if backend == "auto":
-        backend = "dali" if device.type == "cuda" and loader.dali_installed() else "torch"
+        usable = loader.dali_installed() and loader.old_dali() is None
+        backend = "dali" if device.type == "cuda" and usable else "torch"
     plan = Plan(
         index.splits[split],
         resolution,
@@ -72,6 +76,8 @@ def make_loader(
         crop_fraction=crop_fraction,
         interpolation="bilinear" if train else interpolation,
         normalization=normalization,
+        balanced=balanced,
+        filled=filled,
         shard=shard,
     )
     made = _make(backend, plan, device, workers, split, cache, dali)
@@ -105,6 +111,11 @@ def _make(
         return TorchLoader(plan, device, workers)
     if not loader.dali_installed():
         raise DataError("--loader dali needs NVIDIA DALI: pip install nvidia-dali-cuda130, or use --loader torch.")
+    if old := loader.old_dali():
+        raise DataError(
+            f"--loader dali needs DALI 2.2 or newer, as {old} ignores how a photo was held (EXIF): pip install -U "
+            "nvidia-dali-cuda130, or use --loader torch."
+        )
     from data_pipeline.loaders.dali_loader import DaliLoader
 
     return DaliLoader(plan, device, workers, dali)

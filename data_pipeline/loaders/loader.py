@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +34,7 @@ from data_pipeline.loaders.augment import (
     Interpolation,
     Normalization,
     Params,
+    balanced_order,
     epoch_order,
     eval_margin,
     eval_params,
@@ -89,7 +93,8 @@ WHOLE = Shard()
 class Plan:
     """What every batch of every epoch holds, before a file is opened. Cheap to copy into another process.
 
-    Training visits the images in the order of `epoch_order(seed, epoch)` and drops the last, incomplete batch;
+    Training visits the images in the order of `epoch_order(seed, epoch)`, or `balanced_order`, and drops the last,
+    incomplete batch, or fills it with the epoch's first images;
     evaluation visits each image once, in the index's order, and its last batch is shorter. Quarantined images are
     replaced as the top of this file says.
     """
@@ -107,6 +112,10 @@ class Plan:
     interpolation: Interpolation = "bilinear"
     """How evaluation's view is resized; training's crops always by the bilinear filter."""
     normalization: Normalization = IMAGENET
+    balanced: bool = False
+    """Training draws small classes more often (`balanced_order`)."""
+    filled: bool = False
+    """Training fills an epoch's last batch rather than dropping it."""
     shard: Shard = WHOLE
     """The part of each batch that is this process's; order and crops know nothing of it."""
 
@@ -116,7 +125,7 @@ class Plan:
     @property
     def steps(self) -> int:
         whole, rest = divmod(len(self.split), self.batch_size)
-        return whole if self.train else whole + bool(rest)
+        return whole + bool(rest and (self.filled or not self.train))
 
     @property
     def margin(self) -> int:
@@ -142,8 +151,12 @@ class Plan:
         """[steps * batch_size]: the images of a training epoch, one batch after another."""
         key, known = (epoch, self.quarantined), self._order  # read once: a thread may make batches ahead
         if known is None or known[0] != key:
-            order = epoch_order(self.seed, epoch, len(self.split))
-            used, rest = np.split(order, [self.steps * self.batch_size])
+            if self.balanced:
+                order = balanced_order(self.seed, epoch, self.split.labels)
+            else:
+                order = epoch_order(self.seed, epoch, len(self.split))
+            length = self.steps * self.batch_size
+            used, rest = np.resize(order, length), order[length:]
             bad = self._is_quarantined(used)
             if bad.any():
                 spare = np.concatenate([rest, used])
@@ -253,6 +266,15 @@ class Loader(ABC):
     def _batch(self, pixels: Tensor, step: Step) -> Batch:
         (labels,) = sent([torch.from_numpy(self.plan.split.labels[step.indices])], self.device)
         return Batch(finish(pixels, step.params, self.device, self.plan.normalization), labels)
+
+
+def old_dali() -> str | None:
+    """DALI's version where it is one that ignores EXIF orientation (before 2.2)."""
+    for cuda in ("130", "120"):
+        with suppress(PackageNotFoundError):
+            found = version(f"nvidia-dali-cuda{cuda}")
+            return found if tuple(map(int, re.findall(r"\d+", found)[:2])) < (2, 2) else None
+    return None
 
 
 def dali_installed() -> bool:

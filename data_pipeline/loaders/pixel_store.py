@@ -105,6 +105,19 @@ class Views:
 Content = Photos | Views
 
 
+def contents_of(
+    splits: Iterable[str],
+    resolution: int,
+    augmentation: Augmentation | None,
+    side: int | None,
+    crop_fraction: float,
+    interpolation: Interpolation,
+) -> dict[str, Content]:
+    """What is kept of each split."""
+    photos = Photos(side or training_side(resolution, augmentation or Augmentation()))
+    return {name: photos if name == "train" else Views(resolution, crop_fraction, interpolation) for name in splits}
+
+
 def stored_bytes(split: Split, content: Content) -> int:
     return int(_lengths(content.sizes(split)).sum())
 

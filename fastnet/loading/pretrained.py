@@ -17,6 +17,7 @@ from data_pipeline.loaders.augment import IMAGENET_MEAN, IMAGENET_STD
 from fastnet import DISTRIBUTION
 from fastnet.arch import EFFICIENTNET, Style, family
 from fastnet.errors import UserError
+from fastnet.loading.hub import hub_file, hub_name
 from fastnet.loading.weights import LoadedWeights, load_weights
 
 IMAGENET = "imagenet"
@@ -99,5 +100,9 @@ def normalised_as_imagenet(loaded: LoadedWeights) -> LoadedWeights:
 
 
 def pretrained_file(pretrained: str | Path, variant: str) -> Path:
-    """The file that `--pretrained` means: a path, or "imagenet" for the variant's published weights."""
-    return imagenet_file(variant) if pretrained == IMAGENET else Path(pretrained)
+    """The file or folder that `--pretrained` means: a path, a name on the Hugging Face hub, or "imagenet" for the
+    variant's published weights."""
+    if pretrained == IMAGENET:
+        return imagenet_file(variant)
+    name = hub_name(pretrained)
+    return hub_file(name) if name else Path(pretrained)

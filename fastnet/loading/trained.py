@@ -12,10 +12,12 @@ from data_pipeline import Index, build_index
 from data_pipeline.loaders.augment import IMAGENET as IMAGENET_PIXELS
 from data_pipeline.loaders.augment import Interpolation, Normalization
 from fastnet.arch import Kernels, Style
-from fastnet.config import TrainConfig, read_config
+from fastnet.config import DataOptions, TrainConfig
+from fastnet.config_file import read_config
 from fastnet.device import check_kernels
 from fastnet.errors import UserError
 from fastnet.loading.foreign import HUB_FILES
+from fastnet.loading.hub import hub_file, hub_name
 from fastnet.loading.pretrained import IMAGENET, imagenet_file, normalised_as_imagenet, published
 from fastnet.loading.view import View
 from fastnet.loading.weights import LoadedWeights, load_weights
@@ -94,6 +96,8 @@ def load_trained(
         if variant is None:
             raise UserError("imagenet needs --variant, such as b0.", exit_status=2)
         path = imagenet_file(variant)
+    elif name := hub_name(target):
+        path = hub_file(name)
     else:
         path = resolve_weights_file(Path(target), which)
     try:
@@ -150,16 +154,19 @@ def _class_names(loaded: LoadedWeights, path: Path) -> tuple[str, ...] | None:
     return beside if beside and len(beside) == loaded.config.num_classes else None
 
 
-def data_of(trained: Trained, data: str | None) -> Index:
-    """The data set to evaluate on: `data`, else the run's own; its classes have to be the model's.
+def data_of(trained: Trained, data: str | None, test: bool = False) -> Index:
+    """The data set to evaluate on: `data`, else the run's own; its classes have to be the model's. test: its "val" is
+    its test split.
 
     Raises UserError where none is named or the classes differ, DataError where it cannot be read.
     """
+    folds = None
     if data is None:
         if trained.config is None:
             raise UserError(f"{trained.path} belongs to no run: say with --data what to evaluate it on.", exit_status=2)
-        data = trained.config.data.source
-    index = build_index(data, val_fraction=trained.config.data.val_fraction if trained.config else None)
+        data, folds = trained.config.data.source, trained.config.data.division
+    options = trained.config.data if trained.config else DataOptions()
+    index = build_index(data, options.val_fraction, folds=folds, test=test)
     known = trained.model.config.num_classes
     if len(index.classes) != known:
         raise UserError(

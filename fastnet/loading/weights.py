@@ -332,6 +332,8 @@ def _checked(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]
                 f"{name} has shape {list(value.shape)} and {config.variant} needs {list(like.shape)}: "
                 "check that the file is unmodified."
             )
+        if like.is_floating_point() != value.is_floating_point():
+            raise ValueError(f"{name} holds {value.dtype}, not {like.dtype}: load weights that are not quantised.")
         checked[name] = value.to(like.dtype)
     return checked
 

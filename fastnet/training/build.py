@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline import Index, Loader, PixelCache, choose_cache, make_loader
+from data_pipeline import Index, Loader, PixelCache, build_index, choose_cache, make_loader
 from fastnet.config import TrainConfig
 from fastnet.create import create_model
 from fastnet.device import Amp, check_kernels, pick_workers
@@ -18,31 +18,44 @@ from fastnet.errors import UserError, out_of_memory
 from fastnet.loading.pretrained import read_pretrained
 from fastnet.loading.view import View
 from fastnet.model import EfficientNet, ModelConfig
+from fastnet.scaling import architecture
 from fastnet.training.distributed import BatchLayout, Ranks, sync_batch_norm
 from fastnet.training.ema import ModelEma
 from fastnet.training.gradients import GradientAllReduce
 from fastnet.training.optim import freeze_stages, make_optimizer
+from fastnet.training.saved import Saved, known_in
 from fastnet.training.step import TrainStep
 
 
-def view_of(config: TrainConfig, resolution: int, saved: dict[str, Any] | None) -> View:
+def view_of(config: TrainConfig, saved: dict[str, Any] | None) -> View:
     """How the run's images are cut and normalised: as its flags say, else as its weights want.
 
+    Fine-tuning takes the whole view of its weights, resolution and crop included; other recipes mean and deviation.
     saved: a continued run's metadata.
     """
-    view, options = View(resolution), config.model
+    options = config.model
     if saved is not None:
-        return view.changed(saved.get("view") or {})
+        return View(saved["resolution"]).changed(saved.get("view") or {})
+    view = View(options.resolution or architecture(options.variant, options.scaling).resolution)
     if options.pretrained:
         try:
             own = read_pretrained(options.pretrained, options.variant, options.weights_style).view
         except (ValueError, OSError) as error:
             raise UserError(f"--pretrained {options.pretrained}: {error}") from error
-        view = view.changed({"mean": own.mean, "std": own.std})
+        whole = own.to_dict() | ({"resolution": options.resolution} if options.resolution else {})
+        view = view.changed(whole if config.recipe == "finetune" else {"mean": own.mean, "std": own.std})
     try:
         return view.changed(dataclasses.asdict(config.data))
     except ValueError as error:
         raise UserError(f"--{error}", exit_status=2) from error
+
+
+def index_of(config: TrainConfig, saved: Saved | None) -> Index:
+    """The run's data set; of a continued run as its checkpoint knows it."""
+    # Who replaces a file that became unreadable depends on all that did, and on the places of all others.
+    bad, known = (saved[2].get("quarantined", []), known_in(saved[1])) if saved else ([], None)
+    data = config.data
+    return build_index(data.source, data.val_fraction, folds=data.division, quarantined=bad, known=known)
 
 
 def build_cache(config: TrainConfig, index: Index, view: View, device: torch.device, ranks: Ranks) -> PixelCache:
@@ -107,6 +120,8 @@ def build_loaders(
             train=True,
             augmentation=config.augment,
             batch_size=batch_layout.images,
+            balanced=config.optimizer.balance == "sampler",
+            filled=config.optimizer.min_steps > 0,
             shard=batch_layout.shard,
             **common,
         )
@@ -120,6 +135,43 @@ def build_loaders(
             **common,
         )
         return train, val
+
+
+def lower_batch(config: TrainConfig, images: int, processes: int) -> TrainConfig:
+    """With a batch that gives an epoch of `images` --min-steps, or as many of them as batches of four do."""
+    options = config.optimizer
+    times, batch = options.grad_accum_steps * processes, options.batch_size
+    while batch > 4 and -(-images // (batch * times)) < options.min_steps:
+        batch -= 1
+    return dataclasses.replace(config, optimizer=dataclasses.replace(options, batch_size=batch))
+
+
+def check_classes(config: TrainConfig, index: Index) -> None:
+    """UserError where --num-classes is not the data set's."""
+    asked, there = config.data.num_classes, len(index.classes)
+    if asked not in (None, there):
+        raise UserError(
+            f"--num-classes {asked}, and {index.root} has {there} classes: leave the flag out, or give the other data.",
+            exit_status=2,
+        )
+
+
+def class_weights(config: TrainConfig, index: Index) -> torch.Tensor | None:
+    """[classes] weights of the loss, of mean 1 over the images, or None for equal ones."""
+    if config.optimizer.balance != "loss":
+        return None
+    counts = torch.bincount(torch.from_numpy(index.splits["train"].labels), minlength=len(index.classes))
+    return counts.sum() / (len(counts) * counts.clamp(min=1)).float()
+
+
+def share_quarantine(ranks: Ranks, *loaders: Loader) -> None:
+    """Every rank leaves out the files that became unreadable for any of them."""
+    if ranks.size == 1:
+        return
+    for loader in loaders:
+        bad = dict(chain(*ranks.all_gather_object(loader.quarantined)))
+        paths = loader.plan.split.paths
+        loader.quarantine({at: bad[path] for at, path in enumerate(paths) if path in bad} if bad else {})
 
 
 def build_model(
@@ -157,10 +209,15 @@ def _created(config: TrainConfig, classes: int, say: Callable[[str], None]) -> E
 
 
 def build_step(
-    config: TrainConfig, model: EfficientNet, device: torch.device, amp: Amp, batch_layout: BatchLayout
+    config: TrainConfig,
+    model: EfficientNet,
+    device: torch.device,
+    amp: Amp,
+    batch_layout: BatchLayout,
+    index: Index | None = None,
 ) -> TrainStep:
     """The training step of a model that is not yet compiled, with its optimizer and average; all ranks' models become
-    rank 0's."""
+    rank 0's. index: of the data set, for --balance."""
     ranks = batch_layout.ranks
     ranks.broadcast_tensors(chain(model.parameters(), model.buffers()))
     if config.run.sync_bn and ranks.size > 1:
@@ -180,6 +237,7 @@ def build_step(
         device=device,
         amp=amp,
         label_smoothing=config.optimizer.label_smoothing,
+        class_weights=class_weights(config, index) if index else None,
         clip_grad_norm=config.optimizer.clip_grad_norm,
         ema=ema,
         grad_accum_steps=batch_layout.parts,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Event, Thread
 from types import TracebackType
 
 from rich.console import Console
@@ -94,6 +96,36 @@ class Preparation:
         if self._task is None:
             self._task = self._bar.add_task(words)
         self._bar.update(self._task, description=words, completed=done, total=total)
+
+
+class Heartbeat:
+    """Until the first step: a line every ten seconds that says what a run is at. A context; it is called with what
+    begins, and with "" where there is nothing to wait for any more."""
+
+    def __init__(self, say: Callable[[str], None], seconds: float = 10.0) -> None:
+        self._say, self._seconds, self._words = say, seconds, ""
+        self._ended = Event()
+        self._begun = time.monotonic()
+        self._thread = Thread(target=self._beat, daemon=True)
+
+    def __call__(self, words: str) -> None:
+        if words != self._words:
+            self._words, self._begun = words, time.monotonic()
+
+    def __enter__(self) -> Heartbeat:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self._seconds):
+            if words := self._words:
+                self._say(f"{words}: {format_seconds(time.monotonic() - self._begun)} so far")
 
 
 class Lines:

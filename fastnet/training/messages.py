@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from rich.console import Console
 
@@ -16,9 +18,14 @@ from fastnet.device import Amp
 from fastnet.loading.checkpoint import Progress
 from fastnet.model import EfficientNet
 from fastnet.training.console import format_seconds, say_excluded, show_table
+from fastnet.training.continuation import fresh_run_command
 from fastnet.training.curves import draw_curves
 from fastnet.training.distributed import BatchLayout, Ranks
 from fastnet.training.metrics import Clock, peak_memory_gb
+from fastnet.training.selection import best_of
+
+CLASSES_SHOWN = 10
+LOPSIDED = 3.0  # the largest class over the smallest
 
 
 class Run(Protocol):
@@ -57,6 +64,9 @@ def log_start(trainer: Run, resumed: bool) -> None:
         f"data {index.root}: {len(index.classes)} classes, {trainer.train_loader.num_images} training and "
         f"{trainer.val_loader.num_images} validation images"
     )
+    trainer.say(f"images a class: {class_counts(index)}")
+    batch = config.optimizer.batch_size
+    trainer.say(f"batch {batch}, {trainer.train_loader.steps_per_epoch} steps an epoch")
     for note in index.notes:
         trainer.say(f"data: {note}")
     if trainer.ranks.size > 1:
@@ -73,6 +83,19 @@ def log_start(trainer: Run, resumed: bool) -> None:
     say_excluded(trainer.console, index.excluded, trainer.folder / "excluded.txt")
 
 
+def class_counts(index: Index) -> str:
+    """How many training images the classes have, the fewest and the most of many, and how they compare."""
+    counts = np.bincount(index.splits["train"].labels, minlength=len(index.classes))
+    few, many = int(counts.argmin()), int(counts.argmax())
+    shown = range(len(counts)) if len(counts) <= CLASSES_SHOWN else (few, many)
+    text = ", ".join(f"{index.classes[label]} {counts[label]}" for label in shown)
+    ratio = counts[many] / max(1, counts[few])
+    if len(counts) > CLASSES_SHOWN:
+        text = f"from {text.replace(', ', ' to ', 1)}"
+    hint = "; --balance sampler or loss makes up for it" if ratio >= LOPSIDED else ""
+    return f"{text} (1 : {ratio:.1f}){hint}"
+
+
 def resume_command(trainer: Run, *flags: str) -> str:
     ranks = trainer.ranks
     program = f"torchrun --nproc-per-node {ranks.local_size}" if ranks.size > 1 else "python"
@@ -81,6 +104,24 @@ def resume_command(trainer: Run, *flags: str) -> str:
     shared = f"   (on each node; {trainer.folder} must be a folder that all of them share)" if ranks.nodes > 1 else ""
     words = [program, "-m fastnet.train --resume", shlex.quote(str(trainer.folder)), *flags]
     return " ".join(words) + shared
+
+
+def best_so_far(trainer: Run) -> str:
+    """ "best so far: epoch 3, top-1 50.00 %; ", or nothing before the first evaluation."""
+    if not trainer.progress.evaluations:
+        return ""
+    best = best_of(trainer.progress.evaluations, trainer.config.run.best_by)
+    return f"best so far: epoch {best['epoch']}, top-1 {best['top1']:.2f} %; "
+
+
+def what_is_kept(trainer: Run) -> str:
+    """What a run leaves that ends now."""
+    last = trainer.folder / "last.safetensors"
+    try:
+        step = json.loads(last.with_suffix(".json").read_text())["progress"]["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "nothing was saved yet."
+    return f"{last} of step {step} is kept; continue with: {resume_command(trainer)}"
 
 
 def out_of_memory_words(trainer: Run) -> str:
@@ -97,7 +138,7 @@ def out_of_memory_words(trainer: Run) -> str:
 def log_summary(trainer: Run) -> None:
     """What came out, and what can be done with it."""
     progress = trainer.progress
-    best = max(progress.evaluations, key=lambda values: values["top1"])
+    best = best_of(progress.evaluations, trainer.config.run.best_by)
     rate, waiting = trainer.clock.rates()
     averaged = " (averaged weights)" if best.get("weights") == "ema" else ""
     rows = {
@@ -114,5 +155,8 @@ def log_summary(trainer: Run) -> None:
     show_table(trainer.console, f"efficientnet_{trainer.config.model.variant} at {trainer.resolution} px", rows)
     trainer.say(f"learning curves: {draw_curves(trainer.folder)}")
     trainer.say(f"evaluate: python -m fastnet.evaluate {trainer.folder}")
-    epochs = f"--epochs {2 * trainer.config.optimizer.epochs}"
-    trainer.say(f"train on: {resume_command(trainer, epochs)}")
+    if trainer.config.optimizer.sched == "cosine":  # which has ended: more epochs would begin with a jump
+        trainer.say(f"train on: {fresh_run_command(trainer.config, trainer.folder)}")
+    else:
+        epochs = f"--epochs {2 * trainer.config.optimizer.epochs}"
+        trainer.say(f"train on: {resume_command(trainer, epochs)}")

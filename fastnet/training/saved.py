@@ -21,6 +21,7 @@ from fastnet.model import EfficientNet, ModelConfig
 from fastnet.training.distributed import BatchLayout, Ranks
 from fastnet.training.metrics import MetricsFile, RunningMetrics
 from fastnet.training.optim import load_optimizer_tensors, optimizer_tensors
+from fastnet.training.selection import best_of, merit
 from fastnet.training.step import TrainStep
 from fastnet.typed import checked_fields, fits
 
@@ -173,16 +174,18 @@ def known_in(training: dict[str, Tensor]) -> Known | None:
 
 def keep_best(trainer: Run, model: EfficientNet, values: dict[str, Any]) -> None:
     """Write what belongs to the best: best.safetensors, and of several checkpoint-<epoch>.safetensors, and remove those
-    of this run's that are not among the best any more. values: of the evaluation of this model."""
+    of this run's that are not among the best any more. values: of the evaluation of this model, the
+    last of the run's."""
     progress, hist, folder = trainer.progress, trainer.config.run.checkpoint_hist, trainer.folder
     notes = {key: values[key] for key in ("weights", "epoch", "top1", "loss")} | {"run_id": trainer.run_id}
     common: dict[str, Any] = dict(classes=trainer.index.classes, view=trainer.view, notes=notes)
-    if values["top1"] > progress.best_top1:
+    by = trainer.config.run.best_by
+    if best_of(progress.evaluations, by) is values:
         progress.best_top1, progress.best_epoch = values["top1"], values["epoch"]
         save_weights(folder / "best.safetensors", model, **common)
     if hist < 2:
         return
-    ranked = sorted(progress.evaluations, key=lambda one: (-one["top1"], one["epoch"]))
+    ranked = sorted(progress.evaluations, key=lambda one: (-merit(one, by), one["epoch"]))
     kept = {f"checkpoint-{one['epoch']}" for one in ranked[:hist]}
     if f"checkpoint-{values['epoch']}" in kept:
         save_weights(folder / f"checkpoint-{values['epoch']}.safetensors", model, **common)

@@ -52,6 +52,7 @@ class TrainStep:
     otherwise every later step is left out too, until someone reads `health` and stops.
 
     Args:
+        class_weights: [classes], by which the loss of each image is multiplied.
         ema: moved towards the model after each update.
         grad_accum_steps: the batch goes through the model in so many parts, equal ones where they divide it.
         capturable: nothing waits for the device (default: on CUDA). The optimizer and `ema` must be so too.
@@ -69,6 +70,7 @@ class TrainStep:
         device: torch.device,
         amp: Amp = "off",
         label_smoothing: float = 0.1,
+        class_weights: Tensor | None = None,
         clip_grad_norm: float = 0.0,
         ema: ModelEma | None = None,
         grad_accum_steps: int = 1,
@@ -81,6 +83,7 @@ class TrainStep:
         self.device = device
         self.amp: Amp = amp
         self.label_smoothing = label_smoothing
+        self.class_weights = None if class_weights is None else class_weights.to(device)
         self.clip_grad_norm = clip_grad_norm
         self.grad_accum_steps = grad_accum_steps
         self.capturable = device.type == "cuda" if capturable is None else capturable
@@ -165,13 +168,20 @@ class TrainStep:
     def _loss(self, logits: Tensor, labels: Tensor, other: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor]:
         """(mean loss, right answers); a mixed image's answers count by their shares."""
         predicted = logits.detach().argmax(1)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        loss = self._cross_entropy(logits, labels)
         correct = (predicted == labels).sum()
         if share is None:
             return loss, correct
         # Cross-entropy is linear in its target: two hard targets are one soft one.
-        loss = share * loss + (1 - share) * F.cross_entropy(logits, other, label_smoothing=self.label_smoothing)
+        loss = share * loss + (1 - share) * self._cross_entropy(logits, other)
         return loss, share * correct + (1 - share) * (predicted == other).sum()
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.class_weights is None:
+            return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        # PyTorch's own weights would divide by their sum in this batch, and so undo themselves where all are alike.
+        each = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="none")
+        return (each * self.class_weights[labels]).mean()
 
     def _scaled(self, loss: Tensor, part: int, mine: int) -> Tensor:
         """The mean loss of `part` of this rank's images, weighted so that the gradients of all parts of all ranks add

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 WISH_TO_SAVE = 1
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _write(text: str) -> None:
+    """On stderr at once, whatever else is writing there."""
+    with suppress(OSError):
+        os.write(2, f"\n{text}\n".encode(errors="replace"))
 
 
 class StopRequest:
@@ -16,9 +23,11 @@ class StopRequest:
     (what Slurm sends ahead of its time limit, if asked to) into a wish for a checkpoint. A second signal to stop acts
     at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept: Callable[[], str] = lambda: "") -> None:
+        """kept: what a stop at once would leave, in words."""
         self.signal: int | None = None
         self.save = False
+        self._kept = kept
 
     def __call__(self) -> bool:
         return self.signal is not None
@@ -32,7 +41,15 @@ class StopRequest:
     def installed(self) -> Iterator[StopRequest]:
         def stop(number: int, _: FrameType | None) -> None:
             self.signal = number
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.signal(number, at_once if number == signal.SIGINT else signal.SIG_DFL)
+            if number == signal.SIGINT:
+                _write("stopping after this step, and saving it; Ctrl-C once more stops at once")
+
+        def at_once(number: int, _: FrameType | None) -> None:
+            # A compiler that is interrupted prints what it was at; nothing here is worth waiting for.
+            _write(f"stopped at once: {self._kept()}")
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
         def save(number: int, _: FrameType | None) -> None:
             self.save = True

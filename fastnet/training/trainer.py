@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
@@ -15,19 +14,35 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from data_pipeline import build_index
 from data_pipeline.loaders.prefetch import sent
 from fastnet.config import TrainConfig
 from fastnet.device import pick_device
 from fastnet.errors import UserError, out_of_memory
 from fastnet.loading.checkpoint import Progress, write_atomically
-from fastnet.model import EfficientNet, ModelConfig
-from fastnet.scaling import architecture
-from fastnet.training.build import build_cache, build_loaders, build_model, build_step, view_of
+from fastnet.model import ModelConfig
+from fastnet.training.build import (
+    build_cache,
+    build_loaders,
+    build_model,
+    build_step,
+    check_classes,
+    index_of,
+    lower_batch,
+    share_quarantine,
+    view_of,
+)
 from fastnet.training.console import Display, Lines, Preparation, Report
 from fastnet.training.cuda_graph import CudaRecorder, pick_cuda_graph
 from fastnet.training.distributed import ALONE, Ranks, divide
-from fastnet.training.messages import log_start, log_summary, out_of_memory_words, resume_command
+from fastnet.training.epoch import finish_epoch
+from fastnet.training.messages import (
+    best_so_far,
+    log_start,
+    log_summary,
+    out_of_memory_words,
+    resume_command,
+    what_is_kept,
+)
 from fastnet.training.metrics import Clock, MetricsFile, RunningMetrics, peak_memory_gb
 from fastnet.training.mixup import draw_mix
 from fastnet.training.optim import set_learning_rate
@@ -35,13 +50,14 @@ from fastnet.training.peers import check_same_data
 from fastnet.training.profile import StepProfiler
 from fastnet.training.resize import DynamicResize
 from fastnet.training.run_folder import locked, stamp_of
-from fastnet.training.saved import excluded_text, keep_best, known_in, pack_known, read_run, restore_run, save_run
+from fastnet.training.saved import excluded_text, pack_known, read_run, restore_run, save_run
 from fastnet.training.schedule import learning_rate, progressive_resolution, step_seed
+from fastnet.training.selection import out_of_patience
 from fastnet.training.step import StepHealth
 from fastnet.training.stop import WISH_TO_SAVE, StopRequest
 from fastnet.training.trackers import make_trackers
 from fastnet.training.tuning import make_tuner, pick_precision, words_for
-from fastnet.training.validate import Interrupted, evaluate_model, reestimate_batch_norm
+from fastnet.training.validate import Interrupted
 from kernels.launch import KernelError
 
 LEAST_LOSS_SCALE = 1.0  # fp16 gradients that overflow at this scale are not finite for another reason
@@ -53,8 +69,17 @@ class Trainer:
     Raises UserError or DataError, with one sentence, for whatever the user can fix.
     """
 
-    def __init__(self, config: TrainConfig, folder: Path, console: Console, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        console: Console,
+        ranks: Ranks = ALONE,
+        doing: Callable[[str], None] = lambda words: None,
+    ) -> None:
+        """doing: is told what begins, until the first step is done ("")."""
         config.validate()
+        self.doing = doing
         self.config, self.folder, self.console, self.ranks = config, folder, console, ranks
         self.device = ranks.device(pick_device(config.run.device, self.say))
         with ranks.local_main_first():  # the others of a machine find what it measured
@@ -67,12 +92,20 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = not config.run.deterministic
 
-        arch = architecture(config.model.variant, config.model.scaling)
-        self.resolution = config.model.resolution or arch.resolution
-        self.resize = DynamicResize(self.resolution)
         self._loaded = stamp_of(self.last)
         self.saved = ranks.broadcast(read_run(self.last) if ranks.is_main and self.last.exists() else None)
         saved = self.saved[2] if self.saved else {}
+        doing("reading the data set")
+        with ranks.local_main_first():
+            self.view = view_of(config, saved or None)
+            self.index = index_of(config, self.saved)
+        assert self.view.resolution is not None
+        self.resolution = self.view.resolution
+        self.resize = DynamicResize(self.resolution)
+        check_same_data(ranks, self.index)
+        check_classes(config, self.index)
+        if not saved:
+            config = self.config = lower_batch(config, len(self.index.splits["train"]), ranks.size)
         self.batch_layout = divide(
             saved.get("images_per_step", config.images_per_step * (1 if saved else ranks.size)),
             ranks,
@@ -81,21 +114,15 @@ class Trainer:
         )
         self.peak_lr = config.peak_lr(self.batch_layout.images)
         saved_model = ModelConfig(**saved["model"] | {"kernels": config.model.kernels}) if saved else None
-        with ranks.local_main_first():
-            self.view = view_of(config, self.resolution, saved or None)
         # The first process of a machine fills what the others on it read.
-        with ranks.local_main_first():
-            # Who replaces a file that became unreadable depends on all that did, and on the places of all others.
-            bad, known = saved.get("quarantined", []), known_in(self.saved[1]) if self.saved else None
-            self.index = build_index(config.data.source, config.data.val_fraction, quarantined=bad, known=known)
-        check_same_data(ranks, self.index)
+        doing("filling the cache" if config.data.cache != "none" else "building the model")
         cache = build_cache(config, self.index, self.view, self.device, ranks)
         with ranks.local_main_first():
             self.train_loader, self.val_loader = build_loaders(
                 config, self.index, cache, self.view, self.device, self.batch_layout
             )
             self.model = build_model(config, len(self.index.classes), self.device, saved_model, self.say)
-        self.step = build_step(config, self.model, self.device, self.amp, self.batch_layout)
+        self.step = build_step(config, self.model, self.device, self.amp, self.batch_layout, self.index)
         self.tuner = make_tuner(
             config.run, self.model.config.kernels, self.device, self.amp, self.say, ranks, self.folder / "kernels.txt"
         )
@@ -108,7 +135,7 @@ class Trainer:
         self.clock = Clock()
         profiled = config.run.profile and ranks.is_main
         self.profiler = StepProfiler(folder, self.device, console, self.say) if profiled else None
-        self.stop = StopRequest()
+        self.stop = StopRequest(kept=lambda: what_is_kept(self))
         self.metrics_lines: int | None = None  # of metrics.jsonl, as the checkpoint knows it
         self.stopped_by = 0  # the signal that all ranks agreed to stop for
 
@@ -124,7 +151,7 @@ class Trainer:
     def save(self) -> None:
         """Write `last.safetensors`: everything that `restore` needs to go on exactly here. UserError where a step was
         not finite, with the file as it was."""
-        self._check_health()
+        self.check_health()
         self.progress.train_seconds = self._train_seconds()
         bad = dict(chain(*self.ranks.all_gather_object(self.train_loader.quarantined + self.val_loader.quarantined)))
         if not self.ranks.is_main:
@@ -153,6 +180,9 @@ class Trainer:
                 f"{words_for(error)}: find out what works with --tune again, or use --kernels torch."
             ) from error
         except (RuntimeError, MemoryError) as error:
+            if self.stop.signal:  # which ends the compilers that this process has started
+                self.say(f"stopped: {what_is_kept(self)}")
+                return 128 + self.stop.signal
             if not out_of_memory(error):
                 raise
             raise UserError(out_of_memory_words(self)) from error
@@ -172,14 +202,18 @@ class Trainer:
         if not resumed:
             self.save()
         log_start(self, resumed)
+        self.doing("measuring kernels")
         with Preparation(self.console) as report:
             self._tune(report)
         self._prepare_step()
 
+        self.doing("the first step, which compiles what it needs")
         total = config.optimizer.epochs * self.train_loader.steps_per_epoch
         try:
             with Display(self.console, total, progress.step) as self.display:
-                while progress.epoch < config.optimizer.epochs:
+                while progress.epoch < config.optimizer.epochs and not out_of_patience(
+                    progress.evaluations, config.run.best_by, config.run.patience
+                ):
                     with suppress(Interrupted):
                         self._train_epoch(total)
                         if not self._agree_to_stop():
@@ -191,7 +225,7 @@ class Trainer:
             if self.ranks.is_main:
                 self.metrics.close()
         if self.stopped_by:
-            self.say(f"stopped at step {progress.step}; continue with: {resume_command(self)}")
+            self.say(f"stopped at step {progress.step}; {best_so_far(self)}continue with: {resume_command(self)}")
             return 128 + self.stopped_by
         if self.ranks.is_main:
             log_summary(self)
@@ -222,6 +256,9 @@ class Trainer:
         if self.excluded:
             write_atomically(self.folder / "excluded.txt", excluded_text(self.excluded))
 
+    def _finish_epoch(self) -> None:
+        finish_epoch(self)
+
     def _agree_to_stop(self) -> bool:
         self.stopped_by = self.ranks.all_reduce_max(self.stop.signal or 0)
         return bool(self.stopped_by)
@@ -251,7 +288,7 @@ class Trainer:
         per_epoch = self.train_loader.steps_per_epoch
         if progress.step_in_epoch >= per_epoch:
             return
-        self._share_quarantine()
+        share_quarantine(self.ranks, self.train_loader, self.val_loader)
         self.model.train()
         with self.ranks.peers.patient():
             self._tune(Lines(self.display.say))
@@ -273,6 +310,7 @@ class Trainer:
             progress.images_seen += self.batch_layout.images
             if progress.step % config.run.log_every == 0 or progress.step == total:
                 self._log(total)  # waits for the device, so that the clock below is true on average
+            self.doing("")
             self.ranks.peers.start()  # a first step may take any time
             self.clock.step(time.perf_counter() - asked, waited, self.batch_layout.images)
             self.display.advance()
@@ -290,13 +328,9 @@ class Trainer:
 
     def _resolution_now(self) -> int:
         """Of the training images of this epoch."""
-        config = self.config
+        epochs, grown = self.config.optimizer.epochs, self.config.progressive
         return progressive_resolution(
-            self.progress.epoch,
-            config.optimizer.epochs,
-            self.resolution,
-            config.progressive.progressive,
-            config.progressive.progressive_start,
+            self.progress.epoch, epochs, self.resolution, grown.progressive, grown.progressive_start
         )
 
     def _tune(self, report: Report) -> None:
@@ -321,15 +355,6 @@ class Trainer:
         (rows,) = sent([torch.from_numpy(self.batch_layout.shard.rows(self.batch_layout.images))], self.device)
         return scales[:, rows]
 
-    def _share_quarantine(self) -> None:
-        """Every rank leaves out the files that became unreadable for any of them."""
-        if self.ranks.size == 1:
-            return
-        for loader in (self.train_loader, self.val_loader):
-            bad = dict(chain(*self.ranks.all_gather_object(loader.quarantined)))
-            paths = loader.plan.split.paths
-            loader.quarantine({at: bad[path] for at, path in enumerate(paths) if path in bad} if bad else {})
-
     def _mix(self) -> torch.Tensor | None:
         """The mixing's numbers for the next step, on the device."""
         if not self.config.mix.enabled:
@@ -339,7 +364,7 @@ class Trainer:
 
     def _log(self, total: int) -> None:
         progress = self.progress
-        health = self._check_health()
+        health = self.check_health()
         loss, top1 = self.sums.read()
         if not self.ranks.is_main:
             return
@@ -363,7 +388,7 @@ class Trainer:
         left = (total - progress.step) * self.batch_layout.images / rate if rate else 0.0
         self.display.status(progress.step, progress.epoch, text, left)
 
-    def _check_health(self) -> StepHealth:
+    def check_health(self) -> StepHealth:
         """Waits for the device. UserError where the loss or a gradient was not finite and that is not fp16's range."""
         health = self.step.health()
         beyond_scaling = self.amp != "fp16" or health.loss_scale < LEAST_LOSS_SCALE
@@ -373,39 +398,3 @@ class Trainer:
                 f"{self.last} is from before and can be continued with --resume {self.folder}."
             )
         return health
-
-    def _finish_epoch(self) -> None:
-        """Evaluate the weights and their average, keep the better, and move on to the next epoch."""
-        config, progress = self.config, self.progress
-        self._check_health()
-        candidates: dict[str, EfficientNet] = {"model": self.model}
-        if self.step.ema is not None:
-            candidates["ema"] = self.step.ema.module
-        common: dict[str, Any] = dict(device=self.device, amp=self.amp)
-        results = []
-        for name, model in candidates.items():
-            note = ""
-            if config.run.reestimate_bn:
-                batches = self.train_loader.batches(progress.epoch)
-                # Ranks that normalise together must not part.
-                stop = self.stop if self.ranks.size == 1 else lambda: False
-                used = reestimate_batch_norm(model, batches, config.run.reestimate_bn, stop=stop, **common)
-                self.ranks.average_statistics(model)
-                note = f"  (batch norm re-estimated on {used} training batches)"
-            self.ranks.broadcast_tensors(model.buffers())
-            result = evaluate_model(
-                model, self.val_loader.batches(0), stop=self.stop, add=self.ranks.all_reduce_sum_, **common
-            )
-            self.display.say(
-                f"epoch {progress.epoch}{' averaged weights' if name == 'ema' else ''}: top-1 {result.top1:.2f} %  "
-                f"top-5 {result.top5:.2f} %  loss {result.loss:.4f}{note}"
-            )
-            results.append(dict(epoch=progress.epoch, step=progress.step, weights=name, **dataclasses.asdict(result)))
-        best = max(results, key=lambda values: values["top1"])
-        progress.evaluations.append(best)
-        if self.ranks.is_main:
-            for values in results:  # all or none, should a stop come in between
-                self.metrics.write("eval", **values)
-            keep_best(self, candidates[best["weights"]], best)
-        progress.epoch += 1
-        progress.step_in_epoch = 0

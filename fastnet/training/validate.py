@@ -19,12 +19,15 @@ from fastnet.training.step import autocast
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over a split: top-1 and top-5 in percent, cross-entropy without smoothing in nats."""
+    """Means over a split: top-1 and top-5 in percent, cross-entropy without smoothing in nats; over its classes: F1
+    (of those that occur or were answered) and recall (of those that occur), in percent."""
 
     top1: float
     top5: float
     loss: float
     images: int
+    macro_f1: float = 0.0
+    balanced_accuracy: float = 0.0
 
 
 class Interrupted(Exception):
@@ -35,6 +38,7 @@ def evaluate_model(
     model: nn.Module,
     batches: Iterable[Batch],
     *,
+    classes: int,
     device: torch.device,
     amp: Amp,
     stop: Callable[[], bool] = lambda: False,
@@ -46,7 +50,10 @@ def evaluate_model(
     than it brings. The model's mode is restored. `add` adds up what several processes found, in place. Raises
     Interrupted when `stop()` turns true, in all of them if it does in one.
     """
-    sums = torch.zeros(5, dtype=torch.float64, device=device)  # the last: were we asked to stop?
+    # The fifth: were we asked to stop? Behind it, of each class: right answers, answers, images.
+    sums = torch.zeros(5 + 3 * classes, dtype=torch.float64, device=device)
+    by_class = sums[5:].view(3, classes)
+    one = torch.ones((), dtype=torch.float64, device=device)
     training = model.training
     model.eval()
     try:
@@ -56,19 +63,33 @@ def evaluate_model(
                     sums[4] = 1
                     break
                 logits = model(images).float()
-                hits = logits.topk(min(5, logits.shape[1]), 1).indices == labels[:, None]
+                answers = logits.topk(min(5, logits.shape[1]), 1).indices
+                hits = answers == labels[:, None]
                 loss = F.cross_entropy(logits, labels, reduction="sum")
                 count = torch.full_like(loss, len(labels))
                 sums[:4] += torch.stack([hits[:, 0].sum(), hits.sum(), loss, count]).double()
+                by_class[0].index_add_(0, labels, hits[:, 0].double())
+                by_class[1].index_add_(0, answers[:, 0], one.expand(len(labels)))
+                by_class[2].index_add_(0, labels, one.expand(len(labels)))
     finally:
         model.train(training)
     add(sums)
-    top1, top5, loss_sum, images_seen, stopped = sums.tolist()
+    top1, top5, loss_sum, images_seen, stopped = sums[:5].tolist()
     if stopped:
         raise Interrupted
     if not images_seen:
         raise UserError("there is no image to evaluate: add some to the validation split.")
-    return Evaluation(100 * top1 / images_seen, 100 * top5 / images_seen, loss_sum / images_seen, int(images_seen))
+    right, answered, there = by_class.cpu()
+    f1 = (2 * right / (answered + there))[answered + there > 0].mean()
+    recall = (right / there)[there > 0].mean()
+    return Evaluation(
+        100 * top1 / images_seen,
+        100 * top5 / images_seen,
+        loss_sum / images_seen,
+        int(images_seen),
+        100 * float(f1),
+        100 * float(recall),
+    )
 
 
 def reestimate_batch_norm(

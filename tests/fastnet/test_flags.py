@@ -75,6 +75,11 @@ def test_a_line_of_timms_train_py_means_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("theirs", "ours"),
     [
+        (
+            "--model tf_efficientnet_b0.ap_in1k --pretrained",
+            "--variant b0 --pretrained timm/tf_efficientnet_b0.ap_in1k",
+        ),
+        ("--pretrained --model efficientnet_b2.ra_in1k", "--pretrained timm/efficientnet_b2.ra_in1k --variant b2"),
         ("--model tf_efficientnet_lite0", "--variant lite0 --padding same"),
         ("--amp-dtype bfloat16", "--amp bf16"),
         ("--torchcompile --model b0", "--compile whole --variant b0"),
@@ -83,11 +88,6 @@ def test_a_line_of_timms_train_py_means_the_same(tmp_path: Path) -> None:
 )
 def test_values_are_translated_too(theirs: str, ours: str) -> None:
     assert translated(theirs.split(), flag_types()) == ours.split()
-
-
-def test_a_tag_of_timms_is_not_taken_for_torchvisions_weights() -> None:
-    with pytest.raises(UserError, match=r"download timm/efficientnet_b2\.ra_in1k"):
-        translated(["--pretrained", "--model", "efficientnet_b2.ra_in1k"], flag_types())
 
 
 def test_what_has_no_equal_is_answered_in_a_line_each() -> None:

@@ -15,8 +15,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from data_pipeline import PixelCache, build_index
-from data_pipeline.dataset.index import _cache_file, _read_cache
-from fastnet.config import read_config
+from data_pipeline.dataset.index_cache import cache_file, read_cache
+from fastnet.config_file import read_config
 from fastnet.loading.weights import load_weights
 from fastnet.training.saved import restore_run
 from fastnet.training.trainer import Trainer
@@ -70,11 +70,11 @@ def test_an_index_and_a_cache_are_what_they_were_or_made_anew(old: Path) -> None
     data, kept = old / "data", old / "cache" / "fastnet"
     # Their names follow from where the data lies.
     (listing,) = (kept / "index").iterdir()
-    now = _cache_file(data, kept)
+    now = cache_file(data, kept)
     for path in [listing, *(kept / "pixels").iterdir()]:
         if path.name.startswith(listing.stem):
             path.rename(path.with_name(path.name.replace(listing.stem, now.stem)))
-    known = _read_cache(now)
+    known = read_cache(now)
     index = build_index(data, cache_dir=kept)
     for name, fields in known.items():
         split = index.splits[name.partition("/")[0]]

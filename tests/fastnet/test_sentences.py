@@ -25,7 +25,8 @@ from data_pipeline.dataset.synthetic import user_cache_folder
 from fastnet import train as train_command
 from fastnet.analysis.figures import confusion_matrix, save
 from fastnet.analysis.lettering import families, legible
-from fastnet.config import FOOD101, processes, read_config
+from fastnet.config import FOOD101, processes
+from fastnet.config_file import read_config
 from fastnet.errors import Lenient, UserError, run_command
 from fastnet.loading.checkpoint import load_checkpoint
 from fastnet.loading.weights import load_weights, save_weights

@@ -351,6 +351,10 @@ def test_a_missing_data_set_is_offered_on_a_terminal(
     assert server.asked == []
     prepare.offer(str(data))
     assert data.exists() == (answer == "y\n")
+    assert prepare.prepared() == (tmp_path / "photos" / "food-101" if data.exists() else None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", Terminal(answer))
+    assert prepare.offer(None) == (tmp_path / "data" / "food-101" if data.exists() else None)
     if data.exists():
         assert build_index(data, cache_dir=tmp_path / "cache").root == tmp_path / "photos" / "food-101"
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from torchvision.datasets import ImageFolder
 
-from data_pipeline import Index, build_index, make_loader
+from data_pipeline import Index, build_index, choose_cache, make_loader
 from data_pipeline.dataset.verify import show, verify
 from data_pipeline.loaders.decode import decode_photo
 from data_pipeline.loaders.torch_loader import upright
@@ -61,6 +62,24 @@ def unmarked_cmyk() -> bytes:
     return data[:at] + data[at + 2 + int.from_bytes(data[at + 2 : at + 4], "big") :]
 
 
+def tagged(*segments: bytes) -> bytes:
+    """A JPEG with these TIFF headers, each in an EXIF segment of its own."""
+    out = io.BytesIO()
+    picture(12).save(out, "JPEG", quality=95)
+    data = out.getvalue()
+    for tiff in reversed(segments):
+        data = data[:2] + b"\xff\xe1" + struct.pack(">H", len(tiff) + 8) + b"Exif\0\0" + tiff + data[2:]
+    return data
+
+
+def tiff(order: str, orientation: int, kind: str = "H") -> bytes:
+    """One directory with the tag of orientation alone, of 16 bits ("H") or, as some write it, 32 ("I")."""
+    number = 3 if kind == "H" else 4
+    value = struct.pack(f"{order}HH", orientation, 0) if kind == "H" else struct.pack(f"{order}I", orientation)
+    start = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, 8)
+    return start + struct.pack(f"{order}HHHI", 1, 0x0112, number, 1) + value + bytes(4)
+
+
 def icc() -> bytes:
     from PIL import ImageCms
 
@@ -81,6 +100,11 @@ ODD: dict[str, Callable[[Path], object]] = {
     "profile.webp": lambda path: picture(9).save(path, icc_profile=icc()),
     "cmyk.jpg": lambda path: picture(10).convert("CMYK").save(path),
     "unmarked.jpg": lambda path: path.write_bytes(unmarked_cmyk()),
+    "little endian.jpg": lambda path: path.write_bytes(tagged(tiff("<", 6))),
+    "big endian.jpg": lambda path: path.write_bytes(tagged(tiff(">", 5))),
+    "long.jpg": lambda path: path.write_bytes(tagged(tiff(">", 3, "I"))),
+    "two segments.jpg": lambda path: path.write_bytes(tagged(tiff("<", 8), tiff("<", 3))),
+    os.fsdecode(b"not UTF-8 \xff.jpg"): lambda path: save(path, 13),
 }
 
 
@@ -107,11 +131,16 @@ def test_odd_kinds_are_the_pixels_of_pil(odd: Index) -> None:
         assert np.abs(found.astype(int) - expected).max() <= (1 if "cmyk" in path or "unmarked" in path else 0), path
 
 
-def test_dali_sees_the_same_pixels(odd: Index) -> None:
-    pytest.importorskip("nvidia.dali")
-    options: dict[str, Any] = dict(resolution=24, batch_size=26, seed=0, train=False, augmentation=None, workers=0)
-    backends: tuple[Literal["torch", "dali"], ...] = ("torch", "dali")
-    batches = [next(make_loader(odd, "val", backend=name, **options).batches(0)) for name in backends]
+@pytest.mark.parametrize("way", ["dali", "ram", "disk"])
+def test_every_loader_and_cache_sees_the_same_pixels(way: Any, odd: Index, tmp_path: Path) -> None:
+    if way == "dali":
+        pytest.importorskip("nvidia.dali")
+    count = len(odd.splits["val"])
+    options: dict[str, Any] = dict(resolution=24, batch_size=count, seed=0, train=False, augmentation=None, workers=0)
+    cache = None if way == "dali" else choose_cache(way, odd, 24, cache_dir=tmp_path)
+    other = make_loader(odd, "val", backend="dali" if way == "dali" else "torch", cache=cache, **options)
+    batches = [next(loader.batches(0)) for loader in (make_loader(odd, "val", backend="torch", **options), other)]
+    assert len(batches[0].images) == len(batches[1].images) == count
     # Resizers differ by a level or two of 255; a negative or a turned picture by a hundred.
     assert (batches[0].images - batches[1].images).abs().max() < 4 / 255 / 0.22
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipeline.dataset.divide import Folds
 from data_pipeline.dataset.index import build_index
 from data_pipeline.errors import DataError
 
@@ -150,3 +151,43 @@ def test_a_fraction_without_effect_is_named(tmp_path: Path) -> None:
     index = build_index(tmp_path / "data", cache_dir=tmp_path / "cache", val_fraction=0.3)
     assert any("no effect" in note for note in index.notes)
     assert index.splits["val"].labels.tolist() == [0, 1]
+
+
+def test_each_photo_validates_in_one_fold_and_copies_in_the_same(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "data", 9)
+    for number in range(3):  # re-encoded and smaller
+        with Image.open(root / "pie" / f"{number}.jpg") as photo:
+            photo.resize((80, 60)).save(root / "pie" / f"copy of {number}.jpg", quality=60)
+    found = []
+    for fold in range(4):
+        index = build_index(root, folds=Folds(4, fold), cache_dir=tmp_path / "cache")
+        val, train = (set(index.splits[name].paths) for name in ("val", "train"))
+        assert not val & train
+        assert len(val | train) == 30
+        assert all(2 <= count <= 4 for count in Counter(index.splits["val"].labels.tolist()).values())
+        assert "fold " in index.notes[-1]
+        for number in range(3):
+            pair = {f"{root}/pie/{number}.jpg", f"{root}/pie/copy of {number}.jpg"}
+            assert pair <= val or pair <= train
+        found += sorted(val)
+    assert sorted(found) == sorted(map(str, root.rglob("*.jpg")))
+    (root / "train").mkdir()
+    for name in ("pie", "soup", "tea"):
+        (root / name).rename(root / "train" / name)
+    shutil.copytree(root / "train", root / "val")
+    with pytest.raises(DataError, match=r"--folds, and .* has images for validation"):
+        build_index(root, folds=Folds(4, 0), cache_dir=tmp_path / "cache")
+
+
+def test_the_test_split_by_name(tmp_path: Path) -> None:
+    root, cache = tmp_path / "data", tmp_path / "cache"
+    for number, split in enumerate(("train", "val", "test")):
+        for label in range(2):
+            save(root / split / f"{label}" / "1.jpg", 2 * number + label)
+    index = build_index(root, test=True, cache_dir=cache)
+    assert {Path(path).parts[-3] for path in index.splits["val"].paths} == {"test"}
+    shutil.rmtree(root / "test")
+    with pytest.raises(DataError, match="has no test/: leave --split test out"):
+        build_index(root, test=True, cache_dir=cache)
+    with pytest.raises(DataError, match="has no test split"):
+        build_index(class_folders(tmp_path / "classes", 2), test=True, cache_dir=cache)

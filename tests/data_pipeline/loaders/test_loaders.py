@@ -361,6 +361,21 @@ def test_without_dali_auto_falls_back_and_dali_says_what_to_install(
         make(index, backend="dali")
 
 
+@pytest.mark.parametrize(
+    ("installed", "old"), [("2.1.0", True), ("1.53.0", True), ("2.2.0", False), ("2.10.0rc1", False)]
+)
+def test_a_dali_that_ignores_exif_is_not_used(
+    installed: str, old: bool, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "version", lambda name: installed)
+    monkeypatch.setattr(loader, "dali_installed", lambda: True)
+    assert loader.old_dali() == (installed if old else None)
+    if old:
+        assert make(index, backend="auto", device="cuda").backend == "torch"
+        with pytest.raises(DataError, match=f"needs DALI 2.2 or newer, as {installed} ignores"):
+            make(index, backend="dali")
+
+
 def test_without_a_gpu_dali_says_so(index: Index) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     if torch.cuda.is_available():

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastnet.analysis.predictions import index_files, load_views
-from fastnet.config import TrainConfig, config_from_dict
+from fastnet.config import FINETUNE, ModelOptions, TrainConfig
+from fastnet.config_file import config_from_dict
 from fastnet.loading.trained import load_trained
 from fastnet.loading.view import View, timm_view
 from fastnet.loading.weights import load_weights, save_weights
@@ -168,10 +170,13 @@ def test_a_run_normalises_as_its_weights_were(tmp_path: Path) -> None:
     save_file({n: v.contiguous() for n, v in to_timm(efficientnet("b0")).items()}, folder / "model.safetensors")
     cfg = {"mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.875, "input_size": [3, 224, 224], "tag": "mine"}
     (folder / "config.json").write_text(json.dumps({"architecture": "efficientnet_b0", "pretrained_cfg": cfg}))
-    config = config_from_dict({"model": {"pretrained": str(folder)}}, tmp_path)
-    view = view_of(config, 64, None)
+    config = config_from_dict({"model": {"pretrained": str(folder), "resolution": 64}}, tmp_path)
+    view = view_of(config, None)
     assert (view.mean, view.std, view.resolution) == ((0.5,) * 3, (0.5,) * 3, 64)
-    assert view_of(TrainConfig(), 64, {"view": view.to_dict()}) == view
+    assert (view.interpolation, view.crop_fraction) == ("bilinear", 0.875)
+    assert view_of(TrainConfig(), {"resolution": 64, "view": view.to_dict()}) == view
+    whole = view_of(replace(FINETUNE, model=ModelOptions(pretrained=str(folder))), None)
+    assert whole == View(224, 0.875, "bicubic", (0.5,) * 3, (0.5,) * 3)
     (folder / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"config\.json is not a config\.json of timm"):
         load_weights(folder)

@@ -108,7 +108,7 @@ def test_evaluation_and_reestimation_stay_on_the_gpu(kernels: str) -> None:
         assert reestimate_batch_norm(model, [batch(), batch()], 2, amp="bf16", device=CUDA) == 2
         seen.host.clear()
         with pytest.raises(UserError, match="no image to evaluate"):  # a fake tensor counts nothing
-            evaluate_model(model, [batch(), batch(count=1)], device=CUDA, amp="bf16")
+            evaluate_model(model, [batch(), batch(count=1)], classes=model.config.num_classes, device=CUDA, amp="bf16")
         assert len(seen.host) == 5  # the sums, once
         assert seen.products == {torch.bfloat16}
         assert bool(seen.kernels) == (kernels != "torch")

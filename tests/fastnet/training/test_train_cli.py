@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fastnet.config import FOOD101, QUICK, RECIPES, config_from_dict, read_config
+from fastnet.config import FOOD101, QUICK, RECIPES
+from fastnet.config_file import config_from_dict, read_config
 from fastnet.errors import UserError, run_command
 from fastnet.train import parse_arguments, resolve_config, run_folder
 

@@ -171,7 +171,8 @@ def test_the_averages_own_weights_are_kept_when_better(folder: Path, tmp_path: P
     with torch.no_grad():
         for p in trainer.step.ema.module.parameters():
             p.mul_(1.5)
-    keep_best(trainer, trainer.step.ema.module, dict(weights="ema", epoch=0, top1=50.0, loss=1.0))
+    trainer.progress.evaluations.append(dict(weights="ema", epoch=0, top1=50.0, loss=1.0))
+    keep_best(trainer, trainer.step.ema.module, trainer.progress.evaluations[0])
     kept = load_file(tmp_path / "a" / "best.safetensors")
     assert torch.equal(kept["classifier.weight"], trainer.step.ema.state_dict()["classifier.weight"])
     assert not torch.equal(kept["classifier.weight"], trainer.model.state_dict()["classifier.weight"])
