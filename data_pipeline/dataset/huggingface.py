@@ -126,6 +126,7 @@ def _column(rows: Any, names: tuple[str, ...], fits: Any) -> str | None:
 def _write(rows: Any, folder: Path, source: str) -> None:
     feature = rows.features["label"]
     classes = getattr(feature, "names", None)
+    folders: dict[str, Any] = {}
     for at, row in enumerate(rows):
         if row["label"] in (None, -1):  # as test splits of contests have
             continue
@@ -136,7 +137,11 @@ def _write(rows: Any, folder: Path, source: str) -> None:
                 raise DataError(f"row {at} of {source} has neither an image nor the path of one: download it again.")
             content = path.read_bytes()
         label = classes[row["label"]] if classes else row["label"]
-        place = folder / str(label).replace("/", "_")
+        # A name from a file of somebody's: it must not lead out of the folder, nor be hidden there.
+        named = re.sub(r"^\.|[/\\\0]", "_", str(label)) or "_"
+        if folders.setdefault(named, label) != label:
+            raise DataError(f"{source}: the classes {folders[named]} and {label} would share a folder: rename one.")
+        place = folder / named
         place.mkdir(parents=True, exist_ok=True)
         kind = next((kind for start, kind in _KINDS if content.startswith(start)), "jpg")
         (place / f"{at:07}.{kind}").write_bytes(content)

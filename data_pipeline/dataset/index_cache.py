@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data_pipeline.dataset.tar import file_of
 
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 
 
 def cache_file(root: Path, cache: Path, of: str = "") -> Path:

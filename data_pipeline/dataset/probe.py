@@ -38,6 +38,8 @@ decoder reads (rarer JPEGs, PNG, plain WebP); what PIL decodes for all of them."
 BASELINE, PROGRESSIVE, CMYK, OTHER, PILLOW = range(5)
 
 _EXIF_ORIENTATION = 0x0112
+_SHORT_ORIENTATION = [struct.pack(f"{order}HHI", _EXIF_ORIENTATION, 3, 1) for order in "<>"]
+"""The tag as one 16-bit number, which it should be; some write 32 bits."""
 _MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"}  # 8 bits a channel
 _PNG_END = b"IEND\xaeB`\x82"
 _HEAD, _TAIL = 4096, 256  # bytes read at once: most headers fit, and most files end with their end
@@ -108,7 +110,7 @@ def _scan(path: str) -> Probe | None:
 
 def _scan_jpeg(reader: _Reader, size: int) -> Probe | None:
     """None where PIL should look at it."""
-    position, orientation, tagged = 2, 1, False
+    position, orientation, tags, by_pil = 2, 1, 0, False
     frame: tuple[int, int, int, int] | None = None  # kind, width, height
     while True:
         # libjpeg looks for the next marker in the dirt between segments; DALI stops there.
@@ -136,8 +138,12 @@ def _scan_jpeg(reader: _Reader, size: int) -> Probe | None:
             frame = marker, width, height, channels
             if bits != 8:
                 return _failed(f"JPEG with {bits} bits a channel is not supported")
-        elif marker == 0xE1 and not tagged and reader.at(position + 4, 6) == b"Exif\0\0":
-            orientation, tagged = _orientation(reader.at(position + 4, length - 2)), True  # the first counts
+        elif marker == 0xE1 and reader.at(position + 4, 6) == b"Exif\0\0":
+            if not tags:  # the first counts
+                segment = reader.at(position + 4, length - 2)
+                orientation = _orientation(segment)
+                by_pil = orientation > 1 and not any(entry in segment for entry in _SHORT_ORIENTATION)
+            tags += 1
         position += 2 + length
     if frame is None:
         return _failed("damaged JPEG header")
@@ -151,6 +157,8 @@ def _scan_jpeg(reader: _Reader, size: int) -> Probe | None:
     if b"\xff\xd9" not in reader.at(start, size - start) and b"\xff\xd9" not in reader.at(position, size - position):
         return _failed("truncated: its end is missing")
     kind = CMYK if channels == 4 else BASELINE if marker == 0xC0 else PROGRESSIVE
+    if tags > 1 or by_pil:  # DALI refuses the ones, and takes the others as they lie
+        kind = PILLOW
     if orientation >= 5:
         width, height = height, width
     return Probe(width, height, orientation, kind, None)

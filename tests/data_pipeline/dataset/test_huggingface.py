@@ -87,3 +87,15 @@ def test_one_sentence_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="pip install datasets"):
         build_index(tmp_path / "bad", cache_dir=tmp_path / "cache")
+
+
+@pytest.mark.slow
+def test_a_class_name_does_not_lead_out_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.data_pipeline.dataset.test_huggingface.CLASSES", ["..", "a/../../b"])
+    rows(12, 0).to_parquet(tmp_path / "train-0.parquet")
+    index = build_index(tmp_path, cache_dir=tmp_path / "cache")
+    assert index.classes == ("_.", "a_.._.._b")
+    monkeypatch.setattr("tests.data_pipeline.dataset.test_huggingface.CLASSES", ["a/b", "a_b"])
+    rows(12, 50).to_parquet(tmp_path / "train-0.parquet")
+    with pytest.raises(DataError, match="would share a folder"):
+        build_index(tmp_path, cache_dir=tmp_path / "cache")

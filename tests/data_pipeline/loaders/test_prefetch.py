@@ -250,6 +250,7 @@ def test_a_cache_feeds_a_gpu_without_waiting(
     monkeypatch.setattr(device_augment, "augment", plain_kernel)
     for module in (cached_loader, device_augment):
         monkeypatch.setattr(module, "one_thread_each", lambda _: Here())
+    monkeypatch.setattr(cached_loader, "resizer", lambda compiling: None)  # C++ knows no tensors without values
     pixels = PixelCache(kind, "", index, 24, tmp_path)
     if kind == "ram":
         pixels.store("train", 1)[0].complete(1)

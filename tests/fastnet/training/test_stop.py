@@ -9,6 +9,7 @@ import sys
 CODE = """
 import os, signal
 from fastnet.training.stop import StopRequest
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
 with StopRequest(kept=lambda: "run/last.safetensors of step 7 is kept.").installed() as stop:
     for _ in range(2):
         try:
