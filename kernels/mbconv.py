@@ -57,7 +57,7 @@ from kernels.cpu import ops as cpu_ops
 from kernels.cpu.library import STORAGE_DTYPES
 from kernels.ops.drop_connect import bn_drop_connect_add_op
 from kernels.ops.excite import resolve as resolve_squeeze
-from kernels.sync import all_gather_stats, all_reduce_sums, group_size
+from kernels.sync import all_gather_stats, all_reduce_sums
 from kernels.vectors import ConvNorm, Excite, PendingResidual
 
 BlockImpl = Literal["auto", "triton", "native", "torch"]
@@ -87,8 +87,8 @@ def _operations(native: bool) -> Any:
 
 class _MBConv(torch.autograd.Function):
     """y, or without `join` what stands for it (see `PendingResidual`), and the batch statistics (mean1, var1,)
-    mean2, var2,
-    mean3, var3, which are not differentiable; nor is x, which comes last where it is made here from `prev`."""
+    mean2, var2, mean3, var3; with a `group` then the images of all ranks; and last x, where it is made here from
+    `prev`. None but y is differentiable."""
 
     @staticmethod
     def forward(
@@ -113,7 +113,7 @@ class _MBConv(torch.autograd.Function):
         d, mean2, var2 = ops.depthwise_forward(e, mean1, var1, g1, b1, taps, eps, stride, padding)
         mean2, var2, _ = all_gather_stats(mean2, var2, _rows(d), group)
         p, mean3, var3, d_norm, *vectors = ops.project(d, mean2, var2, g2, b2, wr, br, we, be, w3_stored, eps)
-        mean3, var3, _ = all_gather_stats(mean3, var3, _rows(p), group)
+        mean3, var3, rows = all_gather_stats(mean3, var3, _rows(p), group)
         y = p
         if join:
             shortcut = x if residual else None
@@ -130,6 +130,9 @@ class _MBConv(torch.autograd.Function):
         others = [mean2, var2, mean3, var3]
         if mean1 is not None and var1 is not None:
             others = [mean1, var1, *others]
+        if group:
+            assert isinstance(rows, Tensor)
+            others.append(rows * (p.shape[0] / _rows(p)))
         if mean0 is not None:
             others.append(x)
         ctx.mark_non_differentiable(*others)
@@ -217,11 +220,11 @@ def mbconv(
     """MBConv: x [B, C_in, H, W] → [B, C_out, ⌈H / stride⌉, ⌈W / stride⌉] in the dtype of x.
 
     In training it moves the running statistics as `nn.BatchNorm2d` does, over the batches of all ranks of the process
-    group named `group` if there is one (each rank's of one size); else it normalises by them, and on the fused paths
-    has no gradient. scale [B] fp32 is drop-connect's (None is one), for training, and gets no gradient. Parameters are
-    fp32; in autocast an fp32 x is rounded to the autocast dtype on the fused paths. An `x` that is not channels_last is
-    copied there first. Raises ValueError or TypeError for a wrong shape, dtype, device or option, RuntimeError where
-    `impl="triton"`, or "native", the same schedule in C++ for a CPU, cannot run.
+    group named `group` if there is one; else it normalises by them, and on the fused paths has no gradient. scale [B]
+    fp32 is drop-connect's (None is one), for training, and gets no gradient. Parameters are fp32; in autocast an fp32 x
+    is rounded to the autocast dtype on the fused paths. An `x` that is not channels_last is copied there first. Raises
+    ValueError or TypeError for a wrong shape, dtype, device or option, RuntimeError where `impl="triton"`, or "native",
+    the same schedule in C++ for a CPU, cannot run.
     """
     _check(x, expand, depthwise, excite, project, scale, stride, padding, residual)
     if scale is not None and not training:
@@ -277,10 +280,10 @@ def mbconv_training(
         residual, join, eps, group, native,
     )  # fmt: skip
     shortcut: Tensor = x.detach() if prev is None else others.pop()
-    rows, ranks = _rows(y), group_size(group)
-    counted = [] if expand is None else [(expand, _rows(x))]
-    normed = [(layer, ranks * n) for layer, n in (*counted, (depthwise, rows), (project, rows))]
-    _move_running_statistics(normed, others, momentum)
+    images = others.pop() if group else y.shape[0]
+    outer, inner = (t.shape[2] * t.shape[3] for t in (x, y))
+    counted = [] if expand is None else [(expand, images * outer)]
+    _move_running_statistics([*counted, (depthwise, images * inner), (project, images * inner)], others, momentum)
     if join:
         return y
     mean, var = others[-2:]
@@ -300,9 +303,13 @@ def _in_autocast(x: Tensor) -> Tensor:
     return x
 
 
-def _move_running_statistics(layers: list[tuple[ConvNorm, int]], statistics: list[Tensor], momentum: float) -> None:
-    """running += momentum (batch - running), the batch's variance unbiased; few launches for all layers."""
+def _move_running_statistics(
+    layers: list[tuple[ConvNorm, Tensor | int]], statistics: list[Tensor], momentum: float
+) -> None:
+    """running += momentum (batch - running), the batch's variance unbiased; few launches for all layers. layers: with
+    the rows of all ranks, which are a tensor where ranks are several."""
     with torch.no_grad():
-        variances = torch._foreach_mul(statistics[1::2], [rows / (rows - 1) for _, rows in layers])
+        factors: list[Any] = [rows / (rows - 1) for _, rows in layers]
+        variances = torch._foreach_mul(statistics[1::2], factors)
         running = [layer.running_mean for layer, _ in layers] + [layer.running_var for layer, _ in layers]
         torch._foreach_lerp_(running, [*statistics[::2], *variances], momentum)

@@ -20,7 +20,7 @@ from kernels.block.strips import empty_nhwc, geometry
 from kernels.cpu import ops
 from kernels.cpu.calls import as_flat, as_image, as_vectors, declare
 from kernels.cpu.library import library
-from kernels.sync import all_gather_stats, all_reduce_sums, group_size
+from kernels.sync import all_gather_stats, all_reduce_sums
 from kernels.vectors import ConvNorm
 
 
@@ -97,22 +97,23 @@ convolve_backward = declare(
 
 
 class _ConvBnSilu(torch.autograd.Function):
-    """y, and the statistics (mean, var), which are not differentiable."""
+    """y, and the statistics (mean, var), with a `group` also the rows of all ranks; they are not differentiable."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, w: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: str, eps: float, group: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         k = w.shape[-1]
         stored = w.to(x.dtype).permute(0, 2, 3, 1).flatten(1)
         s, mean, var = ops.expand(x, stored) if k == 1 else convolve(x, stored, k, stride, padding)
-        mean, var, _ = all_gather_stats(mean, var, _rows(s), group)
+        mean, var, rows = all_gather_stats(mean, var, _rows(s), group)
         y = activate(s, mean, var, weight, bias, eps)
         ctx.save_for_backward(x, s, mean, var, weight, bias, stored if k == 1 else None)
         ctx.options = k, stride, padding, eps, group, w.shape, w.stride()
-        ctx.mark_non_differentiable(mean, var)
+        others = [mean, var] if isinstance(rows, int) else [mean, var, rows]
+        ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
-        return y, mean, var
+        return y, *others
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -148,8 +149,8 @@ def conv_bn_silu(
     if torch.is_autocast_enabled("cpu") and x.dtype == torch.float32:
         x = x.to(torch.get_autocast_dtype("cpu"))
     options = stride, padding, eps, group
-    y, mean, var = _ConvBnSilu.apply(x, layer.weight, layer.norm_weight, layer.norm_bias, *options)
-    rows = group_size(group) * _rows(y)
+    y, mean, var, *joint = _ConvBnSilu.apply(x, layer.weight, layer.norm_weight, layer.norm_bias, *options)
+    rows = joint[0] if joint else _rows(y)
     with torch.no_grad():
         running = [layer.running_mean, layer.running_var]
         torch._foreach_lerp_(running, [mean, var * (rows / (rows - 1))], momentum)
