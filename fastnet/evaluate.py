@@ -50,7 +50,7 @@ def evaluate(
     target: str,
     /,
     data: str | None = None,
-    split: Literal["train", "val"] = "val",
+    split: Literal["train", "val", "test"] = "val",
     report: bool = True,
     suspects: bool = False,
     out: str | None = None,
@@ -82,11 +82,13 @@ def evaluate(
     Args:
         target: A run's folder, a .safetensors or .pth file, or imagenet with --variant.
         data: Data set; default: the one that the run was trained on.
-        split: Which images; of those that the model was trained on it is surer than of new ones.
+        split: Which images: of train, on which the model was trained, it is surer than of new ones; val chose the best
+            epoch; test is what the data set calls so, which had no part in the run where there is a val too.
         report: Write report.html and its pictures; --no-report prints the numbers alone.
         suspects: Rank the images by how much the model contradicts their labels: suspects.csv, and suspects.html with
             the pictures (needs the extra `suspects`).
-        out: Folder of the report and the suspects; default: report/ in the run's folder, report-train/ for that split.
+        out: Folder of the report and the suspects; default: report/ in the run's folder, report-<split>/ for
+            another split.
         json: Print the numbers, also of each class, as JSON.
         expect_reported: Fail where top-1 or loss are not those that the run reported of these weights.
         checkpoint: Which weights of a run.
@@ -115,6 +117,8 @@ def evaluate(
     from fastnet.training.tuning import pick_precision
 
     check_numbers(batch_size=batch_size, workers=workers or 0, gradcam_stages=gradcam_stages)
+    if expect_reported and split != "val":
+        raise UserError("--expect-reported is about the validation split: leave --split out.", exit_status=2)
     if worst < 0:
         raise UserError(f"--worst {worst} must be 0 or more.", exit_status=2)
     where = pick_device(device)
@@ -137,8 +141,8 @@ def evaluate(
     folder = _report_folder(trained, out, split) if report or suspects else None
     if suspects and folder is None:
         raise UserError(f"{trained.path} belongs to no run: name a folder for --suspects with --out.", exit_status=2)
-    index = data_of(trained, data)
-    index = replace(index, splits={"val": index.splits[split]})
+    index = data_of(trained, data, test=split == "test")
+    index = replace(index, splits={"val": index.splits["train" if split == "train" else "val"]})
     for note in index.notes:
         print(f"data: {note}", file=sys.stderr)
     if folder is not None:
@@ -158,7 +162,7 @@ def evaluate(
     if suspects and folder is not None:
         from fastnet.analysis.suspects import write_suspects
 
-        page, count = write_suspects(trained, index, found, folder)
+        page, count = write_suspects(trained, index, found, folder, split=split)
         said = f"{count} of {scores.images} labels are suspected: {page}"
         if split == "train" and trained.run is not None:
             said += " (the model was trained on them, which hides some: --split val has none of these)"
@@ -167,7 +171,16 @@ def evaluate(
         from fastnet.analysis.report import write_report
 
         page = write_report(
-            trained, index, found, scores, folder, tta=tta, worst=worst, stages=gradcam_stages, explained=gradcam_images
+            trained,
+            index,
+            found,
+            scores,
+            folder,
+            split=split,
+            tta=tta,
+            worst=worst,
+            stages=gradcam_stages,
+            explained=gradcam_images,
         )
         print(f"report: {page}", file=sys.stderr if json else sys.stdout)
     elif report and not json:

@@ -35,6 +35,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.files import expanded
 
 NAME = "food-101"  # the official archive's folder
+_NO_TEST = "leave --split test out, or name data that has one with --data"
+_CHOSEN_ON_TEST = "where these images validated a run, its best epoch was chosen on them, which makes figures flatter"
 _SHARDS_AT_ONCE = 8  # read at once: a network's delays add up
 
 
@@ -118,10 +120,10 @@ def _listed_in_shards(root: Path, splits: dict[str, list[str]], cache: Path | No
 
 
 def list_files(
-    data: Path, cache: Path | None = None, val_fraction: float | None = None, test: bool = False
+    data: Path, cache: Path | None = None, *, drawn: bool = False, test: bool = False
 ) -> tuple[Path, Listing]:
     """The absolute folder of a data set, and what it names. cache: where what was found in shards is remembered.
-    val_fraction, test: as in `build_index`.
+    drawn: validation comes from training rather than from a test split. test: as in `build_index`.
 
     Raises:
         DataError: there is none, or it cannot be read.
@@ -134,16 +136,16 @@ def list_files(
         photos = (root / "train").is_dir() or ((root / "meta").is_dir() and (root / "images").is_dir())
         if not photos and (shards := find_shards(root)):
             if test:
-                raise DataError(f"{root} has shards, whose test split is not told apart: name other data with --data.")
+                raise DataError(f"{root} has shards, of which none is for testing: {_NO_TEST}.")
             return shards[0], _listed_in_shards(*shards, cache)
-        return (root if root.is_dir() else root.parent), _list(root, val_fraction, test)
+        return (root if root.is_dir() else root.parent), _list(root, drawn, test)
     except OSError as error:
         raise DataError(
             f"{error.filename or root} cannot be read ({error.strerror or error}): check its permissions."
         ) from error
 
 
-def _list(root: Path, val_fraction: float | None, test: bool) -> Listing:
+def _list(root: Path, drawn: bool, test: bool) -> Listing:
     if not root.exists():
         target = root.parent if root.name == NAME else root
         raise DataError(
@@ -151,19 +153,22 @@ def _list(root: Path, val_fraction: float | None, test: bool) -> Listing:
             f"downloads Food-101, {OFFLINE}."
         )
     if root.is_file() and find_table(root):
-        return listed_in_table(root, test)
+        return listed_in_table(root, drawn, test)
     if not root.is_dir():
         raise DataError(f"{root} is a file, not a folder: expected {LAYOUTS}; {OFFLINE}.")
     if not any(root.iterdir()):
         raise DataError(f"The folder {root} is empty: expected {LAYOUTS}; {OFFLINE}.")
     if (root / "meta").is_dir() and (root / "images").is_dir():
-        return listed_in_metadata(root)
+        listing = listed_in_metadata(root)
+        if test and listing.divide:
+            raise DataError(f"{root} has no meta/test.json or meta/test.txt: {_NO_TEST}.")
+        return listing._replace(notes=[_CHOSEN_ON_TEST]) if test else listing
     if not (root / "train").is_dir() and (table := find_table(root)):
-        return listed_in_table(table, test)
+        return listed_in_table(table, drawn, test)
     if (root / "train").is_dir():
-        return _list_split_folders(root, val_fraction, test)
+        return _list_split_folders(root, drawn, test)
     if test:
-        raise DataError(f"{root} has no test split: leave --split test out, or name other data with --data.")
+        raise DataError(f"{root} has no test/: {_NO_TEST}.")
     names = [name for name in sorted(os.listdir(root)) if not name.startswith(".") and (root / name).is_dir()]
     if named := [name for name in names if name.lower() in (*VAL_FOLDERS, "test", "train", "training")]:
         raise DataError(f"{root} has {named[0]}/ but no train/: expected {LAYOUTS}.")
@@ -174,20 +179,21 @@ def _list(root: Path, val_fraction: float | None, test: bool) -> Listing:
     raise DataError(f"{root} holds no data set that is known here: expected {LAYOUTS}; {OFFLINE}.")
 
 
-def _list_split_folders(root: Path, val_fraction: float | None, test: bool) -> Listing:
+def _list_split_folders(root: Path, drawn: bool, test: bool) -> Listing:
     train = root / "train"
     there = [name for name in VAL_FOLDERS if (root / name).is_dir()]
     has_test = (root / "test").is_dir()
     if test:
         if not has_test:
-            raise DataError(f"{root} has no test/: leave --split test out, or make that folder.")
-        return listed_in_folders(root, train, root / "test")
+            raise DataError(f"{root} has no test/: {_NO_TEST}.")
+        listing = listed_in_folders(root, train, root / "test")
+        return listing if there or drawn else listing._replace(notes=[_CHOSEN_ON_TEST])
     if there:
         listing = listed_in_folders(root, train, root / there[0])
         ignored = there[1:] + ["test"] * has_test
         said = [f"{root} has {' and '.join(f'{name}/' for name in ignored)} too, which is not looked at"]
         return listing._replace(notes=said if ignored else [])
-    if has_test and val_fraction is None:
+    if has_test and not drawn:
         said = [
             f"{root} has no {'/, '.join(VAL_FOLDERS)}/: the best epoch is chosen on test/, which makes its figures "
             "flatter; --val-fraction 0.2 keeps a part of train/ for that instead"
@@ -248,13 +254,14 @@ def _split(root: Path, listing: Listing, split: str, probes: dict[str, Probe]) -
     )
 
 
-def _check(root: Path, listing: Listing, splits: dict[str, Split], excluded: list[tuple[str, str]]) -> None:
+def _check(root: Path, listing: Listing, splits: dict[str, Split], excluded: list[tuple[str, str]], test: bool) -> None:
     if len(listing.classes) < 2:
         raise DataError(f"{root} has {len(listing.classes)} class(es), and a classifier needs two or more.")
     for split, found in splits.items():
         if len(found) == 0:
             why = f" ({excluded[0][0]}: {excluded[0][1]})" if excluded else ""
-            raise DataError(f"No {split} image of {root} can be read{why}: check that the photos are complete.")
+            name = "test" if test and split == "val" else split
+            raise DataError(f"No {name} image of {root} can be read{why}: check that the photos are complete.")
     counts = np.bincount(splits["train"].labels, minlength=len(listing.classes))
     if (counts == 0).any():
         name = listing.classes[int(counts.argmin())]
@@ -270,6 +277,7 @@ def build_index(
     test: bool = False,
     quarantined: Sequence[Sequence[Any]] = (),
     known: Known | None = None,
+    divided_as: Known | None = None,
 ) -> Index:
     """The index of a folder of photos, of shards, or of the generated "sample".
 
@@ -280,16 +288,20 @@ def build_index(
     do. `known`: what that run began with; its files that are bad or gone now are quarantined in their places.
     `val_fraction`: share of each class that validates where the data set has no validation split (default: 0.2).
 
-    `folds`: instead of a share, the one of several that validates. `test`: "val" is the data set's test split.
+    `folds`: instead of a share, the one of several that validates. `divided_as`: what a run began with, whose share is
+    drawn again, whatever came since. `test`: "val" is the data set's test split.
 
     Raises:
         DataError: no folder, no images, a class without images, damaged metadata, no permission; `folds` where there
             is a validation split; beside `known`, new images, other labels or sizes.
     """
     cache = user_cache_folder() if cache_dir is None else Path(cache_dir)
-    root, listing = list_files(make_sample(cache) if str(data) == SAMPLE else Path(data), cache, val_fraction, test)
-    if listing.divide and known is not None:
-        listing = divide_as_known(listing, known)
+    drawn = val_fraction is not None or folds is not None
+    place = make_sample(cache) if str(data) == SAMPLE else Path(data)
+    root, listing = list_files(place, cache, drawn=drawn, test=test)
+    has_val = not listing.divide
+    if listing.divide and (began := known or divided_as) is not None and "val" in began.files:
+        listing = divide_as_known(listing, began)
     added = {} if known is None else place_as_known(root, listing, known)
     kept_places = {record[1]: _probe_of(record[3:7]) for record in quarantined}
     for split, name, label, *_ in quarantined:
@@ -300,7 +312,7 @@ def build_index(
     probes = _probe_all(root, listing, stamps, cache) | kept_places
     refuse_additions(root, added, probes)
     notes = list(listing.notes)
-    if folds is not None and not listing.divide and known is None:
+    if has_val and folds is not None and known is None and not test:
         raise DataError(f"--folds, and {root} has images for validation: leave the flag out, or name train/ alone.")
     if listing.divide:
         listing = _divided(root, listing, probes, stamps, cache, folds or val_fraction or VAL_FRACTION)
@@ -311,7 +323,7 @@ def build_index(
             f"{len(listing.files['val'])} images, {share}, are kept for validation, drawn by a hash of their paths, "
             "copies together (--val-fraction)"
         )
-    elif val_fraction is not None and known is None:
+    elif has_val and val_fraction is not None and known is None and not test:
         notes.append("--val-fraction has no effect here: the data set has images for validation")
     waiting = {} if known is None else went_bad(root, known, probes)
     excluded = [(f"{root}/{name}", reason) for name in names if (reason := probes[name].reason) is not None]
@@ -321,7 +333,7 @@ def build_index(
         missed = (f"{root}/{name}" for name in sorted(known.excluded))
         excluded += [(path, "left out when the run began") for path in missed if path not in named]
     splits = {split: _split(root, listing, split, probes) for split in listing.files}
-    _check(root, listing, splits, excluded)
+    _check(root, listing, splits, excluded, test)
     kept = [name for held in listing.files.values() for name, _ in held if probes[name].reason is None]
     listed = [
         listing.classes,

@@ -54,9 +54,9 @@ def _columns(file: Path) -> tuple[str, dict[str, str]] | None:
     return None
 
 
-def listed_in_table(file: Path, test: bool = False) -> Listing:
-    """The photos that a .csv names, relative to its folder; the others there are left out by name. test: its test split
-    validates.
+def listed_in_table(file: Path, drawn: bool = False, test: bool = False) -> Listing:
+    """The photos that a .csv names, relative to its folder; the others there are left out by name. drawn: where it has
+    no validation split, one is drawn although it has a test split. test: its test split validates.
 
     Raises:
         DataError: there is no such split, it cannot be read, a row lacks something, or a photo is named twice.
@@ -93,12 +93,12 @@ def listed_in_table(file: Path, test: bool = False) -> Listing:
     left_out = [(name, f"not named in {file.name}" if is_read(name) else why_not(name)) for name in others]
     left_out = [(name, reason) for name, reason in left_out if is_picture(name)]
     notes = [f"labels are those of {file}"]
-    if "val" not in files and "test" in files:
-        notes.append(f"{file} has no split called val: the best epoch is chosen on its test photos")
     tested = files.pop("test", None)
     if test and tested is None:
-        raise DataError(f"{file} has no split called test: leave --split test out, or name some photos so.")
-    if tested is not None and (test or "val" not in files):
+        raise DataError(f"{file} has no split called test: leave --split test out, or call that of some photos so.")
+    if tested is not None and "val" not in files and not drawn:
+        notes.append(f"{file} has no split called val: the best epoch is chosen on its test photos")
+    if tested is not None and (test or not (drawn or "val" in files)):
         files["val"] = tested
     files.setdefault("train", [])
     return Listing(classes, files, left_out=left_out, notes=notes, divide="val" not in files)

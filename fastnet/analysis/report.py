@@ -51,6 +51,7 @@ def write_report(
     scores: Scores,
     folder: Path,
     *,
+    split: str = "val",
     tta: str = "off",
     worst: int = 20,
     stages: Sequence[int] = (4, 6, 9),
@@ -58,11 +59,12 @@ def write_report(
 ) -> Path:
     """Write report.html (nothing outside it is needed), its figures as PNG, scores.json and predictions.csv.
 
-    explained: images for Grad-CAM; none: the surest right and the worst of the split. Returns report.html's path.
+    split: what the images of `index` are. explained: images for Grad-CAM; none: the surest right and the worst of the
+    split. Returns report.html's path.
     Raises UserError where the folder cannot be written.
     """
     sections = [
-        _overview(trained, index, scores, tta),
+        _overview(trained, index, scores, split, tta),
         *_learning(trained),
         _confusion(scores),
         Section(
@@ -114,7 +116,7 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"--out {folder} holds {held[0]}, which the report would replace: name another folder.")
 
 
-def _overview(trained: Trained, index: Index, scores: Scores, tta: str) -> Section:
+def _overview(trained: Trained, index: Index, scores: Scores, split: str, tta: str) -> Section:
     numbers = [
         (f"{scores.top1:.2f} %", "top-1"),
         (f"{scores.top5:.2f} %", "top-5"),
@@ -125,9 +127,10 @@ def _overview(trained: Trained, index: Index, scores: Scores, tta: str) -> Secti
         (f"{scores.loss:.4f}", "loss"),
     ]
     cells = "".join(f"<div><b>{value}</b>{escape(name)}</div>" for value, name in numbers)
+    kind = {"train": "training", "val": "validation"}.get(split, split)
     views = "" if tta == "off" else f", mean over views ({tta})"
     described = (
-        f"{trained.path} at {trained.resolution} px{views}; {scores.images} validation images of {index.root}, "
+        f"{trained.path} at {trained.resolution} px{views}; {scores.images} {kind} images of {index.root}, "
         f"{len(index.classes)} classes"
     )
     files = "<p>Every image: <a href='predictions.csv'>predictions.csv</a>; <a href='scores.json'>scores.json</a></p>"

@@ -60,7 +60,9 @@ def find_suspects(found: Predictions) -> Suspects:
     return Suspects(order, quality, int(flagged.sum()))
 
 
-def write_suspects(trained: Trained, index: Index, found: Predictions, folder: Path) -> tuple[Path, int]:
+def write_suspects(
+    trained: Trained, index: Index, found: Predictions, folder: Path, *, split: str = "val"
+) -> tuple[Path, int]:
     """Write suspects.csv, every image of the split with the most doubtful label first, and suspects.html with the
     pictures of the first; return the page and how many images are suspected.
 
@@ -81,7 +83,7 @@ def write_suspects(trained: Trained, index: Index, found: Predictions, folder: P
     ]
     shown = rows[: max(1, min(SHOWN, suspects.flagged))]
     described = (
-        f"{suspects.flagged} of {len(rows)} labels of {index.root} are suspected by {trained.path}; "
+        f"{suspects.flagged} of {len(rows)} labels of {index.root} ({split}) are suspected by {trained.path}; "
         f"{len(shown)} shown, the most doubtful first: label → what the model says."
     )
     parts = [

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from data_pipeline.dataset.known import Known
 from fastnet.errors import UserError
 from fastnet.typed import fits, parse_object
 
@@ -132,6 +133,15 @@ def notes_of(path: Path) -> dict[str, Any]:
         return parse_object(text)
     except (SafetensorError, OSError, ValueError):
         return {}
+
+
+def files_of(run: Path) -> Known | None:
+    """The images that a run began with; None where its folder does not tell."""
+    try:
+        with safe_open(run / "last.safetensors", "pt") as file:
+            return Known.unpack(file.get_tensor(f"{TRAINING_PREFIX}index").numpy().tobytes())
+    except (SafetensorError, OSError, ValueError):
+        return None
 
 
 def read_metadata(text: str, path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from fastnet.config import DataOptions, TrainConfig
 from fastnet.config_file import read_config
 from fastnet.device import check_kernels
 from fastnet.errors import UserError
+from fastnet.loading.checkpoint import files_of
 from fastnet.loading.foreign import HUB_FILES
 from fastnet.loading.hub import hub_file, hub_name
 from fastnet.loading.pretrained import IMAGENET, imagenet_file, normalised_as_imagenet, published
@@ -160,13 +161,14 @@ def data_of(trained: Trained, data: str | None, test: bool = False) -> Index:
 
     Raises UserError where none is named or the classes differ, DataError where it cannot be read.
     """
-    folds = None
+    folds = began = None
     if data is None:
         if trained.config is None:
             raise UserError(f"{trained.path} belongs to no run: say with --data what to evaluate it on.", exit_status=2)
         data, folds = trained.config.data.source, trained.config.data.division
+        began = files_of(trained.run) if trained.run else None
     options = trained.config.data if trained.config else DataOptions()
-    index = build_index(data, options.val_fraction, folds=folds, test=test)
+    index = build_index(data, options.val_fraction, folds=folds, test=test, divided_as=began)
     known = trained.model.config.num_classes
     if len(index.classes) != known:
         raise UserError(

@@ -53,6 +53,8 @@ def test_parquet_as_a_snapshot_of_the_hub_has_it(tmp_path: Path) -> None:
             at = int(Path(path).stem)
             assert Path(path).read_bytes() == encoded(first + at, ("JPEG", "PNG")[at % 2])
             assert index.classes[label] == ("tea", "apple_pie")[at % 2]
+    with pytest.raises(DataError, match=r"has no test/"):  # none of its images has a label
+        build_index(data, test=True, cache_dir=tmp_path / "cache")
     kept = Path(index.splits["train"].paths[0]).stat().st_mtime_ns
     again = build_index(data, cache_dir=tmp_path / "cache")
     assert (again.fingerprint, Path(again.splits["train"].paths[0]).stat().st_mtime_ns) == (index.fingerprint, kept)
@@ -60,6 +62,11 @@ def test_parquet_as_a_snapshot_of_the_hub_has_it(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_save_to_disk_wrote_and_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets.DatasetDict({"train": rows(4, 0), "validation": rows(2, 20), "test": rows(2, 30)}).save_to_disk(
+        tmp_path / "three"
+    )
+    tested = build_index(tmp_path / "three", test=True, cache_dir=tmp_path / "cache").splits["val"]
+    assert [Path(path).read_bytes() for path in tested.paths] == [encoded(31, "PNG"), encoded(30, "JPEG")]
     datasets.DatasetDict({"train": rows(12, 0)}).save_to_disk(tmp_path / "saved")
     index = build_index(tmp_path / "saved", cache_dir=tmp_path / "cache")
     assert {name: len(split) for name, split in index.splits.items()} == {"train": 10, "val": 2}  # drawn

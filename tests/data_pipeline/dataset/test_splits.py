@@ -186,8 +186,68 @@ def test_the_test_split_by_name(tmp_path: Path) -> None:
             save(root / split / f"{label}" / "1.jpg", 2 * number + label)
     index = build_index(root, test=True, cache_dir=cache)
     assert {Path(path).parts[-3] for path in index.splits["val"].paths} == {"test"}
-    shutil.rmtree(root / "test")
-    with pytest.raises(DataError, match="has no test/: leave --split test out"):
+    assert not index.notes
+    shutil.rmtree(root / "val")  # then test/ chooses the best epoch too, which is said, unless a share does
+    (note,) = build_index(root, test=True, cache_dir=cache).notes
+    assert "its best epoch was chosen on them" in note
+    assert not build_index(root, 0.5, test=True, cache_dir=cache).notes
+    for file in (root / "test").rglob("*.jpg"):
+        file.unlink()
+    with pytest.raises(DataError, match="No test image"):
         build_index(root, test=True, cache_dir=cache)
-    with pytest.raises(DataError, match="has no test split"):
-        build_index(class_folders(tmp_path / "classes", 2), test=True, cache_dir=cache)
+    shutil.rmtree(root / "test")
+    for data in (root, class_folders(tmp_path / "classes", 2)):
+        with pytest.raises(DataError, match="has no test/: leave --split test out"):
+            build_index(data, test=True, cache_dir=cache)
+
+
+def test_the_test_split_of_a_table_and_of_meta(tmp_path: Path) -> None:
+    root, cache = class_folders(tmp_path / "data", 4), tmp_path / "cache"
+    names = [path.relative_to(root) for path in sorted(root.rglob("*.jpg"))]
+
+    def write(*splits: str) -> None:
+        rows = [f"{name},{name.parent},{splits[i % len(splits)]}" for i, name in enumerate(names)]
+        (root / "labels.csv").write_text("path,label,split\n" + "\n".join(rows))
+
+    write("train", "train", "val", "test")
+    index = build_index(root, test=True, cache_dir=cache)
+    assert {Path(path).name for path in index.splits["val"].paths} == {"3.jpg"}
+    write("train", "train", "train", "test")  # a share of training, where one is asked for
+    index = build_index(root, 0.3, cache_dir=cache)
+    assert "3.jpg" not in {Path(path).name for split in index.splits.values() for path in split.paths}
+    assert {name: len(split) for name, split in index.splits.items()} == {"train": 6, "val": 3}
+    write("train")
+    with pytest.raises(DataError, match="has no split called test: leave --split test out"):
+        build_index(root, test=True, cache_dir=cache)
+    meta = tmp_path / "food"
+    class_folders(meta / "images", 4)
+    (meta / "meta").mkdir()
+    for name, places in (("train", range(3)), ("test", range(3, 4))):
+        listed = [f"{food}/{place}" for food in ("pie", "soup", "tea") for place in places]
+        (meta / "meta" / f"{name}.txt").write_text("\n".join(listed))
+    index = build_index(meta, test=True, cache_dir=cache)
+    assert {Path(path).name for path in index.splits["val"].paths} == {"3.jpg"}
+    (meta / "meta" / "test.txt").unlink()
+    with pytest.raises(DataError, match=r"has no meta/test\.json or meta/test\.txt: leave --split test out"):
+        build_index(meta, test=True, cache_dir=cache)
+
+
+def test_folds_leave_the_test_split_alone(tmp_path: Path) -> None:
+    root, cache = tmp_path / "data", tmp_path / "cache"
+    class_folders(root / "train", 4)
+    class_folders(root / "test", 2)
+    index = build_index(root, folds=Folds(2, 0), cache_dir=cache)
+    assert {name: len(split) for name, split in index.splits.items()} == {"train": 6, "val": 6}
+    assert len(build_index(root, folds=Folds(2, 0), test=True, cache_dir=cache).splits["val"]) == 6
+
+
+@pytest.mark.parametrize("folds", [None, Folds(3, 1)])
+def test_photos_that_come_later_do_not_change_what_a_run_validated_on(tmp_path: Path, folds: Folds | None) -> None:
+    root, cache = class_folders(tmp_path / "data"), tmp_path / "cache"
+    began = build_index(root, folds=folds, cache_dir=cache)
+    for number in range(12):
+        save(root / "pie" / f"new {number}.jpg", 500 + number)
+    assert build_index(root, folds=folds, cache_dir=cache).splits["val"].paths != began.splits["val"].paths
+    index = build_index(root, folds=folds, divided_as=began.known(), cache_dir=cache)
+    assert index.splits["val"].paths == began.splits["val"].paths
+    assert len(index.splits["train"]) == len(began.splits["train"]) + 12

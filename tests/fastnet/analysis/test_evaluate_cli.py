@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html import escape
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from data_pipeline import DataError, build_index
 from fastnet.errors import UserError
 from fastnet.evaluate import evaluate, evaluate_run
 from fastnet.loading import checkpoint
@@ -76,6 +78,26 @@ def test_a_report_needs_nothing_beside_it(run: Path, capsys: pytest.CaptureFixtu
     assert len(rows) == 12
     assert sum(row["true"] == row["predicted"] for row in rows) == round(12 * scores["top1"] / 100)
     assert sum(float(row["loss"]) for row in rows) / 12 == pytest.approx(scores["loss"], abs=1e-4)
+
+
+def test_the_test_split_is_judged_beside_the_validation_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_pictures(tmp_path / "data")
+    run = make_run(tmp_path / "run", data)
+    with pytest.raises(DataError, match="has no test/: leave --split test out"):
+        evaluate(str(run), split="test", workers=0)
+    (data / "val").rename(data / "test")
+    shutil.copytree(data / "train", data / "val")
+    for name in CLASSES:
+        (data / "test" / name / "0.jpg").unlink()
+    assert evaluate(str(run), split="test", report=False, loader="torch", workers=0) == 0
+    said = capsys.readouterr().out
+    assert "(9 images)" in said
+    _, expected = evaluate_run(load_trained(run), build_index(data, test=True), loader="torch")
+    assert f"loss {expected.loss:.4f}" in said
+    with pytest.raises(UserError, match="--expect-reported is about the validation split"):
+        evaluate(str(run), split="test", expect_reported=True, workers=0)
 
 
 @pytest.mark.slow

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
+from safetensors.torch import save_file
 
+from data_pipeline import build_index
+from fastnet.config_file import read_config
 from fastnet.errors import UserError
 from fastnet.loading.trained import data_of, load_trained
 from fastnet.loading.weights import save_weights
 from fastnet.model import efficientnet
+from fastnet.training.saved import pack_known
 from tests.runs import CLASSES, make_pictures, make_run
 
 
@@ -34,6 +40,23 @@ def test_a_run_brings_its_view_its_classes_and_its_data(run: Path, data: Path) -
     assert data_of(trained, None).root == data
     alone = load_trained(run / "best.safetensors", resolution=96, crop_fraction=1.0)
     assert (alone.run, alone.resolution, alone.crop_fraction) == (run, 96, 1.0)
+
+
+def test_a_run_is_judged_on_the_photos_that_it_was_not_trained_on(run: Path, data: Path, tmp_path: Path) -> None:
+    photos, copy = tmp_path / "photos", tmp_path / "run"
+    shutil.copytree(data / "train", photos)  # class folders alone, of which a share was drawn
+    shutil.copytree(run, copy)
+    config = read_config(copy / "config.json")
+    (copy / "config.json").write_text(replace(config, data=replace(config.data, data=str(photos))).to_json())
+    began = build_index(photos, 0.5)
+    save_file({"training/index": pack_known(began)}, copy / "last.safetensors")
+    trained = replace(load_trained(run), run=copy, config=read_config(copy / "config.json"))
+    for name in CLASSES:
+        for photo in (data / "val" / name).iterdir():
+            shutil.copy(photo, photos / name / f"{photo.stem} came later.jpg")
+    assert data_of(trained, None).splits["val"].paths == began.splits["val"].paths
+    (copy / "last.safetensors").unlink()
+    assert data_of(trained, None).splits["val"].paths != began.splits["val"].paths
 
 
 def test_a_file_of_torchvision_brings_the_published_view(tmp_path: Path) -> None:
