@@ -38,6 +38,8 @@ def refused(error: OSError) -> str:
         errno.ENOENT: "check the path",
         errno.ENOTDIR: "check the path",
         errno.ELOOP: "check its links",
+        errno.EINVAL: "name another",
+        errno.EISDIR: "name a file",
         errno.EMFILE: "raise the limit of open files (ulimit -n), or lower --workers",
     }.get(error.errno or 0, "check the disk and the network")
     where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "the output"

@@ -1,9 +1,10 @@
-"""Reading photos: regular files of a photo's size only; a read that failed in passing is tried again. Lock
-files, and the names of folders."""
+"""Reading what users name: regular files of a sensible size only, as others might block, or never end; a read that
+failed in passing is tried again. Lock files, and the names of folders."""
 
 from __future__ import annotations
 
 import errno
+import math
 import os
 import stat
 import time
@@ -14,7 +15,7 @@ from typing import TypeVar
 from data_pipeline.errors import DataError
 
 MAX_BYTES = 1 << 30
-"""A larger file is no photo: more pixels than PIL decodes take less."""
+"""More than any photo takes whose pixels PIL decodes, and any list of files or file of settings."""
 
 # What a network file system or a disk says once and not again.
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR}
@@ -39,11 +40,17 @@ def patiently(read: Callable[[], T]) -> T:
     return read()
 
 
-def open_photo(path: str, most: float = MAX_BYTES) -> tuple[int, int]:
-    """(descriptor, size in bytes) of a regular file; anything else might block, or never end.
+def words_of(error: OSError) -> str:
+    """Why a file cannot be read, in a few words."""
+    said = error.strerror or str(error) or "cannot be read"
+    return said[0].lower() + said[1:]
+
+
+def open_regular(path: str, most: float = MAX_BYTES) -> tuple[int, int]:
+    """(descriptor, size in bytes) of a regular file.
 
     Raises:
-        OSError: it cannot be opened, is no regular file, or holds more than `most` bytes.
+        OSError: it cannot be opened, is no regular file, or holds more than `most` bytes; with its name and the reason.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe would block
@@ -51,7 +58,7 @@ def open_photo(path: str, most: float = MAX_BYTES) -> tuple[int, int]:
         raise OSError("a name that no file can have") from None
     try:
         found = os.fstat(handle)
-        check_photo(found, most)
+        check_regular(found, path, most)
     except BaseException:
         os.close(handle)
         raise
@@ -79,26 +86,48 @@ def open_lock(path: str | Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
 
 
-def check_photo(found: os.stat_result, most: float = MAX_BYTES) -> None:
+def check_regular(found: os.stat_result, path: str | Path, most: float = MAX_BYTES) -> None:
     """
     Raises:
-        OSError: no regular file, or more than `most` bytes. The message is the reason in a few words.
+        OSError: no regular file, or more than `most` bytes.
     """
+    reason = ""
     if not stat.S_ISREG(found.st_mode):
-        raise OSError("a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file")
-    if found.st_size > most:
-        raise OSError(f"{found.st_size / 1e9:.1f} GB, which is no photo")
+        reason = "a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
+    elif found.st_size > most:
+        reason = f"{found.st_size / 1e9:.1f} GB, more than is read"
+    if reason:
+        raise OSError(errno.EINVAL, reason, str(path))
 
 
-def read_photo(path: str) -> bytearray:
+def refuse_special(path: str | Path) -> None:
+    """For a file, of any size, that a library opens.
+
+    Raises:
+        OSError: there is none, or no regular file.
+    """
+    check_regular(os.stat(path), path, math.inf)
+
+
+def read_text(path: str | Path, errors: str = "strict") -> str:
+    """A regular file in UTF-8.
+
+    Raises:
+        OSError: as `read_regular`.
+        UnicodeDecodeError: it is another encoding's, unless `errors` lets that pass.
+    """
+    return read_regular(str(path)).decode("utf-8", errors)
+
+
+def read_regular(path: str) -> bytearray:
     """The bytes of a regular file.
 
     Raises:
-        OSError: as `open_photo`, or it cannot be read.
+        OSError: as `open_regular`, or it cannot be read.
     """
 
     def once() -> bytearray:
-        handle, size = open_photo(path)
+        handle, size = open_regular(path)
         with open(handle, "rb", buffering=0) as file:
             data = bytearray(size)
             view, done = memoryview(data), 0

@@ -6,10 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from data_pipeline.files import words_of
 from fastnet.arch import coefficients
 from fastnet.config import ModelOptions, TrainConfig
 from fastnet.errors import UserError
-from fastnet.typed import checked_fields, parse_object
+from fastnet.typed import checked_fields, read_object
 
 
 def config_from_dict(values: dict[str, Any], source: Path) -> TrainConfig:
@@ -20,10 +21,12 @@ def config_from_dict(values: dict[str, Any], source: Path) -> TrainConfig:
 def read_config(path: Path) -> TrainConfig:
     """The configuration that a run was started with; UserError where it can't be read."""
     try:
-        return config_from_dict(parse_object(path.read_text(encoding="utf-8")), path)
+        return config_from_dict(read_object(path), path)
     except FileNotFoundError:
         raise UserError(f"{path.parent} is not the folder of a run (no {path.name}): name one with --resume.") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({words_of(error)}): restore it, or start a new run.") from None
+    except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): restore it, or start a new run.") from None
 
 

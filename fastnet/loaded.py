@@ -13,9 +13,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from data_pipeline.dataset.probe import decode_fully
 from data_pipeline.loaders.augment import IMAGENET, Interpolation, Normalization, eval_margin, eval_params
 from data_pipeline.loaders.postprocess import finish
-from data_pipeline.loaders.torch_loader import cut
+from data_pipeline.loaders.torch_loader import cut, decoded, reason_of
 from fastnet.analysis.predictions import log_probabilities
 from fastnet.arch import Kernels, Style, variant_name
 from fastnet.device import pick_device
@@ -76,7 +77,7 @@ class LoadedModel:
 
     def _read(self, found: dict[str, Any]) -> list[dict[str, Any]]:
         if "error" in found:
-            raise UserError(f"{found['file']} cannot be read ({found['error']}): leave it out.")
+            raise unreadable(found["file"], found["error"])
         return found["top"]
 
     def _seen(self, image: Image.Image | NDArray[np.uint8] | Tensor, top: int) -> list[dict[str, Any]]:
@@ -122,11 +123,26 @@ def load(
     return LoadedModel(trained)
 
 
+def _read(path: str) -> Tensor:
+    """`_pixels` of a file, as loaders read it. UserError where it cannot be read."""
+    probe = decode_fully(path)
+    reason = probe.reason
+    if reason is None:
+        try:
+            return decoded(path, probe.orientation, np.array(probe[:2], np.int32))
+        except (RuntimeError, OSError) as error:
+            reason = reason_of(error)
+    raise unreadable(path, reason)
+
+
+def unreadable(path: str, reason: str) -> UserError:
+    return UserError(f"{path} cannot be read ({reason}): leave it out.")
+
+
 def _pixels(picture: Picture) -> Tensor:
     """[3, H, W] uint8, upright."""
     if isinstance(picture, str | Path):
-        with Image.open(picture) as image:
-            return _pixels(image)
+        return _read(str(picture))
     if isinstance(picture, Image.Image):
         return F.pil_to_tensor(ImageOps.exif_transpose(picture).convert("RGB"))
     pixels = picture if isinstance(picture, Tensor) else torch.from_numpy(np.array(picture)).permute(2, 0, 1)

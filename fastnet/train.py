@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -23,6 +22,7 @@ from fastnet.errors import Lenient, UserError, run_command
 from fastnet.flags import translated, without_effect
 from fastnet.training.continuation import check_epochs
 from fastnet.training.run_folder import check_new
+from fastnet.typed import read_object
 
 RUNS = Path("runs")
 
@@ -117,8 +117,8 @@ def _refuse_changes(saved: TrainConfig, given: TrainConfig, folder: Path) -> Non
 def _images_per_step(saved: TrainConfig, folder: Path) -> int:
     """The images of a step over all the processes with which the run was started."""
     try:
-        return int(json.loads((folder / "last.json").read_text())["images_per_step"])
-    except (OSError, ValueError, KeyError):
+        return int(read_object(folder / "last.json")["images_per_step"])
+    except (OSError, ValueError, KeyError, TypeError):
         return saved.images_per_step
 
 

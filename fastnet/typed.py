@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from data_pipeline.files import read_text
 
 
 def parse_object(text: str) -> dict[str, Any]:
@@ -21,6 +24,16 @@ def parse_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("it is no JSON object")
     return value
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        OSError: there is none, or it cannot be read, the reason in a few words.
+        ValueError: as `parse_object`, or it is no text.
+    """
+    return parse_object(read_text(path))
 
 
 def fits(value: Any, hint: Any) -> bool:

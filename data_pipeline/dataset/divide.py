@@ -23,7 +23,7 @@ from data_pipeline.dataset.formats import FORMATS
 from data_pipeline.dataset.known import Known
 from data_pipeline.dataset.layouts import Listing
 from data_pipeline.dataset.probe import PARSE_ERRORS
-from data_pipeline.files import read_photo
+from data_pipeline.files import read_regular
 
 VAL_FRACTION = 0.2
 
@@ -47,7 +47,7 @@ def thumbnail(path: str) -> bytes:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(read_photo(path)), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(read_regular(path)), formats=FORMATS) as image:
                 image.draft("RGB", (8 * SIDE, 8 * SIDE))
                 return image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX).tobytes()
     except (OSError, Image.DecompressionBombError, *PARSE_ERRORS):

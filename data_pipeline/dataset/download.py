@@ -28,7 +28,7 @@ from data_pipeline.dataset.huggingface import HUB
 from data_pipeline.dataset.index import NAME
 from data_pipeline.dataset.synthetic import SAMPLE, user_cache_folder
 from data_pipeline.errors import DataError
-from data_pipeline.files import expanded
+from data_pipeline.files import expanded, read_regular, refuse_special
 
 _TRIES, _TIMEOUT, _BLOCK = 5, 30, 1 << 20
 _PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds before the second try, twice as many before each further one
@@ -93,7 +93,7 @@ def remember(folder: Path) -> None:
 def prepared() -> Path | None:
     """Where `python -m data_pipeline prepare` last put Food-101, if it is still there."""
     with suppress(OSError, ValueError):
-        folder = Path(os.fsdecode((user_cache_folder() / _PREPARED).read_bytes()))
+        folder = Path(os.fsdecode(bytes(read_regular(str(user_cache_folder() / _PREPARED)))))
         if (folder / "meta").is_dir():
             return folder
     return None
@@ -157,6 +157,7 @@ def _download(root: Path, source: Source) -> Path:
 
 def _check(file: Path, source: Source) -> None:
     digest = hashlib.md5(usedforsecurity=False)
+    refuse_special(file)
     with open(file, "rb") as data, _progress("checking", file.stat().st_size, in_bytes=True) as advance:
         while block := data.read(_BLOCK):
             digest.update(block)

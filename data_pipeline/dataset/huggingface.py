@@ -16,6 +16,7 @@ from typing import Any
 
 from data_pipeline.dataset.synthetic import user_cache_folder
 from data_pipeline.errors import DataError
+from data_pipeline.files import read_regular
 
 HUB = "hf://"
 _SPLIT = re.compile(r"(train|validation|valid|val|test)\b|(train|validation|valid|val|test)[-_.]")
@@ -135,7 +136,7 @@ def _write(rows: Any, folder: Path, source: str) -> None:
             path = Path(row["image"]["path"])
             if not path.is_file():
                 raise DataError(f"row {at} of {source} has neither an image nor the path of one: download it again.")
-            content = path.read_bytes()
+            content = bytes(read_regular(str(path)))
         label = classes[row["label"]] if classes else row["label"]
         # A name from a file of somebody's: it must not lead out of the folder, nor be hidden there.
         named = re.sub(r"^\.|[/\\\0]", "_", str(label)) or "_"

@@ -32,7 +32,7 @@ from data_pipeline.dataset.synthetic import SAMPLE, make_sample, user_cache_fold
 from data_pipeline.dataset.table import find_table, listed_in_table
 from data_pipeline.dataset.tar import Sample, contents, find_shards, read_shard
 from data_pipeline.errors import DataError
-from data_pipeline.files import expanded
+from data_pipeline.files import expanded, words_of
 
 NAME = "food-101"  # the official archive's folder
 _NO_TEST = "leave --split test out, or name data that has one with --data"
@@ -141,7 +141,7 @@ def list_files(
         return (root if root.is_dir() else root.parent), _list(root, drawn, test)
     except OSError as error:
         raise DataError(
-            f"{error.filename or root} cannot be read ({error.strerror or error}): check its permissions."
+            f"{error.filename or root} cannot be read ({words_of(error)}): check it and its permissions."
         ) from error
 
 

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from data_pipeline.dataset.tar import file_of
+from data_pipeline.files import read_text
 
 _CACHE_VERSION = 4
 
@@ -19,7 +20,7 @@ def cache_file(root: Path, cache: Path, of: str = "") -> Path:
 
 def read_cache(file: Path) -> dict[str, list]:
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        stored = json.loads(read_text(file))
         return dict(stored["files"]) if stored["version"] == _CACHE_VERSION else {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}  # absent or damaged: it is only a cache

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from data_pipeline.dataset.formats import is_picture, is_read, why_not
 from data_pipeline.dataset.tar import TarMember, order
 from data_pipeline.errors import DataError
+from data_pipeline.files import read_text
 
 VAL_FOLDERS = ("val", "valid", "validation")
 LAYOUTS = (
@@ -78,7 +79,7 @@ def listed_in_metadata(root: Path) -> Listing:
         as_json, as_text = root / "meta" / f"{stem}.json", root / "meta" / f"{stem}.txt"
         if as_json.is_file():
             try:
-                listed = json.loads(as_json.read_text(encoding="utf-8"))
+                listed = json.loads(read_text(as_json))
                 entries[split] = [str(entry) for group in listed.values() for entry in group]
             except (ValueError, AttributeError, TypeError, RecursionError) as error:
                 raise DataError(f'{as_json} is not of the form {{"class": ["class/id", ...]}}: {error}.') from error
@@ -114,7 +115,7 @@ def listed_in_metadata(root: Path) -> Listing:
 
 def _lines(file: Path) -> list[str]:
     try:
-        return [line.strip() for line in file.read_text("utf-8").splitlines() if line.strip()]
+        return [line.strip() for line in read_text(file).splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text ({error}): save it as UTF-8.") from error
 

@@ -30,7 +30,7 @@ from PIL import Image
 from data_pipeline.dataset.formats import FORMATS, WORDS
 from data_pipeline.dataset.tar import TarMember, file_of, opened
 from data_pipeline.errors import DataError
-from data_pipeline.files import MAX_BYTES, open_photo, patiently
+from data_pipeline.files import MAX_BYTES, open_regular, patiently, words_of
 
 KINDS = ("baseline", "progressive", "cmyk", "other", "pillow")
 """JPEG kinds by number: what a GPU's JPEG engine decodes; what its hybrid decoder does; four-channel JPEGs; what every
@@ -97,7 +97,7 @@ def scan(path: str) -> Probe:
 def _scan(path: str) -> Probe | None:
     """None where PIL should look at it."""
     member = path if isinstance(path, TarMember) else None
-    handle, whole = open_photo(file_of(path), MAX_BYTES if member is None else math.inf)
+    handle, whole = open_regular(file_of(path), MAX_BYTES if member is None else math.inf)
     try:
         start, size = (0, whole) if member is None else (member.offset, member.size)
         if size == 0:
@@ -175,11 +175,6 @@ def _orientation(segment: bytes) -> int:
     except (OSError, *PARSE_ERRORS):
         return 1
     return found if found in range(1, 9) else 1
-
-
-def words_of(error: OSError) -> str:
-    """Why a file cannot be read, in a few words."""
-    return error.strerror.lower() if error.strerror else str(error) or "cannot be read"
 
 
 def decode_fully(path: str, *, every_pixel: bool = False) -> Probe:

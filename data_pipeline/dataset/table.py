@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from data_pipeline.dataset.formats import is_picture, is_read, why_not
 from data_pipeline.dataset.layouts import VAL_FOLDERS, Listing, below
 from data_pipeline.errors import DataError
+from data_pipeline.files import open_regular
 
 _PATH = ("path", "file", "filename", "file_name", "filepath", "image", "image_path")
 _LABEL = ("label", "class", "class_name", "category", "target")
@@ -45,6 +46,8 @@ def _columns(file: Path) -> tuple[str, dict[str, str]] | None:
             header = rows.readline(_MOST).rstrip("\r\n")
     except (OSError, UnicodeDecodeError):
         return None
+    if "\r" in header:
+        return None
     for delimiter in ",;\t":
         names = {name.strip().lower(): name for name in next(csv.reader([header], delimiter=delimiter), [])}
         roles = {"path": _PATH, "label": _LABEL, "split": _SPLIT}
@@ -67,7 +70,7 @@ def listed_in_table(file: Path, drawn: bool = False, test: bool = False) -> List
     root = file.parent
     found: dict[str, tuple[str, str]] = {}
     try:
-        with open(file, encoding="utf-8-sig", newline="") as lines:
+        with open(open_regular(str(file))[0], encoding="utf-8-sig", newline="") as lines:
             for number, row in enumerate(csv.DictReader(lines, delimiter=delimiter), 2):
                 name, label = (str(row.get(roles[role]) or "").strip() for role in ("path", "label"))
                 split = str(row.get(roles.get("split", "")) or "").strip().lower()
@@ -84,7 +87,7 @@ def listed_in_table(file: Path, drawn: bool = False, test: bool = False) -> List
         raise DataError(f"{file} is not a table in UTF-8 ({error}): save it as UTF-8.") from error
     labels = {label for label, _ in found.values()}
     # Numbers keep their order.
-    classes = sorted(labels, key=int) if all(label.isdecimal() for label in labels) else sorted(labels)
+    classes = sorted(labels, key=int) if all(map(_is_number, labels)) else sorted(labels)
     number_of = {label: at for at, label in enumerate(classes)}
     files: dict[str, list[tuple[str, int]]] = {}
     for name, (label, split) in sorted(found.items(), key=lambda item: (number_of[item[1][0]], item[0])):
@@ -102,6 +105,10 @@ def listed_in_table(file: Path, drawn: bool = False, test: bool = False) -> List
         files["val"] = tested
     files.setdefault("train", [])
     return Listing(classes, files, left_out=left_out, notes=notes, divide="val" not in files)
+
+
+def _is_number(label: str) -> bool:
+    return label.isdecimal() and len(label) <= 18
 
 
 def _split_of(file: Path, split: str) -> str:

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from data_pipeline.dataset.formats import SUFFIXES
 from data_pipeline.errors import DataError
-from data_pipeline.files import MAX_BYTES, open_photo, patiently
+from data_pipeline.files import MAX_BYTES, open_regular, patiently
 
 _SHARD = re.compile(r".+\.(tar|tgz|tar\.(gz|bz2|xz|zst|lz4))", re.IGNORECASE)
 _SPLIT = re.compile(r"(?:^|[-_.])(train|val|test)", re.IGNORECASE)  # "val" is also where "validation" starts
@@ -55,7 +55,7 @@ class TarMember(str):
 
     def read(self) -> bytes:
         def once() -> bytes:
-            with open(self.archive, "rb") as file:
+            with open(open_regular(self.archive, math.inf)[0], "rb") as file:
                 return _read_at(file, self.offset, self.size)
 
         return patiently(once)
@@ -63,7 +63,7 @@ class TarMember(str):
 
 def _read_at(file: BinaryIO, offset: int, size: int) -> bytes:
     if size > MAX_BYTES:
-        raise OSError(f"{size / 1e9:.1f} GB, which is no photo")
+        raise OSError(f"{size / 1e9:.1f} GB, more than is read")
     file.seek(offset)
     data = file.read(size)
     if len(data) < size:
@@ -78,7 +78,7 @@ def file_of(path: str) -> str:
 
 def opened(path: str) -> BinaryIO:
     """A file, or a member of a shard, from its first byte to its last."""
-    return io.BytesIO(path.read()) if isinstance(path, TarMember) else open(open_photo(path)[0], "rb")
+    return io.BytesIO(path.read()) if isinstance(path, TarMember) else open(open_regular(path)[0], "rb")
 
 
 # --- one shard ------------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def read_shard(archive: str) -> list[Sample]:
         DataError: it is compressed or damaged, or no tar file.
         OSError: it cannot be read.
     """
-    with open(open_photo(archive, math.inf)[0], "rb") as file:
+    with open(open_regular(archive, math.inf)[0], "rb") as file:
         if file.read(6).startswith(_COMPRESSED):
             raise DataError(f"{archive} is compressed, and shards are read in place: decompress it to a plain .tar.")
         groups: dict[tuple[str, str], list[tuple[str, tarfile.TarInfo]]] = defaultdict(list)

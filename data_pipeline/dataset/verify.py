@@ -17,9 +17,9 @@ from rich.table import Table
 from data_pipeline.dataset.formats import is_picture, suffix_of
 from data_pipeline.dataset.index import list_files
 from data_pipeline.dataset.layouts import Listing
-from data_pipeline.dataset.probe import KINDS, Probe, decode_fully, words_of
+from data_pipeline.dataset.probe import KINDS, Probe, decode_fully
 from data_pipeline.dataset.tar import opened
-from data_pipeline.files import patiently
+from data_pipeline.files import patiently, words_of
 
 _SHOWN = 20  # of each kind of finding; the counts are always those of all
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from data_pipeline.dataset.index import Index
 from data_pipeline.dataset.synthetic import user_cache_folder
 from data_pipeline.errors import DataError
-from data_pipeline.files import open_lock
+from data_pipeline.files import open_lock, read_text, refuse_special
 from data_pipeline.loaders.augment import CROP_FRACTION, Augmentation, Interpolation
 from data_pipeline.loaders.pixel_store import (
     Content,
@@ -283,10 +283,11 @@ def _open(folder: Path, index: Index, split: str, content: Content) -> tuple[Pix
     """The store in `folder` and its bad images; None where there is none, or a damaged one, or one of other data."""
     photos = index.splits[split]
     try:
-        stored = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        stored = json.loads(read_text(folder / _INDEX))
         body = stored["body"]
         if stored["checksum"] != _checksum(body) or body["signature"] != _signature(index, split, content):
             return None
+        refuse_special(folder / _PIXELS)
         if (folder / _PIXELS).stat().st_size != body["bytes"]:
             return None
         if body["bytes"] != PixelStore(photos, content, torch.empty(0, dtype=torch.uint8)).total:

@@ -29,7 +29,7 @@ from torch import Tensor
 from data_pipeline.dataset.probe import CMYK, PILLOW, probe_image
 from data_pipeline.dataset.tar import TarMember, opened
 from data_pipeline.errors import BadFiles, DataError
-from data_pipeline.files import check_photo
+from data_pipeline.files import check_regular
 from data_pipeline.loaders.augment import Interpolation
 from data_pipeline.loaders.dali_options import DaliOptions
 from data_pipeline.loaders.loader import Batch, Loader, Plan, Step
@@ -146,7 +146,7 @@ def _regular(path: str) -> str:
     """The path, or one of an empty file where reading it would block or not end: DALI refuses that, and the file is
     looked at."""
     try:
-        check_photo(os.stat(path))
+        check_regular(os.stat(path), path)
     except OSError:
         return os.devnull
     return path

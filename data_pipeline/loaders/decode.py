@@ -18,7 +18,7 @@ from torchvision.io import ImageReadMode, decode_image
 from data_pipeline.dataset.formats import FORMATS, WORDS
 from data_pipeline.dataset.probe import PARSE_ERRORS, is_extended_webp
 from data_pipeline.dataset.tar import TarMember
-from data_pipeline.files import read_photo
+from data_pipeline.files import read_regular
 
 
 def decode_photo(path: str) -> Tensor:
@@ -28,7 +28,7 @@ def decode_photo(path: str) -> Tensor:
         RuntimeError: it cannot be decoded.
         OSError: it cannot be read.
     """
-    data = bytearray(path.read()) if isinstance(path, TarMember) else read_photo(path)
+    data = bytearray(path.read()) if isinstance(path, TarMember) else read_regular(path)
     if data.startswith(b"\xff\xd8") or (data.startswith(b"RIFF") and not is_extended_webp(data)):
         return decode_image(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.RGB)
     if not data:

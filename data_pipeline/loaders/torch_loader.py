@@ -23,6 +23,7 @@ from torchvision.transforms.v2 import functional as F
 
 from data_pipeline.dataset.index import Split
 from data_pipeline.errors import BadFiles, DataError
+from data_pipeline.files import words_of
 from data_pipeline.loaders.augment import Interpolation
 from data_pipeline.loaders.decode import decode_photo
 from data_pipeline.loaders.loader import Batch, Loader, Plan, Step
@@ -73,7 +74,9 @@ class _Batches(Dataset[_Prepared]):
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of what a decoder says."""
+    """The first line of what a decoder says, or the system's words."""
+    if isinstance(error, OSError):
+        return words_of(error)
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 

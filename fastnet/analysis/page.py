@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import base64
 import csv
+import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from html import escape
 from io import BytesIO, StringIO
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-MARK = "<meta name='generator' content='fastnet'>"
+from data_pipeline.files import open_regular
+
+_MARK = "<meta name='generator' content='fastnet'>"
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --paper: #fff; --soft: #5b6675; --line: #d8dee6; --card: #f3f5f8; }
@@ -42,12 +47,19 @@ figcaption { font-size: 13px; line-height: 1.35; margin-top: .2rem; } figcaption
 
 def document(title: str, parts: Iterable[str]) -> str:
     return (
-        f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>{MARK}\n"
+        f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>{_MARK}\n"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n"
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
+
+
+def is_ours(page: Path) -> bool:
+    """Whether `document` wrote it."""
+    with suppress(OSError), open(open_regular(str(page), math.inf)[0], "rb") as file:
+        return _MARK.encode() in file.read(1000)
+    return False
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> str:

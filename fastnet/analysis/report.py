@@ -15,7 +15,7 @@ import torch
 from data_pipeline import Index
 from fastnet.analysis import figures
 from fastnet.analysis.gradcam import grad_cam, heat, overlay
-from fastnet.analysis.page import MARK, card, csv_text, document, plot, table
+from fastnet.analysis.page import card, csv_text, document, is_ours, plot, table
 from fastnet.analysis.predictions import Predictions, as_pictures, index_files, load_views, subset
 from fastnet.analysis.scores import Scores, most_confused, precision_recall_curves, reliability, roc_curves
 from fastnet.config import RECIPES, TrainConfig
@@ -111,8 +111,7 @@ def write_report(
 def check_folder(folder: Path) -> None:
     """UserError where a report into `folder` would replace a file that belongs to no report of ours."""
     held = [name for name in FILES if (folder / name).exists()]
-    page = folder / "report.html"
-    if held and not (page.is_file() and MARK in page.read_text(encoding="utf-8", errors="replace")[:1000]):
+    if held and not is_ours(folder / "report.html"):
         raise UserError(f"--out {folder} holds {held[0]}, which the report would replace: name another folder.")
 
 

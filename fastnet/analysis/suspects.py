@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from data_pipeline import Index
 from fastnet import DISTRIBUTION
-from fastnet.analysis.page import MARK, csv_text, document
+from fastnet.analysis.page import csv_text, document, is_ours
 from fastnet.analysis.predictions import Predictions
 from fastnet.analysis.report import cards
 from fastnet.errors import UserError
@@ -99,6 +99,5 @@ def write_suspects(
 def check_free(folder: Path) -> None:
     """UserError where `write_suspects` would replace a file that is not its own."""
     held = [name for name in FILES if (folder / name).exists()]
-    page = folder / "suspects.html"
-    if held and not (page.is_file() and MARK in page.read_text(encoding="utf-8", errors="replace")[:1000]):
+    if held and not is_ours(folder / "suspects.html"):
         raise UserError(f"--out {folder} holds {held[0]}, which the list would replace: name another folder.")

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from data_pipeline.files import refuse_special
 from fastnet import DISTRIBUTION
 from fastnet.arch import EFFICIENTNET
 from fastnet.errors import UserError
@@ -86,31 +87,23 @@ def read_program(path: Path) -> tuple[Compute, dict[str, Any]]:
     `fastnet.export`, or the library that it is for is not installed."""
     to = {".onnx": "onnx", ".pt2": "pt2", ".xml": "openvino"}[path.suffix]
     require(to)
-    unreadable: tuple[type[Exception], ...] = (RuntimeError, ValueError, OSError, KeyError, *_unreadable(to))
     try:
+        refuse_special(path)
         if to == "onnx":
             import onnxruntime
 
             texts = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
             return run_onnx(path), from_text(texts)
         if to == "pt2":
+            logging.getLogger("torch.export").setLevel(logging.ERROR)  # it tells of a damaged file at length
             extra = {FACTS_FILE: ""}
             module = torch.export.load(path, extra_files=extra).module()
             return module, json.loads(extra[FACTS_FILE])
         from fastnet.exports.openvino import facts_in, run_openvino
 
         return run_openvino(path), facts_in(path)
-    except unreadable as error:
+    except Exception as error:  # each library has its own, and all of Python's
         raise UserError(f"{path} is no export of fastnet, or damaged ({one_line(error)}): export it again.") from error
-
-
-def _unreadable(to: str) -> tuple[type[Exception], ...]:
-    """What ONNX Runtime, whose errors have no name of their own in common, says of a file that it cannot read."""
-    if to != "onnx":
-        return ()
-    from onnxruntime.capi import onnxruntime_pybind11_state as said  # type: ignore[import-untyped]
-
-    return said.InvalidProtobuf, said.InvalidGraph, said.InvalidArgument, said.NotImplemented, said.Fail
 
 
 def require(to: str) -> None:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from data_pipeline.dataset.known import Known
+from data_pipeline.files import refuse_special
 from fastnet.errors import UserError
 from fastnet.typed import fits, parse_object
 
@@ -101,6 +102,7 @@ def write_readable(path: Path, metadata: dict[str, Any]) -> None:
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """(weights, training state, metadata) of a file that `save_checkpoint` wrote, on the CPU; else UserError."""
     try:
+        refuse_special(path)
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("fastnet")
         tensors = load_file(path)
@@ -128,6 +130,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], d
 def notes_of(path: Path) -> dict[str, Any]:
     """What stands in the header of a file that `save_checkpoint` wrote; nothing where another wrote it."""
     try:
+        refuse_special(path)
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("fastnet", "{}")
         return parse_object(text)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipeline.files import read_text, refuse_special
+
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
@@ -53,6 +55,7 @@ def read_pickled(path: Path) -> Foreign:
     Raises ValueError where it is no such file.
     """
     try:
+        refuse_special(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
@@ -105,7 +108,7 @@ def beside(path: Path, foreign: Foreign) -> Foreign:
     if path.name not in HUB_FILES or not file.is_file():
         return foreign
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(read_text(file))
         architecture, cfg = config["architecture"], config.get("pretrained_cfg") or {}
         labels = config.get("label_names") or cfg.get("label_names")
         tag = cfg.get("tag") or ""

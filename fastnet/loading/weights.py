@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data_pipeline.files import refuse_special
 from fastnet.arch import VARIANTS, Block, Network, Padding, Scaling, Style
 from fastnet.loading.checkpoint import load_checkpoint, one_line, read_metadata, save_checkpoint
 from fastnet.loading.foreign import Foreign, beside, read_pickled, weights_in
@@ -343,6 +344,7 @@ def _checked(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]
 
 def _read_safetensors(path: Path) -> Foreign:
     try:
+        refuse_special(path)
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
         return Foreign(load_file(path), notes=header)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 from fastnet.config import TrainConfig
 from fastnet.errors import UserError
 from fastnet.training.schedule import learning_rate
+from fastnet.typed import read_object
 
 JUMP = 2.0
 """A rate that rises by more than this undoes what a cosine's last epochs brought."""
@@ -23,7 +22,7 @@ def check_epochs(saved: TrainConfig, given: TrainConfig, folder: Path) -> None:
     if before == epochs:
         return
     try:
-        written: dict[str, Any] = json.loads((folder / "last.json").read_text())
+        written = read_object(folder / "last.json")
         progress = written["progress"]
         done, step, within = (int(progress[name]) for name in ("epoch", "step", "step_in_epoch"))
         images = int(written["images_per_step"])

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.files import read_text
 from fastnet.loading.checkpoint import write_atomically
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ CURVES = {"loss": "loss", "top1": "top-1 (%)", "lr": "learning rate"}
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`, without what a crash cut short."""
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_text(path, errors="replace").splitlines():
         with suppress(ValueError, RecursionError):
             values = json.loads(line)
             if isinstance(values, dict) and "step" in values:

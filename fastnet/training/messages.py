@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +22,7 @@ from fastnet.training.curves import draw_curves
 from fastnet.training.distributed import BatchLayout, Ranks
 from fastnet.training.metrics import Clock, peak_memory_gb
 from fastnet.training.selection import best_of
+from fastnet.typed import read_object
 
 CLASSES_SHOWN = 10
 LOPSIDED = 3.0  # the largest class over the smallest
@@ -118,7 +118,7 @@ def what_is_kept(trainer: Run) -> str:
     """What a run leaves that ends now."""
     last = trainer.folder / "last.safetensors"
     try:
-        step = json.loads(last.with_suffix(".json").read_text())["progress"]["step"]
+        step = read_object(last.with_suffix(".json"))["progress"]["step"]
     except (OSError, ValueError, KeyError, TypeError):
         return "nothing was saved yet."
     return f"{last} of step {step} is kept; continue with: {resume_command(trainer)}"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_pipeline.files import read_text
 from fastnet.errors import UserError
 from fastnet.loading.checkpoint import one_line, write_atomically, write_failure
 from fastnet.training.trackers import Tracker
@@ -103,7 +104,12 @@ class MetricsFile:
         self.path, self._trackers = path, list(trackers)
         self.lines = 0
         if path.exists():
-            text = path.read_text(encoding="utf-8", errors="replace")
+            try:
+                text = read_text(path, errors="replace")
+            except OSError as error:
+                raise UserError(
+                    f"{path} cannot be read ({error.strerror or error}): move it away, and the run begins another."
+                ) from error
             kept = [line for line in text.splitlines() if _step_of(line) <= resume_step][:lines]
             self.lines = len(kept)
             write_atomically(path, "".join(f"{line}\n" for line in kept).encode())

@@ -18,7 +18,7 @@ import torch
 
 import kernels
 from data_pipeline.dataset.synthetic import user_cache_folder
-from data_pipeline.files import open_lock
+from data_pipeline.files import open_lock, read_text
 from kernels.cpu.build import cpu_level, cpu_name
 from kernels.device import gpu
 
@@ -86,7 +86,7 @@ class KeptResults:
     def read(self, *, quietly: bool = False) -> Entries:
         """What is kept; nothing where there is no file, or one that is damaged or foreign, which is said."""
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
+            content = json.loads(read_text(self.path))
             if content["environment"] != self.environment or not isinstance(content["entries"], dict):
                 raise ValueError("it is of another machine or version")
             return content["entries"]

@@ -246,7 +246,7 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(
         layouts, "_names", lambda path: (_ for _ in ()).throw(PermissionError(13, "Permission denied", str(path)))
     )
-    with pytest.raises(DataError, match="check its permissions") as caught:
+    with pytest.raises(DataError, match="check it and its permissions") as caught:
         indexed(root)
     assert str(root / "train") in str(caught.value)
 

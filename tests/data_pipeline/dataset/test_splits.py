@@ -129,6 +129,19 @@ def test_a_wrong_table_is_one_sentence(tmp_path: Path, rows: list[str], words: s
         build_index(root, cache_dir=tmp_path / "cache")
 
 
+def test_a_table_that_python_chokes_on(tmp_path: Path) -> None:
+    """A lone carriage return in the header; labels of more digits than Python makes a number of."""
+    root = class_folders(tmp_path / "data", 2)
+    table = root / "labels.csv"
+    table.write_bytes(b"path,la\rbel\npie/0.jpg,a\n")
+    with pytest.raises(DataError, match="no columns path and label"):
+        build_index(table, cache_dir=tmp_path / "cache")
+    labels = {name: str(at) * 5000 for at, name in enumerate(("pie", "soup", "tea"), 1)}
+    rows = [f"{name}/{number}.jpg,{label}" for name, label in labels.items() for number in (0, 1)]
+    table.write_text("\n".join(["path,label", *rows]))
+    assert build_index(table, cache_dir=tmp_path / "cache").classes == tuple(sorted(labels.values()))
+
+
 def test_a_meta_layout_without_a_test_list_is_divided(tmp_path: Path) -> None:
     class_folders(tmp_path / "data" / "images")
     listed = [f"{name}/{number}" for name in ("pie", "soup", "tea") for number in range(10)]
