@@ -15,6 +15,7 @@ from typing import Any
 from data_pipeline.dataset.layouts import Listing
 from data_pipeline.dataset.probe import Probe
 from data_pipeline.errors import DataError
+from data_pipeline.files import MAX_BYTES
 
 _REMEDY = "or start a new run (--pretrained with this run's folder begins with its weights)"
 
@@ -40,7 +41,7 @@ class Known:
             ValueError: it is not what `pack` made.
         """
         try:
-            value = json.loads(zlib.decompress(content))
+            value = json.loads(zlib.decompressobj().decompress(content, MAX_BYTES))
             files = {
                 split: {str(name): tuple(map(int, fields)) for name, *fields in held}
                 for split, held in value["files"].items()

@@ -140,8 +140,10 @@ def notes_of(path: Path) -> dict[str, Any]:
 
 def files_of(run: Path) -> Known | None:
     """The images that a run began with; None where its folder does not tell."""
+    path = run / "last.safetensors"
     try:
-        with safe_open(run / "last.safetensors", "pt") as file:
+        refuse_special(path)
+        with safe_open(path, "pt") as file:
             return Known.unpack(file.get_tensor(f"{TRAINING_PREFIX}index").numpy().tobytes())
     except (SafetensorError, OSError, ValueError):
         return None

@@ -23,7 +23,7 @@ from fastnet.config_file import read_config
 from fastnet.errors import UserError
 from fastnet.exports.formats import read_program
 from fastnet.loaded import Transform
-from fastnet.loading.checkpoint import load_checkpoint, notes_of
+from fastnet.loading.checkpoint import files_of, load_checkpoint, notes_of
 from fastnet.loading.weights import load_weights
 from fastnet.train import _images_per_step
 from fastnet.training.continuation import check_epochs
@@ -86,6 +86,7 @@ WHICH = [
 # Reads of what may be missing: as if it were.
 PASSED_OVER: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "the notes of weights": ("last.safetensors", notes_of),
+    "the images of a run": ("last.safetensors", lambda path: files_of(path.parent)),
     "what was found in a data set": ("cache/index/a.json", read_cache),
     "where a data set was put": ("cache/fastnet/food-101.path", lambda path: prepared()),
     "a report": ("report.html", is_ours),
