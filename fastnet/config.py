@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_type_hints
 
-from data_pipeline.dataset.divide import Folds
+from data_pipeline.dataset.folds import Folds
 from data_pipeline.loaders.augment import Augmentation
 from data_pipeline.loaders.dali_options import DaliOptions
 from fastnet.arch import EFFICIENTNET, Kernels, Padding, Scaling, Style, Variant

@@ -13,12 +13,12 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from data_pipeline.dataset.folds import Folds
 from data_pipeline.dataset.formats import FORMATS
 from data_pipeline.dataset.known import Known
 from data_pipeline.dataset.layouts import Listing
@@ -26,13 +26,6 @@ from data_pipeline.dataset.probe import PARSE_ERRORS
 from data_pipeline.files import read_regular
 
 VAL_FRACTION = 0.2
-
-
-class Folds(NamedTuple):
-    """Cross-validation: `fold` of `parts`, from 0, validates. Each image does in one of them."""
-
-    parts: int
-    fold: int
 
 
 SIDE = 8  # of a thumbnail, in pixels

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.dataset.divide import VAL_FRACTION, Folds, divide, divide_as_known, thumbnails
+from data_pipeline.dataset.divide import VAL_FRACTION, divide, divide_as_known, thumbnails
+from data_pipeline.dataset.folds import Folds
 from data_pipeline.dataset.huggingface import hub_name, unpacked
 from data_pipeline.dataset.index_cache import cache_file, read_cache, stamp_of, stamps_of, write_cache
 from data_pipeline.dataset.known import Known, place_as_known, refuse_additions, went_bad

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline.dataset.divide import Folds
+from data_pipeline.dataset.folds import Folds
 from data_pipeline.dataset.index import build_index
 from data_pipeline.errors import DataError
 
