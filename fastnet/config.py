@@ -95,6 +95,9 @@ class DataOptions:
     cache_side: int | None = option(None, 16, 16384)
     """Short side in pixels to which --cache shrinks training photos. Default: 2 x --resolution over the root of the
     smallest --scale, from which every crop is as sharp as from the photo."""
+    feature_views: int = option(0, 0, 1000)
+    """With --freeze-stages 7: compute what the frozen stages make of so many augmented views of each photo once, keep
+    it in the user's cache folder, and train the head on that. 0: every epoch goes through the whole network."""
 
     @property
     def division(self) -> Folds | None:

@@ -120,8 +120,8 @@ def build_loaders(
             train=True,
             augmentation=config.augment,
             batch_size=batch_layout.images,
-            balanced=config.optimizer.balance == "sampler",
-            filled=config.optimizer.min_steps > 0,
+            balanced=config.optimizer.balance == "sampler" and not config.data.feature_views,
+            filled=config.optimizer.min_steps > 0 or config.data.feature_views > 0,
             shard=batch_layout.shard,
             **common,
         )

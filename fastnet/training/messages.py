@@ -16,6 +16,7 @@ from fastnet.config import TrainConfig
 from fastnet.device import Amp
 from fastnet.loading.checkpoint import Progress
 from fastnet.model import EfficientNet
+from fastnet.training import feature_views
 from fastnet.training.console import format_seconds, say_excluded, show_table
 from fastnet.training.continuation import fresh_run_command
 from fastnet.training.curves import draw_curves
@@ -75,6 +76,8 @@ def log_start(trainer: Run, resumed: bool) -> None:
             f"{trainer.ranks.size} processes, {trainer.batch_layout.images} images a step; "
             f"batch norm in each {norm} images"
         )
+    if words := feature_views.hint(config, trainer.ranks.size):
+        trainer.say(words)
     if config.data.cache != "none":
         trainer.say(f"cache {trainer.train_loader.cache_note}")
     if kept := kept_memory():

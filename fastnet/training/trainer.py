@@ -20,6 +20,7 @@ from fastnet.device import pick_device
 from fastnet.errors import UserError, out_of_memory
 from fastnet.loading.checkpoint import Progress, write_atomically
 from fastnet.model import ModelConfig
+from fastnet.training import feature_views
 from fastnet.training.build import (
     build_cache,
     build_loaders,
@@ -80,6 +81,7 @@ class Trainer:
         """doing: is told what begins, until the first step is done ("")."""
         config.validate()
         self.doing = doing
+        feature_views.check(config, ranks.size)
         self.config, self.folder, self.console, self.ranks = config, folder, console, ranks
         self.device = ranks.device(pick_device(config.run.device, self.say))
         with ranks.local_main_first():  # the others of a machine find what it measured
@@ -122,6 +124,12 @@ class Trainer:
                 config, self.index, cache, self.view, self.device, self.batch_layout
             )
             self.model = build_model(config, len(self.index.classes), self.device, saved_model, self.say)
+        self.stop = StopRequest(kept=lambda: what_is_kept(self))
+        if config.data.feature_views:
+            loaders = self.train_loader, self.val_loader
+            self.train_loader, self.val_loader = feature_views.on_features(
+                config, loaders, self.index, self.model, self.amp, self._say_beside, self.stop
+            )
         self.step = build_step(config, self.model, self.device, self.amp, self.batch_layout, self.index)
         self.tuner = make_tuner(
             config.run, self.model.config.kernels, self.device, self.amp, self.say, ranks, self.folder / "kernels.txt"
@@ -135,7 +143,6 @@ class Trainer:
         self.clock = Clock()
         profiled = config.run.profile and ranks.is_main
         self.profiler = StepProfiler(folder, self.device, console, self.say) if profiled else None
-        self.stop = StopRequest(kept=lambda: what_is_kept(self))
         self.metrics_lines: int | None = None  # of metrics.jsonl, as the checkpoint knows it
         self.stopped_by = 0  # the signal that all ranks agreed to stop for
 
@@ -145,6 +152,10 @@ class Trainer:
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _say_beside(self, text: str) -> None:
+        """Where progress is displayed."""
+        self.display.say(text)
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -303,7 +314,8 @@ class Trainer:
             )
             if self.step.ema is not None:
                 self.step.ema.set_update(progress.step + 1)
-            loss, correct = self.step(self.resize(images), labels, self._drop_scales(), self._mix())
+            inputs = images if config.data.feature_views else self.resize(images)
+            loss, correct = self.step(inputs, labels, self._drop_scales(), self._mix())
             self.sums.add(loss, correct, len(labels))
             progress.step += 1
             progress.step_in_epoch += 1
@@ -340,7 +352,8 @@ class Trainer:
             return
         self.model.train()
         share = -(-self.batch_layout.images // (self.ranks.size * self.batch_layout.parts))
-        self.tuner.prepare(self.model, self._resolution_now(), share, training=True, report=report)
+        if not self.config.data.feature_views:
+            self.tuner.prepare(self.model, self._resolution_now(), share, training=True, report=report)
         batch = self.config.optimizer.batch_size
         self.tuner.prepare(self.model, self.resolution, batch, training=False, report=report)
 
