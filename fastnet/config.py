@@ -119,9 +119,10 @@ class DataOptions:
 class OptimizerOptions:
     epochs: int = option(100, 1, 1e6, changeable=True)
     """Passes over the training set."""
-    batch_size: int = option(64, 2, 1e6)
+    batch_size: int = option(64, 0, 1e6)
     """Images that go through the model at a time, in each process that torchrun starts; a step has --grad-accum-steps x
-    processes times as many. A continued run keeps the images of its steps, whatever the number of processes."""
+    processes times as many. A continued run keeps the images of its steps, whatever the number of processes. auto (or
+    0): what fits the GPU, found by trying; on a CPU the recipe's, as far as memory goes."""
     min_steps: int = option(0, 0, 1e6)
     """Lower --batch-size where an epoch would have fewer steps than this, and begin the epoch's images anew to fill its
     last batch, so that none is left out; 0: neither. finetune has 10, or 1 beside --batch-size."""
@@ -276,6 +277,8 @@ class TrainConfig:
         for name, value, low, high in bounded(self):
             if not low <= value <= high:
                 raise UserError(f"--{flag_name(name)} {value} must lie between {low:g} and {high:g}.", exit_status=2)
+        if self.optimizer.batch_size == 1:
+            raise UserError("--batch-size 1 must be 2 or more, or auto.", exit_status=2)
         largest = self.model.resolution or 4096
         if (start := self.progressive.progressive_start) is not None and start > largest:
             raise UserError(f"--progressive-start {start} must lie between 32 and {largest}.", exit_status=2)

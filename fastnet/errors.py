@@ -83,7 +83,11 @@ def out_of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
-    return "can't allocate memory" in str(error)  # a CPU's allocator has no exception of its own
+    return any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+_OUT_OF_MEMORY = ("can't allocate memory", "STATUS_ALLOC_FAILED", "[CUDA]: out of memory")
+"""Of a CPU's allocator, of libraries and of Triton, which have no exception of their own for it."""
 
 
 class Lenient:

@@ -138,11 +138,11 @@ def evaluate(
     )
     if suspects:
         require_cleanlab()
+    index = data_of(trained, data, test=split == "test")
+    index = replace(index, splits={"val": index.splits["train" if split == "train" else "val"]})
     folder = _report_folder(trained, out, split) if report or suspects else None
     if suspects and folder is None:
         raise UserError(f"{trained.path} belongs to no run: name a folder for --suspects with --out.", exit_status=2)
-    index = data_of(trained, data, test=split == "test")
-    index = replace(index, splits={"val": index.splits["train" if split == "train" else "val"]})
     for note in index.notes:
         print(f"data: {note}", file=sys.stderr)
     if folder is not None:

@@ -64,9 +64,10 @@ VALUES = {
     "--sched": {"steplr": "step", "cosineannealinglr": "cosine"},
     "--compile": {"inductor": "whole"},
     "--optimizer": {"rmsproptf": "rmsprop_tf", "nesterov": "sgd"},
+    "--batch-size": {"auto": "0"},
     "--mean": {},
 }
-"""Our flag -> their value -> ours."""
+"""Our flag -> their value, or its name, -> ours."""
 
 BARE = {"--compile": "regional", "--amp": "auto", "--pretrained": "imagenet"}
 """Flags of ours that may stand without their value, which then is this."""

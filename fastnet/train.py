@@ -52,8 +52,11 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
     )
     config = _absolute(config)
     typed = {word.partition("=")[0] for word in arguments}
-    if "--batch-size" in typed and "--min-steps" not in typed and folder is None and config.optimizer.min_steps:
-        config = replace(config, optimizer=replace(config.optimizer, min_steps=1))
+    size, before = config.optimizer.batch_size, default.optimizer.batch_size
+    if folder is not None and not size:  # --batch-size auto, which was found when the run began
+        config = replace(config, optimizer=replace(config.optimizer, batch_size=before))
+    elif folder is None and size and "--batch-size" in typed and "--min-steps" not in typed:
+        config = replace(config, optimizer=replace(config.optimizer, min_steps=min(1, config.optimizer.min_steps)))
     if idle := without_effect(config, typed):
         print(f"without effect: {', '.join(idle)}", file=sys.stderr)
     if folder is not None:

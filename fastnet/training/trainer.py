@@ -28,7 +28,6 @@ from fastnet.training.build import (
     build_step,
     check_classes,
     index_of,
-    lower_batch,
     share_quarantine,
     view_of,
 )
@@ -36,6 +35,7 @@ from fastnet.training.console import Display, Lines, Preparation, Report
 from fastnet.training.cuda_graph import CudaRecorder, pick_cuda_graph
 from fastnet.training.distributed import ALONE, Ranks, divide
 from fastnet.training.epoch import finish_epoch
+from fastnet.training.fit_batch import fitted
 from fastnet.training.messages import (
     best_so_far,
     log_start,
@@ -107,7 +107,7 @@ class Trainer:
         check_same_data(ranks, self.index)
         check_classes(config, self.index)
         if not saved:
-            config = self.config = lower_batch(config, len(self.index.splits["train"]), ranks.size)
+            config = self.config = fitted(config, self.index, self.resolution, self.device, self.amp, ranks, self.say)
         self.batch_layout = divide(
             saved.get("images_per_step", config.images_per_step * (1 if saved else ranks.size)),
             ranks,

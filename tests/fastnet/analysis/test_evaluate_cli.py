@@ -87,6 +87,7 @@ def test_the_test_split_is_judged_beside_the_validation_split(
     run = make_run(tmp_path / "run", data)
     with pytest.raises(DataError, match="has no test/: leave --split test out"):
         evaluate(str(run), split="test", workers=0)
+    assert not (run / "report-test").exists()
     (data / "val").rename(data / "test")
     shutil.copytree(data / "train", data / "val")
     for name in CLASSES:
