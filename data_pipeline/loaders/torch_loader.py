@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -152,6 +153,9 @@ class _Positions(Sampler[_Position]):
 
 
 def _start_worker(_: int) -> None:
+    # What is the trainer's is not collected here: at their end its iterators would speak to their own workers.
+    gc.freeze()
+    gc.enable()
     # Ctrl-C reaches every process of the terminal, systemd and Slurm send SIGTERM to every process of a job, and a
     # terminal that closes SIGHUP: the trainer decides, workers end with it, or when it says so.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
@@ -183,19 +187,20 @@ def _as_it_is(prepared: Any) -> Any:
 
 class _Deaths:
     """DataLoader's handler of SIGCHLD, which raises when a worker has died, holds while a batch is waited for alone:
-    elsewhere it would raise in the middle of a step."""
+    elsewhere it would raise in the middle of a step, or while processes are started, when Python drops it with a
+    traceback. Where it was not called, a wait looks for the dead after seconds."""
 
     def __init__(self) -> None:
         self._handler: Any = None  # DataLoader sets it once a process
 
     @contextmanager
-    def told(self) -> Iterator[None]:
+    def told(self, *, starting: bool = False) -> Iterator[None]:
         before = signal.getsignal(signal.SIGCHLD)
         if threading.current_thread() is not threading.main_thread() or before is None:  # one that C code has set
             yield
             return
         try:
-            if self._handler is not None:
+            if self._handler is not None and not starting:
                 signal.signal(signal.SIGCHLD, self._handler)
             yield
         finally:
@@ -247,7 +252,13 @@ class TorchLoader(Loader):
 
     def _begin(self) -> None:
         assert self._loader is not None
-        self._passing = iter(self._loader)
+        collecting = gc.isenabled()
+        gc.disable()  # in workers too, until they have begun
+        try:
+            self._passing = iter(self._loader)
+        finally:
+            if collecting:
+                gc.enable()
 
     def _next(self) -> _Prepared:
         assert self._passing is not None
@@ -261,14 +272,14 @@ class TorchLoader(Loader):
             DataError: several in a row.
         """
         try:
-            with _deaths.told():
+            with _deaths.told(starting=self._passing is None):
                 return asked()
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, EOFError) as error:  # the last two: it was to hand over a batch
             reason = reason_of(error).rstrip(".")
         # Raised out here: the other error's frames hold the iterator, and its processes would be waited for.
         self._end_workers()
         self._deaths += 1
-        if self._deaths < _DEATHS and "worker" in reason:
+        if self._deaths < _DEATHS:
             _log.warning("a data loading worker died (%s): others go on.", reason)
             raise BadFiles({})
         raise DataError(
