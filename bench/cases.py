@@ -64,7 +64,7 @@ class OpCase:
             }
         for value in self.inputs.values():
             value.requires_grad_()
-        self.scale = (vector(shape.batch) > -0.8).to(vector_dtype) / 0.8 if shape.scaled else None
+        self.drop_scale = (vector(shape.batch) > -0.8).to(vector_dtype) / 0.8 if shape.scaled else None
         self.running = (
             torch.zeros(c, device=device, dtype=vector_dtype),
             torch.ones(c, device=device, dtype=vector_dtype),
@@ -76,10 +76,10 @@ class OpCase:
         if op == "squeeze_excite":
             return function(i["x"], i["w_reduce"], i["b_reduce"], i["w_expand"], i["b_expand"], **options)
         if op == "drop_connect_add":
-            return function(i["x"], i["residual"], self.scale, **options)
+            return function(i["x"], i["residual"], self.drop_scale, **options)
         norm = (i["weight"], i["bias"], *self.running)
         if op == "bn_drop_connect_add":
-            return function(i["x"], i.get("residual"), self.scale, *norm, **BN_OPTIONS, **options)
+            return function(i["x"], i.get("residual"), self.drop_scale, *norm, **BN_OPTIONS, **options)
         if op == "bn_silu":
             return function(i["x"], *norm, **BN_OPTIONS, **options)
         vectors = (i["w_reduce"], i["b_reduce"], i["w_expand"], i["b_expand"])
@@ -123,7 +123,7 @@ class BlockCase:
         rows, columns = -(-block.height // block.stride), -(-block.width // block.stride)
         self.gradient = image(block.out_channels, rows, columns)
         draw = torch.rand(block.images, generator=generator, device=device)
-        self.scale = (draw < 0.8).float() / 0.8 if block.scaled else None
+        self.drop_scale = (draw < 0.8).float() / 0.8 if block.scaled else None
         self.run: Callable[..., Tensor] = self.module
 
     def exact(self, block: Block) -> BlockCase:
@@ -133,14 +133,14 @@ class BlockCase:
         with torch.no_grad():
             twin.x.copy_(self.x)
             twin.gradient.copy_(self.gradient)
-        if self.scale is not None:
-            twin.scale = self.scale.double()
+        if self.drop_scale is not None:
+            twin.drop_scale = self.drop_scale.double()
         return twin
 
     def forward(self) -> Tensor:
         mixed = self.dtype in (torch.bfloat16, torch.float16)
         with torch.autocast(self.device.type, dtype=self.dtype if mixed else None, enabled=mixed):
-            return self.run(self.x, self.scale)
+            return self.run(self.x, self.drop_scale)
 
     def backward(self, output: Tensor) -> tuple[Tensor, ...]:
         """Gradients of x and every parameter, again and again on one graph."""
@@ -157,8 +157,8 @@ def op_errors(case: OpCase) -> Errors:
         for name, value in exact.inputs.items():
             value.copy_(case.inputs[name])
         exact.gradient.copy_(case.gradient)
-    if case.scale is not None:
-        exact.scale = case.scale.double()
+    if case.drop_scale is not None:
+        exact.drop_scale = case.drop_scale.double()
 
     def results(of: OpCase, function: Callable[..., Tensor], **options: Any) -> list[Tensor]:
         output = of.forward(function, **options)

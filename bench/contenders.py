@@ -90,18 +90,18 @@ class Workload(NamedTuple):
 
 class Entry(NamedTuple):
     """A contender in one mode. `options` go to torch.compile, None is eager; ours may take other kernels, replay its
-    step as one CUDA graph, and make each block join its own residual."""
+    step as one CUDA graph, and make each block add its own residual."""
 
     model: str
     options: dict[str, Any] | None = None
     kernels: Kernels = "auto"
     graph: bool = False
-    own_joins: bool = False
+    own_residual_adds: bool = False
 
     @property
     def label(self) -> str:
         name = self.model if self.kernels == "auto" else f"{self.model} {self.kernels}"
-        name += " with own joins" * self.own_joins
+        name += " with own residual adds" * self.own_residual_adds
         mode = "eager" if self.options is None else self.options.get("mode", "compiled")
         return f"{name}, {mode}{', graph' * self.graph}"
 
@@ -112,7 +112,7 @@ class Entry(NamedTuple):
     @property
     def is_ours(self) -> bool:
         """With the kernels that a user gets."""
-        return self.model == OURS and self.kernels == "auto" and not self.own_joins
+        return self.model == OURS and self.kernels == "auto" and not self.own_residual_adds
 
 
 def compared_peers() -> list[str]:
@@ -144,8 +144,9 @@ def with_resnet50() -> list[Entry]:
 
 
 OWN_FORMS = (
-    Entry(OURS, graph=True), Entry(OURS, graph=True, own_joins=True), Entry(OURS, kernels="triton-ops", graph=True),
-    Entry(OURS, {}, kernels="triton-ops"), Entry(OURS, {}, kernels="torch"),
+    Entry(OURS, graph=True), Entry(OURS, graph=True, own_residual_adds=True),
+    Entry(OURS, kernels="triton-ops", graph=True), Entry(OURS, {}, kernels="triton-ops"),
+    Entry(OURS, {}, kernels="torch"),
 )  # fmt: skip
 
 
@@ -198,18 +199,18 @@ class StepRunner:
         memory_format: str = "channels_last",
         compile_options: dict[str, Any] | None = None,
         graph: bool = False,
-        own_joins: bool = False,
+        own_residual_adds: bool = False,
         **options: Any,
     ) -> None:
         """compile_options: None is eager; else ours is compiled by regions and a peer whole, with those options.
         graph: the step is recorded after `fastnet.training.cuda_graph.WARMUP_STEPS` calls and then replayed.
-        own_joins: no block of ours leaves its residual join to the next."""
+        own_residual_adds: no block of ours leaves its residual add to the next."""
         torch.manual_seed(0)
         layout = FORMATS[memory_format]
         model = build(name, variant, **options).to(device).to(memory_format=layout)
-        if own_joins:
+        if own_residual_adds:
             for block in model.blocks:  # type: ignore[union-attr]
-                block.defers_join = False
+                block.defers_residual = False
         if compile_options is not None:
             # Static shapes: what each would choose for training.
             if name == OURS:

@@ -61,7 +61,7 @@ def operation(shape: OpShape) -> Counter[str]:
         return Counter(batch_norm_silu.traffic(size, DTYPE))
     if shape.op == "bn_silu_squeeze_excite":
         return Counter(batch_norm_silu_squeeze_excite.traffic(size, DTYPE, shape.squeezed))
-    return Counter(drop_connect.bn_traffic(size, DTYPE, joined=shape.residual))
+    return Counter(drop_connect.bn_traffic(size, DTYPE, with_residual=shape.residual))
 
 
 def operations(work: Work) -> int:

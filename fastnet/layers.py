@@ -207,17 +207,17 @@ class ConvBNAct(nn.Module):
         return chosen(self.kind, x, height, width, True, dtype) == "native"
 
 
-def _bn_add(bn: BatchNorm, x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-    """Batch norm, times scale [B], plus the residual."""
+def _bn_add(bn: BatchNorm, x: Tensor, residual: Tensor | None = None, drop_scale: Tensor | None = None) -> Tensor:
+    """Batch norm, times drop_scale [B], plus the residual."""
     options = bn.options
     if bn.is_16_bit:
         del options["impl"]
-        return reference.bn_drop_connect_add(x, residual, scale, *bn.tensors, **options)
-    return bn_drop_connect_add(x, residual, scale, *bn.tensors, **options)
+        return reference.bn_drop_connect_add(x, residual, drop_scale, *bn.tensors, **options)
+    return bn_drop_connect_add(x, residual, drop_scale, *bn.tensors, **options)
 
 
 class Project(nn.Module):
-    """MBConv's linear bottleneck, 1×1 convolution and batch norm; scale[b] times that joins the residual."""
+    """MBConv's linear bottleneck, 1×1 convolution and batch norm; drop_scale[b] times that plus the residual."""
 
     def __init__(self, in_channels: int, out_channels: int, config: ModelConfig) -> None:
         super().__init__()
@@ -228,8 +228,8 @@ class Project(nn.Module):
     def layer(self) -> ConvNorm:
         return ConvNorm(self.conv.weight, *self.bn.tensors)
 
-    def forward(self, x: Tensor, residual: Tensor | None, scale: Tensor | None) -> Tensor:
-        return _bn_add(self.bn, self.conv(x), residual, scale)
+    def forward(self, x: Tensor, residual: Tensor | None, drop_scale: Tensor | None) -> Tensor:
+        return _bn_add(self.bn, self.conv(x), residual, drop_scale)
 
 
 class MBConv(nn.Module):
@@ -254,29 +254,36 @@ class MBConv(nn.Module):
         self.has_residual = shape.has_residual
         self.padding = config.padding
         self.kernels = config.kernels
-        self.defers_join = True  # where the next block can make this one's output; False: never
+        self.defers_residual = True  # where the next block can make this one's output; False: never
 
     def forward(
-        self, x: Tensor | PendingResidual, scale: Tensor | None = None, *, join: bool = True, form: Form | None = None
+        self,
+        x: Tensor | PendingResidual,
+        drop_scale: Tensor | None = None,
+        *,
+        defer_residual: bool = False,
+        form: Form | None = None,
     ) -> Tensor | PendingResidual:
-        """x [B, C_in, H, W], drop-connect scale [B] (None: 1) → [B, C_out, H/stride, W/stride].
+        """x [B, C_in, H, W], drop_scale [B] (None: 1) → [B, C_out, H/stride, W/stride].
 
-        x may be PendingResidual, and without `join` the output is, where `EfficientNet.forward` says so. form:
+        x may be PendingResidual, and with `defer_residual` the output is, where `EfficientNet.forward` says so. form:
         instead of the one that `self.form` names.
         """
         bn = self.project.bn
         if not bn.training:
-            scale = None  # nothing is dropped from a frozen block
-        if isinstance(x, PendingResidual) or not join:
+            drop_scale = None  # nothing is dropped from a frozen block
+        if isinstance(x, PendingResidual) or defer_residual:
             native = self._is_native(x, form)
-            return mbconv_training(x, *self._layers, scale, **self._options, join=join, native=native)
+            return mbconv_training(
+                x, *self._layers, drop_scale, **self._options, defer_residual=defer_residual, native=native
+            )
         form = self.form(x, x.shape[2], x.shape[3]) if form is None else form
         if form != "triton-ops":
             impl: BlockImpl = bn.impl if form == "triton" else form
-            return mbconv(x, *self._layers, scale, **self._options, training=bn.training, impl=impl)
+            return mbconv(x, *self._layers, drop_scale, **self._options, training=bn.training, impl=impl)
         h = x if self.expand is None else self.expand(x)
         h = self.depthwise(h, self.se)
-        return self.project(h, x if self.has_residual else None, scale)
+        return self.project(h, x if self.has_residual else None, drop_scale)
 
     @property
     def _layers(self) -> tuple[ConvNorm | None, ConvNorm, Excite, ConvNorm]:
@@ -330,7 +337,7 @@ class MBConv(nn.Module):
         return "native" if chosen(self.kind, x, height, width, training) == "native" else None
 
     def _is_native(self, x: Tensor | PendingResidual, form: Form | None) -> bool:
-        """Whether a block whose neighbour is joined with it is computed in C++: `form`, or else as both are."""
+        """Whether a block is computed in C++ that shares a residual add with its neighbour: `form`, or else as both."""
         if form is not None:
             return form == "native"
         image = x.p if isinstance(x, PendingResidual) else x
@@ -348,6 +355,6 @@ class MBConv(nn.Module):
             and self.project.bn.training
             and following.project.bn.training
             and self.form(x, x.shape[2], x.shape[3]) == following.form(x, height, width) in ("triton", "native")
-            and self.defers_join
+            and self.defers_residual
             and not (self._forward_hooks or following._forward_pre_hooks)  # which want to see it
         )

@@ -109,9 +109,9 @@ class EfficientNet(nn.Module):
             x = tap(1, x)
         blocks = list(self._mbconvs())
         tapped = {} if tap is None else {i: stage for i, stage in self.network.ends.items() if stage in stages}
-        for i, (block, following, scale) in enumerate(zip(blocks, [*blocks[1:], None], scales, strict=True)):
-            join = following is None or i in tapped or not block.can_defer_residual(following, x)
-            x = block(x, scale, join=join)
+        for i, (block, following, drop_scale) in enumerate(zip(blocks, [*blocks[1:], None], scales, strict=True)):
+            defer = following is not None and i not in tapped and block.can_defer_residual(following, x)
+            x = block(x, drop_scale, defer_residual=defer)
             if tap is not None and i in tapped:
                 x = tap(tapped[i], x)
         return x

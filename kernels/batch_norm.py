@@ -120,7 +120,7 @@ def sigmoid(z):
 
 
 @L.helper
-def silu_and_slope(z):
+def silu_and_dsilu(z):
     """SiLU and its derivative s + z s (1 - s), s the sigmoid."""
     s = sigmoid(z)
     a = z * s

@@ -2,9 +2,10 @@
 read, so nothing normalised or activated ever reaches memory.
 
     E = x W1ᵀ                D = depthwise(silu(BN1(E)))        g = gate(mean_HW silu(BN2(D)))   (kernels.ops.excite)
-    P = (silu(BN2(D)) g) W3ᵀ                                    y = scale[b] BN3(P) (+ x where the block has a residual)
+    P = (silu(BN2(D)) g) W3ᵀ                                    y = s[b] BN3(P) (+ x where the block has a residual)
 
-A block without expansion has x for silu(BN1(E)). Saved for backward: x, E, D, P, [C] and [B, C] vectors, weights.
+s [B] is drop-connect's scale. A block without expansion has x for silu(BN1(E)). Saved for backward: x, E, D, P, [C] and
+[B, C] vectors, weights.
 
 Schedule, with passes over x, E, D, P (y and its gradient are of P's size), a hat for a normalised value, σ' for SiLU's
 derivative, dA and dA1 for the gradients of silu(BN2(D)) g and silu(BN1(E)):
@@ -14,12 +15,12 @@ derivative, dA and dA1 for the gradients of silu(BN2(D)) g and silu(BN1(E)):
     F3  squeeze            D → per image Σ a, Σ σ', Σ σ' d̂
     F4  excite             pooled vectors → gate; one launch
     F5  project            D → P, BN2, SiLU and gate as it loads, statistics of P
-    F6  join               P (, x) → y
-    B1  join backward      dy, P → Σ dz, Σ dz p̂ of BN3, dz = scale[b] dy
+    F6  residual add       P (, x) → y
+    B1  add backward       dy, P → Σ dz, Σ dz p̂ of BN3, dz = s[b] dy
     B2  project backward   dy, P, D → dA, per image Σ dA a, Σ dA σ', Σ dA σ' d̂; and dy, P, D → dW3
     B3  excite backward    vectors → dWr, dbr, dWe, dbe and q, what a pixel receives through the mean
     B4  combine            Σ dz = Σ_b (g Σ dA σ' + q Σ σ'), Σ dz d̂ alike: BN2's sums without a pass over memory
-    B5  depthwise backward dA, D, E → dA1, dtaps, and in its epilogue (B6) Σ dz, Σ dz ê of BN1
+    B5  depthwise backward dA, D, E → dA1, dw2, and in its epilogue (B6) Σ dz, Σ dz ê of BN1
     B7  expand backward    dA1, E (, dy) → dx; and dA1, E, x → dW1
 
 Statistics after F1, F2 and F5 and sums after B1, B4 and B5 are where several processes exchange (`kernels.sync`).
@@ -39,12 +40,12 @@ The same schedule in C++, for a CPU, is `kernels.cpu.ops`: one autograd function
 both.
 
 Inference is the forward half without statistics: running means and variances take the batch's place, and BN3 and
-the residual join F5, whose output is y.
+the residual add are part of F5, whose output is y.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -85,19 +86,27 @@ def _operations(native: bool) -> Any:
     return cpu_ops if native else mbconv_ops
 
 
+class _Options(NamedTuple):
+    stride: int
+    padding: str
+    residual: bool
+    eps: float
+    group: str
+    native: bool
+    defer_residual: bool
+
+
 class _MBConv(torch.autograd.Function):
-    """y, or without `join` what stands for it (see `PendingResidual`), and the batch statistics (mean1, var1,)
+    """y, or with `defer_residual` what stands for it (see `PendingResidual`), and the batch statistics (mean1, var1,)
     mean2, var2, mean3, var3; with a `group` then the images of all ranks; and last x, where it is made here from
-    `prev`. None but y is differentiable."""
+    `prev`. None but y is differentiable. Tensors come one by one, as autograd sees them: x, the other six of `prev`
+    (None without), drop_scale, and the weights of expansion (None without), depthwise convolution, squeeze-and-excite
+    and projection."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, x0: Tensor | None, scale0: Tensor | None, mean0: Tensor | None, var0: Tensor | None,
-        g0: Tensor | None, b0: Tensor | None, scale: Tensor | None, w1: Tensor | None, g1: Tensor | None,
-        b1: Tensor | None, taps: Tensor, g2: Tensor, b2: Tensor, wr: Tensor, br: Tensor, we: Tensor, be: Tensor,
-        w3: Tensor, g3: Tensor, b3: Tensor, stride: int, padding: str, residual: bool, join: bool, eps: float,
-        group: str, native: bool,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+    def forward(ctx: Any, options: _Options, x: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+        stride, padding, residual, eps, group, native = options[:6]
+        x0, drop_scale0, mean0, var0, g0, b0, drop_scale, w1, g1, b1, w2, g2, b2, wr, br, we, be, w3, g3, b3 = tensors
         ops = _operations(native)
         w3_stored = w3.to(x.dtype).flatten(1)
         if w1 is None:
@@ -108,25 +117,25 @@ class _MBConv(torch.autograd.Function):
             if mean0 is None:
                 e, mean1, var1 = ops.expand(x, w1_stored)
             else:
-                x, e, mean1, var1 = ops.residual_expand(x, x0, scale0, mean0, var0, g0, b0, w1_stored, eps)
+                x, e, mean1, var1 = ops.residual_expand(x, x0, drop_scale0, mean0, var0, g0, b0, w1_stored, eps)
             mean1, var1, _ = all_gather_stats(mean1, var1, _rows(e), group)
-        d, mean2, var2 = ops.depthwise_forward(e, mean1, var1, g1, b1, taps, eps, stride, padding)
+        d, mean2, var2 = ops.depthwise_forward(e, mean1, var1, g1, b1, w2, eps, stride, padding)
         mean2, var2, _ = all_gather_stats(mean2, var2, _rows(d), group)
         p, mean3, var3, d_norm, *vectors = ops.project(d, mean2, var2, g2, b2, wr, br, we, be, w3_stored, eps)
         mean3, var3, rows = all_gather_stats(mean3, var3, _rows(p), group)
         y = p
-        if join:
+        if not options.defer_residual:
             shortcut = x if residual else None
             if native:
-                y = cpu_ops.join(p, shortcut, scale, mean3, var3, g3, b3, eps)
+                y = cpu_ops.residual_add(p, shortcut, drop_scale, mean3, var3, g3, b3, eps)
             else:
-                y = bn_drop_connect_add_op(p, shortcut, scale, mean3, var3, g3, b3, eps, True, group)
+                y = bn_drop_connect_add_op(p, shortcut, drop_scale, mean3, var3, g3, b3, eps, True, group)
         ctx.save_for_backward(
-            x, scale, None if w1 is None else e, d, p, d_norm, *vectors, mean1, var1, g1, b1, mean2, var2, g2, b2,
-            mean3, var3, g3, b3, w1_stored, taps, wr, we, w3_stored,
+            x, drop_scale, None if w1 is None else e, d, p, d_norm, *vectors, mean1, var1, g1, b1, mean2, var2, g2, b2,
+            mean3, var3, g3, b3, w1_stored, w2, wr, we, w3_stored,
         )  # fmt: skip
-        ctx.options = stride, padding, residual, eps, group, native
-        ctx.weight_strides = w1 if w1 is None else w1.stride(), taps.stride(), w3.stride()
+        ctx.options = options
+        ctx.weight_strides = w1 if w1 is None else w1.stride(), w2.stride(), w3.stride()
         others = [mean2, var2, mean3, var3]
         if mean1 is not None and var1 is not None:
             others = [mean1, var1, *others]
@@ -141,21 +150,21 @@ class _MBConv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        stride, padding, residual, eps, group, native = ctx.options
+        stride, padding, residual, eps, group, native = ctx.options[:6]
         strides1, strides2, strides3 = ctx.weight_strides
         ops = _operations(native)
         (
-            x, scale, e, d, p, d_norm, pooled, hidden, gate, slopes, mean1, var1, g1, b1, mean2, var2, g2, b2,
-            mean3, var3, g3, b3, w1, taps, wr, we, w3,
+            x, drop_scale, e, d, p, d_norm, pooled, hidden, gate, dsilu_sums, mean1, var1, g1, b1, mean2, var2, g2, b2,
+            mean3, var3, g3, b3, w1, w2, wr, we, w3,
         ) = ctx.saved_tensors  # fmt: skip
-        sums3 = ops.join_backward(dy, p, scale, mean3, var3, eps)
+        sums3 = ops.residual_add_backward(dy, p, drop_scale, mean3, var3, eps)
         joint = all_reduce_sums(sums3, _rows(p), group)
         da, q, sums2, dw3, dwr, dbr, dwe, dbe = ops.project_backward(
-            dy, p, scale, joint, mean3, var3, g3, b3, d, d_norm, w3, wr, we, pooled, hidden, gate, slopes, eps
+            dy, p, drop_scale, joint, mean3, var3, g3, b3, d, d_norm, w3, wr, we, pooled, hidden, gate, dsilu_sums, eps
         )
         joint = all_reduce_sums(sums2, _rows(d), group)
-        da1, dtaps, sums1 = ops.depthwise_gradients(
-            da, d, gate, q, joint, mean2, var2, g2, b2, x if e is None else e, mean1, var1, g1, b1, taps, eps, stride,
+        da1, dw2, sums1 = ops.depthwise_gradients(
+            da, d, gate, q, joint, mean2, var2, g2, b2, x if e is None else e, mean1, var1, g1, b1, w2, eps, stride,
             padding,
         )  # fmt: skip
         del da
@@ -166,19 +175,19 @@ class _MBConv(torch.autograd.Function):
             dx, dw1 = ops.expand_backward(da1, e, joint, mean1, var1, g1, b1, x, w1, dy if residual else None, eps)
             dw1, dg1, db1 = L.with_strides(dw1[:, :, None, None], strides1), sums1[1], sums1[0]
         return (
-            dx, *(None,) * 7, dw1, dg1, db1, L.with_strides(dtaps, strides2), sums2[1], sums2[0], dwr, dbr, dwe, dbe,
-            L.with_strides(dw3[:, :, None, None], strides3), sums3[1], sums3[0], *(None,) * 7,
+            None, dx, *(None,) * 7, dw1, dg1, db1, L.with_strides(dw2, strides2), sums2[1], sums2[0],
+            dwr, dbr, dwe, dbe, L.with_strides(dw3[:, :, None, None], strides3), sums3[1], sums3[0],
         )  # fmt: skip
 
 
 def _check(
-    x: Tensor, expand: ConvNorm | None, depthwise: ConvNorm, excite: Excite, project: ConvNorm, scale: Tensor | None,
-    stride: int, padding: str, residual: bool,
+    x: Tensor, expand: ConvNorm | None, depthwise: ConvNorm, excite: Excite, project: ConvNorm,
+    drop_scale: Tensor | None, stride: int, padding: str, residual: bool,
 ) -> None:  # fmt: skip
     c_in = x.shape[1] if x.dim() == 4 else 0
     channels, k = depthwise.weight.shape[0], depthwise.weight.shape[-1]
     out, squeezed = project.weight.shape[0], excite.w_reduce.shape[0]
-    shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {"scale": (scale, x.shape[:1])}
+    shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {"drop_scale": (drop_scale, x.shape[:1])}
     layers = {"depthwise": (depthwise, (channels, 1, k, k)), "project": (project, (out, channels, 1, 1))}
     if expand is not None:
         layers = {"expand": (expand, (channels, c_in, 1, 1))} | layers
@@ -206,7 +215,7 @@ def mbconv(
     depthwise: ConvNorm,
     excite: Excite,
     project: ConvNorm,
-    scale: Tensor | None = None,
+    drop_scale: Tensor | None = None,
     *,
     stride: int = 1,
     padding: Padding = "symmetric",
@@ -220,27 +229,27 @@ def mbconv(
     """MBConv: x [B, C_in, H, W] → [B, C_out, ⌈H / stride⌉, ⌈W / stride⌉] in the dtype of x.
 
     In training it moves the running statistics as `nn.BatchNorm2d` does, over the batches of all ranks of the process
-    group named `group` if there is one; else it normalises by them, and on the fused paths has no gradient. scale [B]
-    fp32 is drop-connect's (None is one), for training, and gets no gradient. Parameters are fp32; in autocast an fp32 x
-    is rounded to the autocast dtype on the fused paths. An `x` that is not channels_last is copied there first. Raises
-    ValueError or TypeError for a wrong shape, dtype, device or option, RuntimeError where `impl="triton"`, or "native",
-    the same schedule in C++ for a CPU, cannot run.
+    group named `group` if there is one; else it normalises by them, and on the fused paths has no gradient. drop_scale
+    [B] fp32 is drop-connect's (None is one), for training, and gets no gradient. Parameters are fp32; in autocast an
+    fp32 x is rounded to the autocast dtype on the fused paths. An `x` that is not channels_last is copied there first.
+    Raises ValueError or TypeError for a wrong shape, dtype, device or option, RuntimeError where `impl="triton"`, or
+    "native", the same schedule in C++ for a CPU, cannot run.
     """
-    _check(x, expand, depthwise, excite, project, scale, stride, padding, residual)
-    if scale is not None and not training:
-        raise ValueError("a drop-connect scale is for training: pass scale=None")
+    _check(x, expand, depthwise, excite, project, drop_scale, stride, padding, residual)
+    if drop_scale is not None and not training:
+        raise ValueError("drop_scale is for training: pass drop_scale=None")
     if training:
         _check_rows(x, stride)
     form = resolve(impl, x, excite.w_reduce.shape[0])
     if form == "torch":
         return reference.mbconv(
-            x, expand, depthwise, excite, project, scale, stride=stride, padding=padding, residual=residual,
+            x, expand, depthwise, excite, project, drop_scale, stride=stride, padding=padding, residual=residual,
             training=training, momentum=momentum, eps=eps, group=group,
         )  # fmt: skip
     if training:
         y = mbconv_training(
-            x, expand, depthwise, excite, project, scale, stride=stride, padding=padding, residual=residual,
-            momentum=momentum, eps=eps, group=group, join=True, native=form == "native",
+            x, expand, depthwise, excite, project, drop_scale, stride=stride, padding=padding, residual=residual,
+            momentum=momentum, eps=eps, group=group, defer_residual=False, native=form == "native",
         )  # fmt: skip
         assert isinstance(y, Tensor)
         return y
@@ -254,7 +263,7 @@ def mbconv_training(
     depthwise: ConvNorm,
     excite: Excite,
     project: ConvNorm,
-    scale: Tensor | None,
+    drop_scale: Tensor | None,
     *,
     stride: int,
     padding: Padding,
@@ -262,11 +271,12 @@ def mbconv_training(
     momentum: float,
     eps: float,
     group: str,
-    join: bool,
+    defer_residual: bool,
     native: bool = False,
 ) -> Tensor | PendingResidual:
-    """The fused path of `mbconv` in training, for arguments whose shapes fit, also from and to a block that is joined
-    with this one: x may be PendingResidual where there is an expansion; without `join` the output is."""
+    """The fused path of `mbconv` in training, for arguments whose shapes fit, also with a
+    residual add left to the next block: x may be PendingResidual where there is an expansion, and with `defer_residual`
+    the output is."""
     prev: PendingResidual | None = None
     if isinstance(x, PendingResidual):
         prev, x = x, x.p
@@ -275,20 +285,20 @@ def mbconv_training(
     _check_rows(x, stride)
     x = _in_autocast(x)
     y, *others = _MBConv.apply(
-        x, *((None,) * 6 if prev is None else prev[1:]), scale,
-        *((None,) * 3 if expand is None else expand[:3]), *depthwise[:3], *excite, *project[:3], stride, padding,
-        residual, join, eps, group, native,
+        _Options(stride, padding, residual, eps, group, native, defer_residual), x,
+        *((None,) * 6 if prev is None else prev[1:]), drop_scale, *((None,) * 3 if expand is None else expand[:3]),
+        *depthwise[:3], *excite, *project[:3],
     )  # fmt: skip
     shortcut: Tensor = x.detach() if prev is None else others.pop()
     images = others.pop() if group else y.shape[0]
     outer, inner = (t.shape[2] * t.shape[3] for t in (x, y))
     counted = [] if expand is None else [(expand, images * outer)]
     _move_running_statistics([*counted, (depthwise, images * inner), (project, images * inner)], others, momentum)
-    if join:
+    if not defer_residual:
         return y
     mean, var = others[-2:]
     norm = project.norm_weight.detach(), project.norm_bias.detach()
-    return PendingResidual(y, shortcut if residual else None, scale, mean, var, *norm)
+    return PendingResidual(y, shortcut if residual else None, drop_scale, mean, var, *norm)
 
 
 def _check_rows(x: Tensor, stride: int) -> None:

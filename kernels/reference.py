@@ -72,17 +72,17 @@ def bn_silu_squeeze_excite(
     return squeeze_excite(a, w_reduce, b_reduce, w_expand, b_expand)
 
 
-def drop_connect_add(x: Tensor, residual: Tensor, scale: Tensor | None) -> Tensor:
-    """`residual + scale[b] * x`; Huang et al. 2016 with the mask and the 1/survival factor both in `scale`."""
-    if scale is None:
+def drop_connect_add(x: Tensor, residual: Tensor, drop_scale: Tensor | None) -> Tensor:
+    """`residual + drop_scale[b] * x`; Huang et al. 2016, mask and 1/survival factor both in `drop_scale`."""
+    if drop_scale is None:
         return x + residual
-    return x * scale.to(x.dtype)[:, None, None, None] + residual
+    return x * drop_scale.to(x.dtype)[:, None, None, None] + residual
 
 
 def bn_drop_connect_add(
     x: Tensor,
     residual: Tensor | None,
-    scale: Tensor | None,
+    drop_scale: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     running_mean: Tensor,
@@ -93,11 +93,11 @@ def bn_drop_connect_add(
     eps: float,
     group: str = "",
 ) -> Tensor:
-    """`residual + scale[b] * batch_norm(x)`; a missing residual is zero and a missing scale is one."""
+    """`residual + drop_scale[b] * batch_norm(x)`; a missing residual is zero and a missing drop_scale is one."""
     z = _batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps, group)
     if residual is not None:
-        return drop_connect_add(z, residual, scale)
-    return z if scale is None else z * scale.to(z.dtype)[:, None, None, None]
+        return drop_connect_add(z, residual, drop_scale)
+    return z if drop_scale is None else z * drop_scale.to(z.dtype)[:, None, None, None]
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, *, stride: int, padding: str) -> Tensor:
@@ -117,7 +117,7 @@ def mbconv(
     depthwise: ConvNorm,
     excite: Excite,
     project: ConvNorm,
-    scale: Tensor | None,
+    drop_scale: Tensor | None,
     *,
     stride: int,
     padding: str,
@@ -136,4 +136,4 @@ def mbconv(
     d = depthwise_conv2d(a, depthwise.weight, stride=stride, padding=padding)
     a = bn_silu_squeeze_excite(d, *depthwise[1:], *excite, **norm)
     p = F.conv2d(a, project.weight.to(a.dtype))
-    return bn_drop_connect_add(p, x if residual else None, scale, *project[1:], **norm)
+    return bn_drop_connect_add(p, x if residual else None, drop_scale, *project[1:], **norm)

@@ -18,7 +18,7 @@ RCP_ULP units in the last place. With u = 2⁻²³, an upper bound of such a uni
            |Δs| / s  <=  ((EX2_ULP + |z|) (1 - s) + RCP_ULP) u            2 u at z = 0, 1 u where s is 1
 
 (The rounding of 1 + e is PyTorch's too.) From there the error goes the way of the formula: SiLU a = z s is off by
-|z Δs|, the same relative error; the slope s + a (1 - s) by |1 + z (1 - 2 s)| |Δs|, a gate by |Δs| itself; a sum over
+|z Δs|, the same relative error; its derivative s + a (1 - s) by |1 + z (1 - 2 s)| |Δs|, a gate by |Δs|; a sum over
 pixels by up to the sum of its terms' errors, a batch norm behind it by that over a standard deviation. How much of it
 reaches a given output or gradient, and what cancels on the way, no constant says, but the formula does: `approximated`
 evaluates the oracle again with every sigmoid moved by the bound above, and the term is how far its results move.

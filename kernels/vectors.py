@@ -35,7 +35,7 @@ class PendingResidual(NamedTuple):
 
     p: Tensor
     residual: Tensor | None
-    scale: Tensor | None
+    drop_scale: Tensor | None
     mean: Tensor
     var: Tensor
     weight: Tensor

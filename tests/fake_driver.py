@@ -154,19 +154,21 @@ WIDE = ((112, 672, 112, 3, 1, 8), (112, 672, 112, 3, 1, 8))  # the second makes 
 
 
 def train_blocks(blocks: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> None:
-    """Forward, backward and inference of each; where two follow each other alike, the second joins the first."""
+    """Forward, backward and inference of each; of two alike in a row the second adds the first's residual."""
     pending: Any = None
     for c_in, channels, c_out, k, stride, side in blocks:
         x: Any = torch.empty(2, c_in, side, side, device=CUDA, dtype=dtype).to(memory_format=torch.channels_last)
         expand, depthwise, excite, project = _layers(c_in, channels, c_out, k)
         options: dict[str, Any] = dict(stride=stride, padding="symmetric", residual=stride == 1 and c_in == c_out)
-        scale = torch.empty(2, device=CUDA)
-        joins = len(blocks) > 1 and blocks[0] == blocks[1] and pending is None
+        drop_scale = torch.empty(2, device=CUDA)
+        defer = len(blocks) > 1 and blocks[0] == blocks[1] and pending is None
         x = pending if pending is not None else x.requires_grad_()
         common: dict[str, Any] = dict(momentum=0.1, eps=1e-3, group="")
-        y: Any = mbconv_training(x, expand, depthwise, excite, project, scale, **options, **common, join=not joins)
-        pending = y if joins else None
-        if not joins:
+        y: Any = mbconv_training(
+            x, expand, depthwise, excite, project, drop_scale, **options, **common, defer_residual=defer
+        )
+        pending = y if defer else None
+        if not defer:
             y.float().sum().backward()
         with torch.no_grad():
             plain = torch.empty(2, c_in, side, side, device=CUDA, dtype=dtype).to(memory_format=torch.channels_last)

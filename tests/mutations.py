@@ -91,8 +91,8 @@ MUTATIONS = (
     Mutation(
         "wrong reduction: every image gets the first one's scale",
         "kernels/ops/drop_connect.py",
-        "tl.load(scale_ptr + rows // area,",
-        "tl.load(scale_ptr + rows * 0,",
+        "tl.load(drop_scale_ptr + rows // area,",
+        "tl.load(drop_scale_ptr + rows * 0,",
         DROP,
     ),
     Mutation(
@@ -110,7 +110,7 @@ MUTATIONS = (
         DROP,
     ),
     Mutation(
-        "slope of SiLU without its second term",
+        "dsilu of SiLU without its second term",
         "kernels/batch_norm.py",
         "return a, s + a * (1.0 - s)",
         "return a, s",
@@ -145,17 +145,17 @@ MUTATIONS = (
         ("tests/kernels/block/test_depthwise.py", "-k", "large_mean"),
     ),
     Mutation(
-        "taps of the gradient mirrored",
+        "weight of the gradient mirrored",
         "kernels/block/depthwise_backward.py",
-        "dx += d * taps[j % STRIDE + b * STRIDE]",
-        "dx += d * taps[K - 1 - (j % STRIDE + b * STRIDE)]",
+        "dx += d * weights[j % STRIDE + b * STRIDE]",
+        "dx += d * weights[K - 1 - (j % STRIDE + b * STRIDE)]",
         DEPTHWISE,
     ),
     Mutation(
         "dropped term in backward: the variance's share of the depthwise gradient",
         "kernels/block/depthwise_backward.py",
-        "(centred * slant + shift)",
-        "shift",
+        "(centred * grad_slope + grad_offset)",
+        "grad_offset",
         DEPTHWISE,
     ),
     Mutation(

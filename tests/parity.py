@@ -29,10 +29,10 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "squeeze_excite": ("x", *EXCITE),
     "bn_silu": ("x", *NORM),
     "bn_silu_squeeze_excite": ("x", *NORM, *EXCITE),
-    "drop_connect_add": ("x", "residual", "scale"),
-    "bn_drop_connect_add": ("x", "residual", "scale", *NORM),
+    "drop_connect_add": ("x", "residual", "drop_scale"),
+    "bn_drop_connect_add": ("x", "residual", "drop_scale", *NORM),
 }
-CONSTANT = ("scale", "running_mean", "running_var")
+CONSTANT = ("drop_scale", "running_mean", "running_var")
 DRAWS = 8
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU the kernels run in Triton's interpreter
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -127,7 +127,7 @@ def cases(op: str) -> list[Any]:
     """Parameters for pytest: one quick case of each dtype, more of them marked wide, the rest of the product slow; what
     is absent is left out at two shapes, at the others in full."""
     modes: tuple[Any, ...] = ("train", "eval") if op.startswith("bn") else ("plain",)
-    optional = [name for name in ("residual", "scale") if name in ARGUMENTS[op]]
+    optional = [name for name in ("residual", "drop_scale") if name in ARGUMENTS[op]]
     if op == "drop_connect_add":
         optional.remove("residual")
     made = []
@@ -167,7 +167,7 @@ def inputs(case: Case, seed: int = 0) -> dict[str, Tensor | None]:
         "x": normal(*case.shape) + normal(c)[:, None, None],
         "residual": normal(*case.shape),
         "dy": normal(*case.shape) + 0.3,  # a common part, so that a lost mean shows
-        "scale": torch.tensor([1.25, 0.0, 1.25, 1.25] * b, device="cpu")[:b],
+        "drop_scale": torch.tensor([1.25, 0.0, 1.25, 1.25] * b, device="cpu")[:b],
         "weight": 1 + 0.3 * normal(c),
         "bias": 0.3 * normal(c),
         "running_mean": 0.5 * normal(c),

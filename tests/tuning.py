@@ -127,14 +127,14 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[Machine]
         monkeypatch.setattr(layers, name, operation(name))
     # Joined blocks have kernels of their own.
     monkeypatch.setattr(layers.MBConv, "can_defer_residual", lambda *args: False)
-    monkeypatch.setattr(tuner, "subjects", _unjoined(tuner.subjects))
+    monkeypatch.setattr(tuner, "subjects", _without_pending(tuner.subjects))
     yield made
     torch.set_num_threads(threads)
     forms.forget()
     configs.forget()
 
 
-def _unjoined(find: Any) -> Any:
+def _without_pending(find: Any) -> Any:
     def found(*args: Any, **options: Any) -> Any:
         subjects = find(*args, **options)
         for occurrences in subjects.values():

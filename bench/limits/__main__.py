@@ -52,18 +52,18 @@ def residual_expand(block: Block, prev: Block) -> Callable[[], object]:
     residual = x if prev.residual else None
 
     def launch() -> object:
-        return pointwise.joined_forward(x, residual, scale if prev.scaled else None, v.coefficients(), w)
+        return pointwise.residual_add_forward(x, residual, scale if prev.scaled else None, v.norm_vectors(), w)
 
     return launch
 
 
-def recorded(block: Block, prev: Block | None, joins: bool, card: Card) -> Iterator[Step]:
+def recorded(block: Block, prev: Block | None, defer_residual: bool, card: Card) -> Iterator[Step]:
     """The launches of one block's step, as it stands between its neighbours in a model."""
     moved: dict[bool, dict[str, Bytes]] = {}
     with pretend(card.gpu):
         for cached in (True, False):
             forward = mbconv_traffic.forward(
-                block, DTYPE, prev=prev, joins=joins, from_memory=cached, gpu=card.gpu
+                block, DTYPE, prev=prev, defer_residual=defer_residual, from_memory=cached, gpu=card.gpu
             )  # fmt: skip
             moved[cached] = forward | mbconv_traffic.backward(block, DTYPE, from_memory=cached, gpu=card.gpu)
         for name, step in schedule(block, DTYPE, META):
@@ -84,8 +84,8 @@ def launch_costs(variant: str, resolution: int, batch: int, card: Card) -> Itera
     blocks = model_blocks(variant, resolution, batch)
     known: dict[object, Cost] = {}
     for prev, block, following in zip([None, *blocks], blocks, [*blocks[1:], None], strict=False):
-        joins = following is None or not following.expands
-        for name, launch, moved, accessed in recorded(block, prev if block.expands else None, joins, card):
+        defer_residual = following is not None and following.expands
+        for name, launch, moved, accessed in recorded(block, prev if block.expands else None, defer_residual, card):
             numbers = {n: v for n, v in arguments_of(launch).items() if isinstance(v, int | str | None)}
             key = launch.kernel.fn, launch.grid, *numbers.items(), moved
             if key not in known:

@@ -197,9 +197,9 @@ def flow(code: Sequence[Instruction], found: Sequence[Loop], counts: Mapping[Loo
 
 _IMAGES = {
     "x_ptr", "dy_ptr", "a_ptr", "dy_row", "y_row", "image_ptr", "residual_ptr", "x_ptrs", "y_ptr", "dx_ptr",
-    "joined_ptr", "y_ptrs",
+    "residual_sum_ptr", "y_ptrs",
 }  # fmt: skip
-_NEAR = {"gate_ptr", "scale_ptr", "q_ptr", "taps_ptrs"}
+_NEAR = {"gate_ptr", "drop_scale_ptr", "q_ptr", "w_ptrs"}
 _ACCESS = re.compile(r"tl\.(?:load|store)\(\s*(\w+)")
 
 

@@ -136,7 +136,7 @@ def _compare_steps(context: Context, work: Workload, contenders: Sequence[Entry]
             options = {"kernels": entry.kernels} if entry.model == OURS else {}
             runner = StepRunner(
                 entry.model, work.variant, work.resolution, work.batch, device, amp=amp, compile_options=entry.options,
-                graph=entry.graph, own_joins=entry.own_joins, **options,
+                graph=entry.graph, own_residual_adds=entry.own_residual_adds, **options,
             )  # fmt: skip
             runner()
             synchronise(device)

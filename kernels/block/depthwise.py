@@ -1,6 +1,6 @@
 """Depthwise convolution, k 3 or 5, stride 1 or 2, that activates as it loads and takes statistics as it stores.
 
-For x [B, H, W, C] and taps w [C, k, k], with the batch norm and SiLU of the layer before (`norm`) or without (a = x):
+For x [B, H, W, C] and weight w [C, k, k], with the batch norm and SiLU of the layer before (`norm`) or without (a = x):
 
     a = silu(batch_norm(x)), zero outside the image
     y[o, p] = Σ_{ky, kx} w[ky, kx] a[o s + ky - top, p s + kx - left]
@@ -47,13 +47,13 @@ from kernels.block.strips import (
     Strips,
     empty_nhwc,
     inside,
-    load_taps,
+    load_weights,
     make_plan,
-    pack_taps,
+    pack_weight,
     strip_candidates,
     strip_specs,
     strips_site,
-    tap_bytes,
+    weight_bytes,
 )
 from kernels.configs import Site
 from kernels.device import REFERENCE, Gpu
@@ -92,7 +92,7 @@ def store_line(
 @L.jit
 def _depthwise_kernel(
     x_ptr,
-    taps_ptr,  # [blocks, K * K, BLOCK_C]
+    w_ptr,  # [blocks, K * K, BLOCK_C]
     y_ptr,
     partial_ptr,  # [2, P, C]: means, M2s; None without STATS
     counts_ptr,  # [P]
@@ -131,10 +131,10 @@ def _depthwise_kernel(
     c = c0 + tl.arange(0, BLOCK_C)[None, :]
     in_channels = c < channels
     lanes = tl.arange(0, UNITS)[:, None]
-    # Of the shape of a tile, so that a lane loads its own taps.
-    taps = load_taps(taps_ptr + c0 * (K * K) + lanes * 0 + tl.arange(0, BLOCK_C)[None, :], K * K, BLOCK_C)
+    # Of the shape of a tile, so that a lane loads its own weights.
+    weights = load_weights(w_ptr + c0 * (K * K) + lanes * 0 + tl.arange(0, BLOCK_C)[None, :], K * K, BLOCK_C)
     if NORM:
-        bn_mean, _rstd, gain, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
+        bn_mean, _rstd, bn_scale, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
     if STATS:
         all_count = tl.zeros([UNITS, 1], tl.float32)
         all_mean = tl.zeros([UNITS, BLOCK_C], tl.float32)
@@ -178,7 +178,7 @@ def _depthwise_kernel(
                         inside = inside & (j >= -left)
                     x = tl.load(x_ptrs + (x_below + j * channels), mask=inside & in_channels, other=0.0).to(tl.float32)
                     if NORM:
-                        z = (x - bn_mean) * gain + bias
+                        z = (x - bn_mean) * bn_scale + bias
                         x = tl.where(inside, z * sigmoid(z), 0.0)
                     line = line + (x,)
                 added = ()
@@ -187,7 +187,7 @@ def _depthwise_kernel(
                         a = acc[r * COLUMNS + i]
                         if phase + (LINES - 1 - r) * STRIDE < K:
                             for kx in tl.static_range(K):
-                                a += line[i * STRIDE + kx] * taps[(phase + (LINES - 1 - r) * STRIDE) * K + kx]
+                                a += line[i * STRIDE + kx] * weights[(phase + (LINES - 1 - r) * STRIDE) * K + kx]
                         added = added + (a,)
                 acc = added
                 x_below += width * channels
@@ -206,7 +206,7 @@ def _depthwise_kernel(
             row += 1
             y_below += out_width * channels
             step += 1
-        for r in tl.static_range(LINES - 1):  # rows whose last taps lie below the image
+        for r in tl.static_range(LINES - 1):  # rows whose last inputs lie below the image
             rest = ()
             for i in tl.static_range(COLUMNS):
                 rest = rest + (acc[r * COLUMNS + i],)
@@ -320,7 +320,7 @@ def depthwise(
     counts = L.empty((plan.partials,), like=x) if stats else None
     vec = L.vector_width(channels)
     L.launch(
-        _depthwise_kernel, (plan.blocks * plan.partials,), x, pack_taps(weight), y, partial, counts,
+        _depthwise_kernel, (plan.blocks * plan.partials,), x, pack_weight(weight), y, partial, counts,
         *norm, g.height, g.width, g.out_height, g.out_width, g.pad_top, g.pad_left, plan.strips, plan.bands,
         plan.band_rows, steps, plan.units, plan.groups, plan.partials, channels // vec,
         like=x, num_warps=NUM_WARPS, maxnreg=plan.config.maxnreg, site=plan.site, NORM=norm.mean is not None,
@@ -377,7 +377,7 @@ def traffic(
     pixels = (rows * columns if again else g.height * g.width) + g.out_height * g.out_width
     moved = images * channels * dtype.itemsize * pixels
     moved += plan.partials * (
-        plan.blocks * tap_bytes(g.kernel_size**2, plan.tile_units, again) + (16 * channels if norm else 0)
+        plan.blocks * weight_bytes(g.kernel_size**2, plan.tile_units, again) + (16 * channels if norm else 0)
     )
     if not stats:
         return {"_depthwise_kernel": moved}

@@ -1,4 +1,4 @@
-"""Gradients of the depthwise convolution: of its input, of its taps, and the sums for the batch norm in front of it.
+"""Gradients of the depthwise convolution: of its input, of its weight, and the sums for the batch norm in front of it.
 
 With y the convolution's output, z = weight ŷ + bias its batch norm over n = B Ho Wo rows, a2 = silu(z), gate g and
 pooled gradient q [B, C], and dA the gradient of the gated activation a2 g (x, a, w, s, top: see
@@ -17,9 +17,10 @@ Bytes, in passes: dA, y and x read, da written, 3 + 1. Unfused PyTorch from the 
 The shape of the kernel. Tiles as in `kernels.block.depthwise`, and gathering: a step brings one row of dy, COLUMNS +
 ⌈k / s⌉ - 1 columns of it, into a window of ⌈k / s⌉ rows that is all that one row of x (s rows at stride s) depends on.
 So da is whole at once and meets x̂ and silu' in registers, where the k² sums of dw grow as well. At stride 2 an input
-row's parity selects its taps at compile time, and no product with a structural zero is formed. The taps come from the
-first-level cache in every row: with k 5 there is no room for them. A program walks several tiles before it writes its
-k² + 2 sums a channel, which `_sum_partials_kernel` adds up in order: no atomics, and a result repeats bit for bit.
+row's parity selects its weights at compile time, and no product with a structural zero is formed. The weights come
+from the first-level cache in every row: with k 5 there is no room for them. A program walks several tiles before it
+writes its k² + 2 sums a channel, which `_sum_partials_kernel` adds up in order: no atomics, and a result repeats bit
+for bit.
 
 Where `Strips.separate` says so, dy is made by a pass of its own (`squeeze_excite.scale_backward`), rounded once more to
 the storage dtype, and read here: 2 + 1 passes over y more, and half of the instructions.
@@ -46,7 +47,7 @@ from kernels.batch_norm import (
     channel_vector,
     inverse_std,
     locate,
-    silu_and_slope,
+    silu_and_dsilu,
     store_channels,
     sum_partials,
     sum_traffic,
@@ -58,13 +59,13 @@ from kernels.block.strips import (
     Strips,
     empty_nhwc,
     inside,
-    load_taps,
+    load_weights,
     make_plan,
-    pack_taps,
+    pack_weight,
     strip_candidates,
     strip_specs,
     strips_site,
-    tap_bytes,
+    weight_bytes,
 )
 from kernels.configs import Site
 from kernels.device import REFERENCE, Gpu
@@ -75,7 +76,7 @@ from kernels.vectors import NO_NORM, NO_OUT_NORM, Norm, OutNorm
 
 @L.helper
 def gradient_line(
-    dy_row, y_row, offsets, left, stop, in_channels, channels, gate, q, mean, gain, bias, shift, slant,
+    dy_row, y_row, offsets, left, stop, in_channels, channels, gate, q, mean, bn_scale, bias, grad_offset, grad_slope,
     NORM: tl.constexpr, SPAN: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
     """One row of the convolution's gradient, SPAN columns of it, zero outside the image."""
@@ -88,8 +89,8 @@ def gradient_line(
         if NORM:
             y = tl.load(y_row + j * channels + offsets, mask=inside & in_channels, other=0.0).to(tl.float32)
             centred = y - mean
-            _a, slope = silu_and_slope(centred * gain + bias)
-            d = tl.where(inside, (d * gate + q) * slope - (centred * slant + shift), 0.0)
+            _a, dsilu = silu_and_dsilu(centred * bn_scale + bias)
+            d = tl.where(inside, (d * gate + q) * dsilu - (centred * grad_slope + grad_offset), 0.0)
         line = line + (d,)
     return line
 
@@ -110,9 +111,9 @@ def _depthwise_backward_kernel(
     var_ptr,
     weight_ptr,
     bias_ptr,
-    taps_ptr,  # [blocks, K * K, BLOCK_C]
+    w_ptr,  # [blocks, K * K, BLOCK_C]
     dx_ptr,
-    partial_ptr,  # [K * K (+ 2), P, C]: sums for the taps' gradient, with NORM Σ dz, Σ dz x̂ of the input's norm
+    partial_ptr,  # [K * K (+ 2), P, C]: sums for the weight's gradient, with NORM Σ dz, Σ dz x̂ of the input's norm
     eps,
     inverse_rows,
     height,
@@ -145,22 +146,22 @@ def _depthwise_backward_kernel(
     c = c0 + tl.arange(0, BLOCK_C)[None, :]
     in_channels = c < channels
     lanes = tl.arange(0, UNITS)[:, None]
-    taps_ptrs = taps_ptr + c0 * (K * K) + lanes * 0 + tl.arange(0, BLOCK_C)[None, :]
+    w_ptrs = w_ptr + c0 * (K * K) + lanes * 0 + tl.arange(0, BLOCK_C)[None, :]
     if NORM:
-        mean, _rstd, gain, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
+        mean, _rstd, bn_scale, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
         sum_dz = tl.zeros([UNITS, BLOCK_C], tl.float32)
         sum_dz_centred = tl.zeros([UNITS, BLOCK_C], tl.float32)
     if OUT_NORM:
-        out_mean, out_rstd, out_gain, out_bias = bn_vectors(
+        out_mean, out_rstd, out_bn_scale, out_bias = bn_vectors(
             out_mean_ptr, out_var_ptr, out_weight_ptr, out_bias_ptr, eps, c0, channels, BLOCK_C
         )
-        shift = out_gain * channel_vector(sums_ptr, c0, channels, BLOCK_C) * inverse_rows
-        slant = out_gain * out_rstd * channel_vector(sums_ptr + channels, c0, channels, BLOCK_C) * inverse_rows
+        grad_offset = out_bn_scale * channel_vector(sums_ptr, c0, channels, BLOCK_C) * inverse_rows
+        grad_slope = out_bn_scale * out_rstd * channel_vector(sums_ptr + channels, c0, channels, BLOCK_C) * inverse_rows
     else:
-        out_mean, out_gain, out_bias, shift, slant = 0.0, 0.0, 0.0, 0.0, 0.0
-    dtaps = ()
+        out_mean, out_bn_scale, out_bias, grad_offset, grad_slope = 0.0, 0.0, 0.0, 0.0, 0.0
+    dweights = ()
     for _i in tl.static_range(K * K):
-        dtaps = dtaps + (tl.zeros([UNITS, BLOCK_C], tl.float32),)
+        dweights = dweights + (tl.zeros([UNITS, BLOCK_C], tl.float32),)
     group = part
     while group < groups:
         unit = group // bands * UNITS + lanes
@@ -173,8 +174,8 @@ def _depthwise_backward_kernel(
         y_offsets = ((image.to(tl.int64) * out_height + row) * out_width + left) * channels + c
         if OUT_NORM:
             real = (unit < units) & in_channels
-            gate = out_gain * tl.load(gate_ptr + image * channels + c, mask=real, other=0.0)
-            q = out_gain * tl.load(q_ptr + image * channels + c, mask=real, other=0.0)
+            gate = out_bn_scale * tl.load(gate_ptr + image * channels + c, mask=real, other=0.0)
+            q = out_bn_scale * tl.load(q_ptr + image * channels + c, mask=real, other=0.0)
         else:
             gate, q = 1.0, 0.0
         right = tl.where(unit < units, out_width - left, 0)
@@ -197,8 +198,8 @@ def _depthwise_backward_kernel(
         while step < lead:
             stop = tl.where((row >= 0) & (row < out_height), right, 0)
             line = gradient_line(
-                dy_row, y_row, y_offsets, left, stop, in_channels, channels, gate, q, out_mean, out_gain, out_bias,
-                shift, slant, OUT_NORM, SPAN, LINES,
+                dy_row, y_row, y_offsets, left, stop, in_channels, channels, gate, q, out_mean, out_bn_scale, out_bias,
+                grad_offset, grad_slope, OUT_NORM, SPAN, LINES,
             )  # fmt: skip
             moved = ()
             for i in tl.static_range((LINES - 1) * SPAN):
@@ -215,8 +216,8 @@ def _depthwise_backward_kernel(
         while step < band_rows:
             stop = tl.where((row >= 0) & (row < out_height), right, 0)
             line = gradient_line(
-                dy_row, y_row, y_offsets, left, stop, in_channels, channels, gate, q, out_mean, out_gain, out_bias,
-                shift, slant, OUT_NORM, SPAN, LINES,
+                dy_row, y_row, y_offsets, left, stop, in_channels, channels, gate, q, out_mean, out_bn_scale, out_bias,
+                grad_offset, grad_slope, OUT_NORM, SPAN, LINES,
             )  # fmt: skip
             rows = ()
             for i in tl.static_range(LINES * SPAN):
@@ -231,14 +232,14 @@ def _depthwise_backward_kernel(
                 for _j in tl.static_range(COLUMNS * STRIDE):
                     dxs = dxs + (tl.zeros([UNITS, BLOCK_C], tl.float32),)
                 for a in tl.static_range((K - 1 - phase) // STRIDE + 1):
-                    # Taps stay in the first-level cache and come a row at a time: 25 of them have no room.
-                    taps = load_taps(taps_ptrs + (phase + a * STRIDE) * (K * BLOCK_C), K, BLOCK_C)
+                    # Weights stay in the first-level cache and come a row at a time: 25 of them have no room.
+                    weights = load_weights(w_ptrs + (phase + a * STRIDE) * (K * BLOCK_C), K, BLOCK_C)
                     added = ()
                     for j in tl.static_range(COLUMNS * STRIDE):
                         dx = dxs[j]
                         for b in tl.static_range((K - 1 - j % STRIDE) // STRIDE + 1):
                             d = rows[(LINES - 1 - a) * SPAN + j // STRIDE + LINES - 1 - b]
-                            dx += d * taps[j % STRIDE + b * STRIDE]
+                            dx += d * weights[j % STRIDE + b * STRIDE]
                         added = added + (dx,)
                     dxs = added
                 inputs = ()
@@ -253,22 +254,22 @@ def _depthwise_backward_kernel(
                     tl.store(dx_ptr + (x_offsets + (x_below + j * channels)), dx, mask=inside & in_channels)
                     if NORM:
                         centred = x - mean
-                        x, slope = silu_and_slope(centred * gain + bias)
+                        x, dsilu = silu_and_dsilu(centred * bn_scale + bias)
                         x = tl.where(inside, x, 0.0)
-                        dz = tl.where(inside, dx.to(tl.float32) * slope, 0.0)
+                        dz = tl.where(inside, dx.to(tl.float32) * dsilu, 0.0)
                         sum_dz += dz
                         sum_dz_centred += dz * centred
                     inputs = inputs + (x,)
                 added = ()
                 for ky in tl.static_range(K):
                     for kx in tl.static_range(K):
-                        dtap = dtaps[ky * K + kx]
+                        dweight_k = dweights[ky * K + kx]
                         if ky % STRIDE == phase:
                             for i in tl.static_range(COLUMNS):
                                 d = rows[(LINES - 1 - ky // STRIDE) * SPAN + i + LINES - 1 - kx // STRIDE]
-                                dtap += d * inputs[i * STRIDE + kx % STRIDE]
-                        added = added + (dtap,)
-                dtaps = added
+                                dweight_k += d * inputs[i * STRIDE + kx % STRIDE]
+                        added = added + (dweight_k,)
+                dweights = added
                 x_below += width * channels
             moved = ()
             for i in tl.static_range((LINES - 1) * SPAN):
@@ -280,7 +281,7 @@ def _depthwise_backward_kernel(
             step += 1
         group += partials
     for i in tl.static_range(K * K):
-        total = tl.sum(dtaps[i], axis=0)
+        total = tl.sum(dweights[i], axis=0)
         store_channels(partial_ptr + (i * partials + part) * channels, total, c0, channels, BLOCK_C)
     if NORM:
         # Computed again: kept since the beginning it would take two registers where there are none.
@@ -333,9 +334,9 @@ def depthwise_backward(
     images, channels = x.shape[:2]
     norms = {"norm": norm.mean is not None, "out_norm": out.y is not None}
     plan, lead = backward_plan(x.shape, x.dtype, g, **norms, gpu=L.gpu(x.device))
-    taps = g.kernel_size**2
+    area = g.kernel_size**2
     dx = empty_nhwc(x, channels, g.height, g.width)
-    partial = L.empty((taps + (0 if norm.mean is None else 2), plan.partials, channels), like=x)
+    partial = L.empty((area + (0 if norm.mean is None else 2), plan.partials, channels), like=x)
     vec = L.vector_width(channels)
     eps = out.norm.eps if norm.mean is None else norm.eps
     if out.y is not None and out.norm.eps != eps:
@@ -349,15 +350,15 @@ def depthwise_backward(
         out = NO_OUT_NORM
     L.launch(
         _depthwise_backward_kernel, (plan.blocks * plan.partials,), dy, *out[:4], *out.norm[:4], x, *norm[:4],
-        pack_taps(weight), dx, partial, eps, 1.0 / (images * g.out_height * g.out_width),
+        pack_weight(weight), dx, partial, eps, 1.0 / (images * g.out_height * g.out_width),
         g.height, g.width, g.out_height, g.out_width, g.pad_top, g.pad_left, plan.strips, plan.bands, plan.band_rows,
         lead, plan.units, plan.groups, plan.partials, channels // vec,
         like=x, num_warps=NUM_WARPS, maxnreg=plan.config.maxnreg, site=plan.site, NORM=norm.mean is not None,
         OUT_NORM=out.y is not None, K=g.kernel_size, STRIDE=g.stride, **plan.constexprs(vec),
     )  # fmt: skip
     sums = sum_partials(partial, plan.site)
-    dweight = sums[:taps].t().reshape(channels, 1, g.kernel_size, g.kernel_size).contiguous()
-    return dx, dweight, None if norm.mean is None else sums[taps:]
+    dweight = sums[:area].t().reshape(channels, 1, g.kernel_size, g.kernel_size).contiguous()
+    return dx, dweight, None if norm.mean is None else sums[area:]
 
 
 IMAGES = ("dy_ptr", "y_ptr", "x_ptr", "dx_ptr")
@@ -407,13 +408,13 @@ def traffic(
         columns += inside(column - (g.lines - 1), column + plan.config.columns, g.out_width)
     pixels = rows * columns if again else g.out_height * g.out_width
     image = images * channels * dtype.itemsize
-    taps = g.kernel_size**2
+    area = g.kernel_size**2
     walks = plan.groups * plan.band_rows if again else plan.partials
     vectors = (5 if norm else 0) + (6 if out_norm else 0)
-    sums = taps + (2 if norm else 0)
+    sums = area + (2 if norm else 0)
     return first | {
         "_depthwise_backward_kernel": image * (pixels * (2 if out_norm else 1) + 2 * g.height * g.width)
-        + walks * plan.blocks * tap_bytes(taps, plan.tile_units, again)
+        + walks * plan.blocks * weight_bytes(area, plan.tile_units, again)
         + 4 * channels * ((vectors + sums) * plan.partials + (2 * plan.units * plan.bands if out_norm else 0)),
         "_sum_partials_kernel": sum_traffic(sums, plan.partials, channels),
     }

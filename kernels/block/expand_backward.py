@@ -1,6 +1,6 @@
 """The backward of an expansion whose weight is small, in one kernel: dx and dW1 from one read of dA1 and E.
 
-    dE = scale dA1 silu'(z(E)) - constant - linear (E - mean)      "bn_silu_grad" of `kernels.block.pointwise_operand`
+    dE = bn_scale dA1 silu'(z(E)) - grad_offset - grad_slope (E - mean)        "bn_silu_grad" of `pointwise_operand`
     dx = dE W1 (+ dy where the block has a residual)               dW1 = dEᵀ x
 
 `kernels.block.pointwise_gemm` and `kernels.block.pointwise_wgrad` each make dE, and read dA1 and E for it. Here a
@@ -46,7 +46,7 @@ MOST_WIDE, MOST_NARROW = 192, 32  # 24 registers a thread of four warps for the 
 def _expand_backward_kernel(
     da_ptr,  # [M, W]
     e_ptr,
-    coefficients_ptr,  # [6, W]
+    norm_ptr,  # [6, W]
     w_ptr,  # [W, N]
     x_ptr,  # [M, N]
     residual_ptr,  # [M, N], or None
@@ -82,7 +82,7 @@ def _expand_backward_kernel(
         dx = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         added = ()
         for i in tl.static_range(BLOCKS):
-            vectors = operand_vectors(coefficients_ptr, i * BLOCK_W, wide, "bn_silu_grad", BLOCK_W)
+            vectors = operand_vectors(norm_ptr, i * BLOCK_W, wide, "bn_silu_grad", BLOCK_W)
             de = operand(
                 da_ptr, e_ptr, None, None, vectors, row, end, row_count, 1, i * BLOCK_W, wide,
                 "bn_silu_grad", 0, BLOCK_M, BLOCK_W,

@@ -25,9 +25,9 @@ from kernels.ops.squeeze_excite import fake_parameters, fake_vectors, squeeze
 from kernels.vectors import Norm, OutNorm
 
 
-def _geometry(x: Tensor, taps: Tensor, stride: int, padding: Any) -> Geometry:
+def _geometry(x: Tensor, w: Tensor, stride: int, padding: Any) -> Geometry:
     assert padding in get_args(Padding)
-    return geometry(x.shape[2], x.shape[3], taps.shape[-1], stride, padding)
+    return geometry(x.shape[2], x.shape[3], w.shape[-1], stride, padding)
 
 
 def _area(x: Tensor) -> int:
@@ -49,11 +49,11 @@ def _(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     return empty_nhwc(x, w.shape[0], *x.shape[2:]), _vector(x, w.shape[0]), _vector(x, w.shape[0])
 
 
-@operation("mbconv_joined_expand")
+@operation("mbconv_residual_expand")
 def residual_expand(
     p: Tensor,
     residual: Tensor | None,
-    scale: Tensor | None,
+    drop_scale: Tensor | None,
     mean: Tensor,
     var: Tensor,
     weight: Tensor,
@@ -61,14 +61,14 @@ def residual_expand(
     w: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The previous block's projection p [B, C_in, H, W], the batch norm on it, drop-connect scale [B] and residual → x,
-    which is that block's output; and `expand` of x."""
-    norm = P.coefficients(mean, var, weight, bias, eps)
-    return P.joined_forward(L.nhwc(p), None if residual is None else L.nhwc(residual), scale, norm, w)
+    """The previous block's projection p [B, C_in, H, W], the batch norm on it, drop_scale [B] and residual → x, that
+    block's output; and `expand` of x."""
+    norm = P.norm_vectors(mean, var, weight, bias, eps)
+    return P.residual_add_forward(L.nhwc(p), None if residual is None else L.nhwc(residual), drop_scale, norm, w)
 
 
 @residual_expand.register_fake
-def _(p: Tensor, residual: Tensor | None, scale: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
+def _(p: Tensor, residual: Tensor | None, drop_scale: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
     channels = others[4].shape[0]
     return (
         L.empty_image(p), empty_nhwc(p, channels, *p.shape[2:]), _vector(p, channels), _vector(p, channels),
@@ -82,15 +82,15 @@ def depthwise_forward(
     var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    taps: Tensor,
+    w: Tensor,
     eps: float,
     stride: int,
     padding: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """E [B, C, H, W], the batch norm on it (None: neither norm nor SiLU), taps [C, 1, k, k] fp32 → D, its mean and
+    """E [B, C, H, W], the batch norm on it (None: neither norm nor SiLU), w [C, 1, k, k] fp32 → D, its mean and
     biased variance."""
     d, partial, counts = depthwise(
-        L.nhwc(e), taps, _geometry(e, taps, stride, padding), Norm(mean, var, weight, bias, eps), stats=True
+        L.nhwc(e), w, _geometry(e, w, stride, padding), Norm(mean, var, weight, bias, eps), stats=True
     )
     assert partial is not None
     assert counts is not None
@@ -104,12 +104,12 @@ def _(
     var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    taps: Tensor,
+    w: Tensor,
     eps: float,
     stride: int,
     padding: str,
 ) -> tuple[Tensor, ...]:
-    g = _geometry(e, taps, stride, padding)
+    g = _geometry(e, w, stride, padding)
     channels = e.shape[1]
     return empty_nhwc(e, channels, g.out_height, g.out_width), _vector(e, channels), _vector(e, channels)
 
@@ -129,14 +129,14 @@ def project(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """D [B, C, H, W] and the batch norm on it, squeeze-and-excite, w [C_out, C] in the dtype of D → P [B, C_out, H, W],
-    its mean and biased variance; for backward the norm's coefficients [4, C], pooled [B, C], hidden [B, S], gate
+    its mean and biased variance; for backward the norm's norm_vectors [4, C], pooled [B, C], hidden [B, S], gate
     [B, C] and each image's sums of σ' and σ' d̂ [2, B, C]."""
     d = L.nhwc(d)
     partial = squeeze(d, None, Norm(mean, var, weight, bias, eps))
-    pooled, hidden, gate, slopes = E.excite(partial, _area(d), w_reduce, b_reduce, w_expand, b_expand)
-    assert slopes is not None
-    norm = P.coefficients(mean, var, weight, bias, eps)
-    return *P.forward(d, w, norm, gate), norm, pooled, hidden, gate, slopes
+    pooled, hidden, gate, dsilu_sums = E.excite(partial, _area(d), w_reduce, b_reduce, w_expand, b_expand)
+    assert dsilu_sums is not None
+    norm = P.norm_vectors(mean, var, weight, bias, eps)
+    return *P.forward(d, w, norm, gate), norm, pooled, hidden, gate, dsilu_sums
 
 
 @project.register_fake
@@ -151,13 +151,15 @@ def _(
     )  # fmt: skip
 
 
-@operation("mbconv_join_backward")
-def join_backward(dy: Tensor, p: Tensor, scale: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-    """Σ dz and Σ dz p̂ of the projection's batch norm, dz = scale[b] dy: [2, C_out]."""
-    return reduce_sums(L.nhwc(dy), L.nhwc(p), scale, mean, var, eps)
+@operation("mbconv_residual_add_backward")
+def residual_add_backward(
+    dy: Tensor, p: Tensor, drop_scale: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> Tensor:
+    """Σ dz and Σ dz p̂ of the projection's batch norm, dz = drop_scale[b] dy: [2, C_out]."""
+    return reduce_sums(L.nhwc(dy), L.nhwc(p), drop_scale, mean, var, eps)
 
 
-@join_backward.register_fake
+@residual_add_backward.register_fake
 def _(dy: Tensor, p: Tensor, *others: Any) -> Tensor:
     return _vector(p, 2, p.shape[1])
 
@@ -166,7 +168,7 @@ def _(dy: Tensor, p: Tensor, *others: Any) -> Tensor:
 def project_backward(
     dy: Tensor,
     p: Tensor,
-    scale: Tensor | None,
+    drop_scale: Tensor | None,
     sums: Tensor,
     mean: Tensor,
     var: Tensor,
@@ -180,16 +182,16 @@ def project_backward(
     pooled: Tensor,
     hidden: Tensor,
     gate: Tensor,
-    slopes: Tensor,
+    dsilu_sums: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dA [B, C, H, W], q [B, C], Σ dz and Σ dz d̂ of the depthwise convolution's batch norm [2, C], dW [C_out, C] and
-    dWr, dbr, dWe, dbe, all fp32 but dA. `sums` are those of `join_backward`."""
+    dWr, dbr, dWe, dbe, all fp32 but dA. `sums` are those of `residual_add_backward`."""
     dy, p, d = L.nhwc(dy), L.nhwc(p), L.nhwc(d)
-    norm = P.coefficients(mean, var, weight, bias, eps, sums, p.numel() // p.shape[1])
-    da, partial = P.projection_dgrad(dy, p, w, norm, scale, d, d_norm)
-    dw = P.projection_wgrad(dy, p, norm, scale, d, d_norm, gate)
-    q, shares, *excite = E.excite_backward(partial, _area(d), w_reduce, w_expand, pooled, hidden, gate, slopes)
+    norm = P.norm_vectors(mean, var, weight, bias, eps, sums, p.numel() // p.shape[1])
+    da, partial = P.projection_dgrad(dy, p, w, norm, drop_scale, d, d_norm)
+    dw = P.projection_wgrad(dy, p, norm, drop_scale, d, d_norm, gate)
+    q, shares, *excite = E.excite_backward(partial, _area(d), w_reduce, w_expand, pooled, hidden, gate, dsilu_sums)
     assert shares is not None
     dw_reduce, db_reduce, dw_expand, db_expand = excite
     return da, q, sum_partials(shares), dw, dw_reduce, db_reduce, dw_expand, db_expand
@@ -197,8 +199,8 @@ def project_backward(
 
 @project_backward.register_fake
 def _(
-    dy: Tensor, p: Tensor, scale: Tensor | None, sums: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor,
-    d: Tensor, d_norm: Tensor, w: Tensor, w_reduce: Tensor, *others: Any,
+    dy: Tensor, p: Tensor, drop_scale: Tensor | None, sums: Tensor, mean: Tensor, var: Tensor, weight: Tensor,
+    bias: Tensor, d: Tensor, d_norm: Tensor, w: Tensor, w_reduce: Tensor, *others: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     images, channels = d.shape[:2]
     return (
@@ -223,28 +225,28 @@ def depthwise_gradients(
     var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    taps: Tensor,
+    w: Tensor,
     eps: float,
     stride: int,
     padding: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dA1 [B, C, H, W], the gradient of the expansion's activation (of E itself without a norm), dtaps fp32 and, with a
+    """dA1 [B, C, H, W], the gradient of the expansion's activation (of E itself without a norm), dw fp32 and, with a
     norm, its Σ dz and Σ dz ê [2, C]."""
     out = OutNorm(L.nhwc(d), gate, q, sums, Norm(out_mean, out_var, out_weight, out_bias, eps))
     e = L.nhwc(e)
-    g = _geometry(e, taps, stride, padding)
-    return depthwise_backward(L.nhwc(da), e, taps, g, Norm(mean, var, weight, bias, eps), out)
+    g = _geometry(e, w, stride, padding)
+    return depthwise_backward(L.nhwc(da), e, w, g, Norm(mean, var, weight, bias, eps), out)
 
 
 @depthwise_gradients.register_fake
 def _(
     da: Tensor, d: Tensor, gate: Tensor, q: Tensor, sums: Tensor, out_mean: Tensor, out_var: Tensor, out_weight: Tensor,
     out_bias: Tensor, e: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    taps: Tensor, *others: Any,
+    w: Tensor, *others: Any,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    k2 = taps.shape[-1] ** 2
+    k2 = w.shape[-1] ** 2
     sums_of_e = None if mean is None else _vector(e, k2 + 2, e.shape[1])[k2:]
-    return L.empty_image(e), _vector(e, *taps.shape), sums_of_e
+    return L.empty_image(e), _vector(e, *w.shape), sums_of_e
 
 
 @operation("mbconv_expand_backward")
@@ -263,7 +265,7 @@ def expand_backward(
 ) -> tuple[Tensor, Tensor]:
     """dx [B, C_in, H, W] and dW [C, C_in] fp32; da is dA1 and `sums` of `depthwise_gradients`."""
     da, e, x = L.nhwc(da), L.nhwc(e), L.nhwc(x)
-    norm = P.coefficients(mean, var, weight, bias, eps, sums, e.numel() // e.shape[1])
+    norm = P.norm_vectors(mean, var, weight, bias, eps, sums, e.numel() // e.shape[1])
     residual_gradient = None if residual_gradient is None else L.nhwc(residual_gradient)
     return P.expansion_backward(da, e, w, norm, x, residual_gradient)
 
@@ -297,16 +299,16 @@ def inference(
         w1, g1, b1, mean1, var1 = expand
         e = P.gemm(x, w1.flatten(1))[0]
         norm1 = Norm(mean1, var1, g1, b1, eps)
-    taps, g2, b2, mean2, var2 = depthwise_layer
-    d = depthwise(e, taps, _geometry(e, taps, stride, padding), norm1)[0]
+    w, g2, b2, mean2, var2 = depthwise_layer
+    d = depthwise(e, w, _geometry(e, w, stride, padding), norm1)[0]
     partial = squeeze(d, None, Norm(mean2, var2, g2, b2, eps))
     gate = E.excite(partial, _area(d), *excite)[2]
     w3, g3, b3, mean3, var3 = project
-    norm2 = P.coefficients(mean2, var2, g2, b2, eps)
-    gain = g3 * torch.rsqrt(var3 + eps)
+    norm2 = P.norm_vectors(mean2, var2, g2, b2, eps)
+    bn_scale = g3 * torch.rsqrt(var3 + eps)
     return P.gemm(
-        d, w3.flatten(1) * gain[:, None], prologue="bn_silu_gate", epilogue="bias", vectors=norm2, gate=gate,
-        other=x if residual else None, other_vectors=b3 - mean3 * gain,
+        d, w3.flatten(1) * bn_scale[:, None], prologue="bn_silu_gate", epilogue="bias", vectors=norm2, gate=gate,
+        other=x if residual else None, other_vectors=b3 - mean3 * bn_scale,
     )[0]  # fmt: skip
 
 
@@ -319,7 +321,7 @@ def _(
 
 
 OPERATIONS = (
-    expand, residual_expand, depthwise_forward, project, join_backward, project_backward, depthwise_gradients,
+    expand, residual_expand, depthwise_forward, project, residual_add_backward, project_backward, depthwise_gradients,
     expand_backward, inference,
 )  # fmt: skip
 for _op in OPERATIONS:

@@ -19,7 +19,7 @@ that of silu(BN(D)) g, dA1 that of silu(BN(E)), a hat for a normalised value and
 dP and dE are made as they load, in each of the two products that want them, and rounded to the storage dtype there.
 
 Bytes, in elements of the storage dtype (vectors, weights and partials aside), against unfused PyTorch, whose BN
-takes 2 reads and 1 write forward and 4 + 1 backward, SiLU 1 + 1 and 2 + 1, gate and scale 1 + 1 and 2 + 2 or more:
+takes 2 reads and 1 write forward and 4 + 1 backward, SiLU 1 + 1 and 2 + 1, gate and drop_scale 1 + 1 and 2 + 2 or more:
 
     expansion forward   x + E                       unfused x + E, and E again for the statistics
     projection forward  D + P                       unfused 7 D + 2 P
@@ -33,7 +33,7 @@ projection's backward; its price is a [64, C_out] accumulator beside the tile an
 Predicted limits on an H200, to be held against measurements: memory for every product without SiLU, arithmetic being
 a tenth of the tensor cores' at most; with SiLU the special-function units, at two operations an element (exponential,
 reciprocal) 1.85e12 elements/s, nine tenths of what 4.3 TB/s delivers in 16 bits; for "gate_sums" and the weight
-gradients, which make SiLU and its slope again, likewise. In fp32 the multiplications of `pointwise_gemm`.
+gradients, which make SiLU and its derivative again, likewise. In fp32 the multiplications of `pointwise_gemm`.
 """
 
 from __future__ import annotations
@@ -50,20 +50,20 @@ from kernels.batch_norm import MERGE, MERGE_CHANNELS, MERGE_WARPS, _merge_stats_
 from kernels.block import expand_backward, pointwise_gemm, pointwise_operand, pointwise_wgrad
 from kernels.block.pointwise_blocks import Epilogue, Plan, plan
 from kernels.block.pointwise_gemm import gemm, gemm_traffic
-from kernels.block.pointwise_operand import coefficient_traffic, coefficients
+from kernels.block.pointwise_operand import norm_vectors, norm_vectors_traffic
 from kernels.block.pointwise_wgrad import wgrad, wgrad_traffic
 from kernels.configs import Site
 from kernels.device import REFERENCE, Gpu
 
 __all__ = [
     "aot_specs",
-    "coefficients",
     "expansion_dgrad",
     "expansion_wgrad",
     "forward",
-    "joined_forward",
+    "norm_vectors",
     "projection_dgrad",
     "projection_wgrad",
+    "residual_add_forward",
     "traffic",
 ]
 
@@ -74,19 +74,20 @@ def forward(
     """y = f(x) weightᵀ and its mean and biased variance, fp32 [C_out].
 
     x is [B, C_in, H, W] in channels_last, weight [C_out, C_in]; f is silu(BN(x)) with `norm` [4 or 6, C_in] from
-    `coefficients`, times `gate` fp32 [B, C_in] where there is one.
+    `norm_vectors`, times `gate` fp32 [B, C_in] where there is one.
     """
     prologue: pointwise_operand.Prologue = "none" if norm is None else "bn_silu" if gate is None else "bn_silu_gate"
     return _merged(*gemm(x, weight, prologue=prologue, epilogue="statistics", vectors=norm, gate=gate))
 
 
-def joined_forward(
-    p: Tensor, residual: Tensor | None, scale: Tensor | None, norm: Tensor, weight: Tensor
+def residual_add_forward(
+    p: Tensor, residual: Tensor | None, drop_scale: Tensor | None, norm: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x = scale[b] BN(p) (+ residual) [B, C_in, H, W]; x weightᵀ, and its mean and biased variance, as in `forward`."""
+    """x = s[b] BN(p) (+ residual) [B, C_in, H, W]; x weightᵀ, and its mean and biased variance, as in `forward`."""
     x = L.empty_image(p)
     found = gemm(
-        p, weight, prologue="join", epilogue="statistics", x=residual, joined=x, vectors=norm, scale=scale
+        p, weight, prologue="residual_add", epilogue="statistics", x=residual, residual_sum=x, vectors=norm,
+        drop_scale=drop_scale,
     )  # fmt: skip
     return x, *_merged(*found)
 
@@ -104,28 +105,28 @@ def _merged(y: Tensor, partial: Tensor | None, plan: Plan) -> tuple[Tensor, Tens
 
 
 def projection_dgrad(
-    dy: Tensor, p: Tensor, weight: Tensor, norm: Tensor, scale: Tensor | None, d: Tensor, d_norm: Tensor
+    dy: Tensor, p: Tensor, weight: Tensor, norm: Tensor, drop_scale: Tensor | None, d: Tensor, d_norm: Tensor
 ) -> tuple[Tensor, Tensor]:
     """dA, and Σ dA a, Σ dA σ', Σ dA σ' d̂ of pieces of images as [3, B, chunks, C_exp] for `excite.excite_backward`.
 
-    dy and p are [B, C_out, H, W], d is [B, C_exp, H, W], weight [C_out, C_exp], scale [B] or None; `norm` [6, C_out] is
-    the projection's batch norm with its finished sums, `d_norm` [4 or 6, C_exp] that of d.
+    dy and p are [B, C_out, H, W], d is [B, C_exp, H, W], weight [C_out, C_exp], drop_scale [B] or None; `norm`
+    [6, C_out] is the projection's batch norm with its finished sums, `d_norm` [4 or 6, C_exp] that of d.
     """
     da, partial, _ = gemm(
-        dy, weight, prologue="bn_grad", epilogue="gate_sums", dgrad=True, x=p, vectors=norm, scale=scale, other=d,
-        other_vectors=d_norm,
+        dy, weight, prologue="bn_grad", epilogue="gate_sums", dgrad=True, x=p, vectors=norm, drop_scale=drop_scale,
+        other=d, other_vectors=d_norm,
     )  # fmt: skip
     assert partial is not None
     return da, partial
 
 
 def projection_wgrad(
-    dy: Tensor, p: Tensor, norm: Tensor, scale: Tensor | None, d: Tensor, d_norm: Tensor, gate: Tensor
+    dy: Tensor, p: Tensor, norm: Tensor, drop_scale: Tensor | None, d: Tensor, d_norm: Tensor, gate: Tensor
 ) -> Tensor:
     """dW3 [C_out, C_exp] in fp32; arguments as in `projection_dgrad`, gate [B, C_exp]."""
     return wgrad(
         d, dy, wide_prologue="bn_silu_gate", narrow_prologue="bn_grad", wide_is_input=True, narrow_x=p,
-        wide_vectors=d_norm, narrow_vectors=norm, gate=gate, scale=scale,
+        wide_vectors=d_norm, narrow_vectors=norm, gate=gate, drop_scale=drop_scale,
     )  # fmt: skip
 
 
@@ -221,7 +222,7 @@ def traffic(
         return {"_pointwise_kernel": gemm_traffic(size, n, dtype, *form, **options)}
 
     return {
-        "coefficients": {"_coefficients_kernel": coefficient_traffic(expanded, False)},
+        "norm_vectors": {"_norm_vectors_kernel": norm_vectors_traffic(expanded, False)},
         "expansion_forward": product(narrow_in, expanded, "none", "statistics") | merge(entry, expanded, "none"),
         "projection_forward": product(shape, out, "bn_silu_gate", "statistics") | merge(expanded, out, "bn_silu_gate"),
         "projection_dgrad": product(narrow_out, expanded, "bn_grad", "gate_sums", scaled=scaled),

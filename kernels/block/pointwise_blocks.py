@@ -71,9 +71,9 @@ def blocks_for(
     """
     ragged = vector_width(k, n) == 1
     if dtype == torch.float32:
-        return Blocks(32 if ragged and prologue == "join" else 64, 64, 16, 8, 3 if prologue == "none" else 2)
+        return Blocks(32 if ragged and prologue == "residual_add" else 64, 64, 16, 8, 3 if prologue == "none" else 2)
     if ragged:
-        return Blocks(32 if prologue == "join" else 64, 64, 32, 4, 1)
+        return Blocks(32 if prologue == "residual_add" else 64, 64, 32, 4, 1)
     wide, bound = n > 64, 128 if direct else None
     if prologue in SILU:
         if wide or prologue == "bn_silu":
@@ -88,7 +88,7 @@ def blocks_for(
         return Blocks(64, 64, block_k, 4, 2, single=True)
     if k <= 64:
         return Blocks(64, 64, block_k, 4, 3, single=True)
-    if prologue == "join" and not wide:  # no expansion is as narrow; larger tiles spill on sm_80
+    if prologue == "residual_add" and not wide:  # no expansion is as narrow; larger tiles spill on sm_80
         return Blocks(64, 64, 32, 8, 2)
     if k > 128:
         return Blocks(64, 128, 64, 8, 3, maxnreg=bound) if wide else Blocks(64, 64, 64, 4, 3)
@@ -118,9 +118,9 @@ ANY, WIDE, LONG = range(1, 2**31), range(65, 2**31), range(129, 2**31)
 # Predicted by a model of the machine code, not measured: best first. A line here is all that another one takes.
 OTHERS = (
     # Twice the rows and warps: half the barriers, and W is read half as often.
-    Other(("none", "join"), range(65), ANY, Blocks(128, 64, 0, 8, 3, single=True)),
+    Other(("none", "residual_add"), range(65), ANY, Blocks(128, 64, 0, 8, 3, single=True)),
     # All of K in one step: A is loaded once, with three times the shared memory of steps.
-    Other(("none", "join"), range(65, 129), WIDE, Blocks(64, 128, 0, 8, 3, single=True)),
+    Other(("none", "residual_add"), range(65, 129), WIDE, Blocks(64, 128, 0, 8, 3, single=True)),
     Other(("none",), LONG, WIDE, Blocks(64, 64, 64, 4, 3)),
     # Twice the channels a step halve its barriers and waits.
     Other(("bn_silu_gate",), ANY, ANY, Blocks(64, 64, 64, 4, 2)),
@@ -128,7 +128,7 @@ OTHERS = (
     Other(("bn_grad",), LONG, ANY, Blocks(64, 64, 64, 8, 3), in_place=True),
     # One program where a bound on registers allows two.
     Other(("bn_silu_gate", "bn_silu_grad"), ANY, WIDE, Blocks(64, 128, 32, 8, 3)),
-    Other(("none", "join"), LONG, WIDE, Blocks(64, 128, 64, 8, 3)),
+    Other(("none", "residual_add"), LONG, WIDE, Blocks(64, 128, 64, 8, 3)),
     # Twice the rows: half the barriers. (Of fewer channels no thread of half as many would have 16 bytes.)
     Other(("bn_grad",), range(17, 129), ANY, Blocks(64, 64, 0, 4, 2, single=True)),
     Other(("bn_grad",), LONG, ANY, Blocks(64, 64, 32, 8, 2)),
@@ -160,7 +160,7 @@ def _unspilled(blocks: Blocks, prologue: Prologue, capability: tuple[int, int]) 
     """What takes the place of blocks that spill on cards of that capability alone."""
     if in_place(capability) or capability == (8, 0):
         return blocks
-    if prologue == "join" and blocks == Blocks(64, 128, 64, 8, 3):
+    if prologue == "residual_add" and blocks == Blocks(64, 128, 64, 8, 3):
         return replace(blocks, k=32)
     # ptxas, unless a bound is stated, trades a few spilled bytes for one more resident program.
     if capability[0] == 12 and blocks in (Blocks(64, 64, 128, 4, 2, single=True), Blocks(64, 64, 32, 4, 4)):
@@ -176,8 +176,8 @@ def shared_bytes(
     direct = in_place(capability)
     a, w, y = b.m * b.k * size, b.n * b.k * size, b.m * b.n * size
     vectors = 4 * b.k * VECTORS[prologue] * (not b.single)
-    step = a * (1 + (prologue in (*GRADIENTS, "join"))) + vectors
-    if prologue in ("bn_grad", "join"):
+    step = a * (1 + (prologue in (*GRADIENTS, "residual_add"))) + vectors
+    if prologue in ("bn_grad", "residual_add"):
         step += 4 * b.m
     if prologue == "bn_silu_gate":
         step += 4 * b.k * (span or b.m)

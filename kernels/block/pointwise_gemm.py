@@ -13,8 +13,8 @@ A is an image `[B, K, H, W]` in channels_last, read as `[M, K]` with M = B H W, 
 A program owns BLOCK_N columns and walks a run of row tiles. It keeps its statistics in registers, so partials are
 few, and where K fits in one block (`SINGLE`) it loads W once and streams A. With "gate_sums" tiles are aligned to
 images, so that a sum belongs to one; everything else walks all rows. Programs of the same rows and other columns run
-side by side and find A in L2. With "join" those of the first columns store f(A), which others still need. Nothing is
-added atomically.
+side by side and find A in L2. With "residual_add" those of the first columns store f(A), which others still need.
+Nothing is added atomically.
 
 bf16 and fp16 feed the tensor cores (HGMMA on sm_90), fp32 multiplies in IEEE arithmetic: three tf32 products drop
 terms of 2**-22, which the tolerance rule does not allow for short sums. Under the interpreter, which has no bf16
@@ -37,7 +37,7 @@ from torch import Tensor
 
 from kernels import aot
 from kernels import launch as L
-from kernels.batch_norm import channel_vector, locate, silu_and_slope, store_channels, tile_at
+from kernels.batch_norm import channel_vector, locate, silu_and_dsilu, store_channels, tile_at
 from kernels.block.pointwise_blocks import Blocks, Epilogue, Plan, Prologue, needs_where, plan, selectable, shared_bytes
 from kernels.block.pointwise_operand import (
     GRADIENTS,
@@ -87,15 +87,15 @@ def store_once(y_ptr, tile, row, end, c0, channels, n0, BLOCK_M: tl.constexpr, B
 @L.jit
 def _pointwise_kernel(
     a_ptr,  # [M, K]
-    x_ptr,  # [M, K]: the batch norm's input, for the gradients; "join"'s residual, or None
-    joined_ptr,  # [M, K]: where "join" goes
+    x_ptr,  # [M, K]: the batch norm's input, for the gradients; "residual_add"'s residual, or None
+    residual_sum_ptr,  # [M, K]: where "residual_add" goes
     w_ptr,
     y_ptr,  # [M, N]
-    coefficients_ptr,  # [4 or 6, K]
+    norm_ptr,  # [4 or 6, K]
     gate_ptr,  # [B, K]
-    scale_ptr,  # [B]; None is one
+    drop_scale_ptr,  # [B]; None is one
     image_ptr,  # [M, N]: the residual, or d
-    image_coefficients_ptr,  # [4, N]: d's; [N]: the bias
+    image_norm_ptr,  # [4, N]: d's; [N]: the bias
     partial_ptr,  # statistics [2, P, N]; gate_sums [3, B, chunks, N]
     area,
     row_count,
@@ -122,10 +122,10 @@ def _pointwise_kernel(
         image = part // parts
         start = image * area + (part % parts) * rows_per_program
         end = tl.minimum(start + rows_per_program, (image + 1) * area)
-        mean = column(image_coefficients_ptr, n0, n_count, BLOCK_N)
-        rstd = column(image_coefficients_ptr + n_count, n0, n_count, BLOCK_N)
-        scale = column(image_coefficients_ptr + 2 * n_count, n0, n_count, BLOCK_N)
-        bias = column(image_coefficients_ptr + 3 * n_count, n0, n_count, BLOCK_N)
+        mean = column(image_norm_ptr, n0, n_count, BLOCK_N)
+        rstd = column(image_norm_ptr + n_count, n0, n_count, BLOCK_N)
+        bn_scale = column(image_norm_ptr + 2 * n_count, n0, n_count, BLOCK_N)
+        bias = column(image_norm_ptr + 3 * n_count, n0, n_count, BLOCK_N)
     else:
         start = part * rows_per_program
         end = tl.minimum(start + rows_per_program, row_count)
@@ -135,32 +135,32 @@ def _pointwise_kernel(
     second = tl.zeros([BLOCK_N], tl.float32)
     third = tl.zeros([BLOCK_N], tl.float32)
     if SINGLE:
-        vectors = operand_vectors(coefficients_ptr, 0, k_count, PROLOGUE, BLOCK_K)
+        vectors = operand_vectors(norm_ptr, 0, k_count, PROLOGUE, BLOCK_K)
         w = weight_tile(w_ptr, 0, k_count, n0, n_count, DGRAD, BLOCK_K, BLOCK_N)
     for row in tl.range(bound(start), bound(end), BLOCK_M, num_stages=STAGES if SINGLE else 1):
         acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         if SINGLE:
             a = operand(
-                a_ptr, x_ptr, gate_ptr, scale_ptr, vectors, row, end, row_count, area, 0, k_count,
+                a_ptr, x_ptr, gate_ptr, drop_scale_ptr, vectors, row, end, row_count, area, 0, k_count,
                 PROLOGUE, SPAN, BLOCK_M, BLOCK_K,
             )  # fmt: skip
-            if PROLOGUE == "join":
-                store_once(joined_ptr, a, row, end, 0, k_count, n0, BLOCK_M, BLOCK_K)
+            if PROLOGUE == "residual_add":
+                store_once(residual_sum_ptr, a, row, end, 0, k_count, n0, BLOCK_M, BLOCK_K)
             acc = product(w, tl.trans(a), acc, WIDEN)
         else:
             for k0 in tl.range(0, bound(k_count), BLOCK_K, num_stages=STAGES):
-                vectors = operand_vectors(coefficients_ptr, k0, k_count, PROLOGUE, BLOCK_K)
+                vectors = operand_vectors(norm_ptr, k0, k_count, PROLOGUE, BLOCK_K)
                 a = operand(
-                    a_ptr, x_ptr, gate_ptr, scale_ptr, vectors, row, end, row_count, area, k0, k_count,
+                    a_ptr, x_ptr, gate_ptr, drop_scale_ptr, vectors, row, end, row_count, area, k0, k_count,
                     PROLOGUE, SPAN, BLOCK_M, BLOCK_K,
                 )  # fmt: skip
-                if PROLOGUE == "join":
-                    store_once(joined_ptr, a, row, end, k0, k_count, n0, BLOCK_M, BLOCK_K)
+                if PROLOGUE == "residual_add":
+                    store_once(residual_sum_ptr, a, row, end, k0, k_count, n0, BLOCK_M, BLOCK_K)
                 w = weight_tile(w_ptr, k0, k_count, n0, n_count, DGRAD, BLOCK_K, BLOCK_N)
                 acc = product(w, tl.trans(a), acc, WIDEN)
         offsets, mask = tile_at(row, end, n0, n_count, BLOCK_M, BLOCK_N)
         if EPILOGUE == "bias":
-            acc += column(image_coefficients_ptr, n0, n_count, BLOCK_N)
+            acc += column(image_norm_ptr, n0, n_count, BLOCK_N)
         if (EPILOGUE == "residual" or EPILOGUE == "bias") and image_ptr is not None:
             acc += tl.trans(tl.load(image_ptr + offsets, mask=mask, other=0.0)).to(tl.float32)
         y = acc.to(y_ptr.dtype.element_ty)
@@ -179,9 +179,9 @@ def _pointwise_kernel(
         if EPILOGUE == "gate_sums":
             y = tl.where(present, y.to(tl.float32), 0.0)
             centred = tl.trans(tl.load(image_ptr + offsets, mask=mask, other=0.0)).to(tl.float32) - mean
-            activated, slope = silu_and_slope(centred * scale + bias)
+            activated, dsilu = silu_and_dsilu(centred * bn_scale + bias)
             first += tl.sum(y * activated, axis=1)
-            y = y * slope
+            y = y * dsilu
             second += tl.sum(y, axis=1)
             third += tl.sum(y * (centred * rstd), axis=1)
     if EPILOGUE == "statistics":
@@ -202,17 +202,18 @@ def gemm(
     epilogue: Epilogue = "none",
     dgrad: bool = False,
     x: Tensor | None = None,
-    joined: Tensor | None = None,
+    residual_sum: Tensor | None = None,
     vectors: Tensor | None = None,
     gate: Tensor | None = None,
-    scale: Tensor | None = None,
+    drop_scale: Tensor | None = None,
     other: Tensor | None = None,
     other_vectors: Tensor | None = None,
     site: Site | None = None,
 ) -> tuple[Tensor, Tensor | None, Plan]:
     """y = f(a) weightᵀ, or f(a) weight with `dgrad`; the partials of the epilogue; how it was cut up.
 
-    a, x and other are images [B, C, H, W] in channels_last, and so is `joined`, which f(a) of "join" is written to;
+    a, x and other are images [B, C, H, W] in channels_last, and so is `residual_sum`, which f(a) of "residual_add"
+    is written to;
     `weight` is [C_out, C_in] in any floating type (cast here unless it has a's). `site`: where time is counted, if not
     at the product's own.
     """
@@ -227,8 +228,8 @@ def gemm(
         partial = L.empty((3, images, p.parts, n), like=a)
     programs = p.column_blocks * p.parts * (images if epilogue == "gate_sums" else 1)
     L.launch(
-        _pointwise_kernel, (programs,), L.nhwc(a), None if x is None else L.nhwc(x), joined,
-        weight.to(a.dtype).contiguous(), y, vectors, gate, scale, None if other is None else L.nhwc(other),
+        _pointwise_kernel, (programs,), L.nhwc(a), None if x is None else L.nhwc(x), residual_sum,
+        weight.to(a.dtype).contiguous(), y, vectors, gate, drop_scale, None if other is None else L.nhwc(other),
         other_vectors, partial, area_of(a), a.numel() // k, p.step, p.parts, k // p.vec, n // p.vec,
         like=a, num_warps=p.blocks.num_warps, PROLOGUE=prologue, EPILOGUE=epilogue, DGRAD=dgrad, WIDEN=widened(a.dtype),
         SPAN=span_for(p.blocks.m, area_of(a), p.vec, a.dtype) if prologue == "bn_silu_gate" else 0, VEC=p.vec,
@@ -244,7 +245,7 @@ FORMS: tuple[tuple[Prologue, Epilogue, bool], ...] = (
     ("bn_silu_gate", "bias", False),
     ("bn_silu", "statistics", False),
     ("none", "statistics", False),
-    ("join", "statistics", False),
+    ("residual_add", "statistics", False),
     ("none", "none", False),
     ("none", "none", True),
     ("bn_silu_grad", "none", True),
@@ -256,13 +257,13 @@ SIZES = (8, 24, 40, 72, 136)  # channel counts that between them select every bl
 def absent_pointers(prologue: Prologue, epilogue: Epilogue) -> dict[str, Any]:
     """The pointers that a form has no use for."""
     used = {
-        "x_ptr": prologue in (*GRADIENTS, "join"),
-        "joined_ptr": prologue == "join",
-        "coefficients_ptr": prologue != "none",
+        "x_ptr": prologue in (*GRADIENTS, "residual_add"),
+        "residual_sum_ptr": prologue == "residual_add",
+        "norm_ptr": prologue != "none",
         "gate_ptr": prologue == "bn_silu_gate",
-        "scale_ptr": prologue in ("bn_grad", "join"),
+        "drop_scale_ptr": prologue in ("bn_grad", "residual_add"),
         "image_ptr": epilogue in ("residual", "bias", "gate_sums"),
-        "image_coefficients_ptr": epilogue in ("bias", "gate_sums"),
+        "image_norm_ptr": epilogue in ("bias", "gate_sums"),
         "partial_ptr": epilogue in ("statistics", "gate_sums"),
     }
     return {name: None for name, present in used.items() if not present}
@@ -270,16 +271,16 @@ def absent_pointers(prologue: Prologue, epilogue: Epilogue) -> dict[str, Any]:
 
 def optional_pointers(prologue: Prologue, epilogue: Epilogue) -> tuple[tuple[str, ...], ...]:
     """What may be absent together in a form that has a use for it."""
-    if prologue == "join":  # only a residual has a scale, and the first block's has none
-        return (), ("scale_ptr",), ("x_ptr", "scale_ptr")
+    if prologue == "residual_add":  # only a residual has a drop_scale, and the first block's has none
+        return (), ("drop_scale_ptr",), ("x_ptr", "drop_scale_ptr")
     if prologue == "bn_grad":
-        return (), ("scale_ptr",)
+        return (), ("drop_scale_ptr",)
     return ((), ("image_ptr",)) if epilogue == "bias" else ((),)
 
 
 def aot_specs() -> Iterator[aot.KernelSpec]:
     """Every configuration that a launch in this file can select."""
-    images = ("a_ptr", "x_ptr", "joined_ptr", "w_ptr", "y_ptr", "image_ptr")
+    images = ("a_ptr", "x_ptr", "residual_sum_ptr", "w_ptr", "y_ptr", "image_ptr")
     for dtype, name in L.STORAGE_DTYPES.items():
         for prologue, epilogue, dgrad in FORMS:
             form = prologue, epilogue
@@ -313,19 +314,20 @@ def gemm_traffic(
     epilogue: Epilogue = "none",
     *,
     scaled: bool = False,
-    joined: bool = False,
+    with_residual: bool = False,
     from_memory: bool = False,
     gpu: Gpu = REFERENCE,
 ) -> int:
-    """Bytes that `_pointwise_kernel` reads and writes for a of `shape` and n output channels; `joined`: "join" has a
+    """Bytes that `_pointwise_kernel` reads and writes for a of `shape` and n output channels; `with_residual`:
+    "residual_add" has a
     residual; `from_memory` counts what several programs or tiles read once, as where the caches serve the others."""
     images, k, height, width = shape
     rows, area, size = images * height * width, height * width, dtype.itemsize
     p = plan(shape, k, n, prologue, epilogue, dtype, gpu)
     programs = p.parts * (images if epilogue == "gate_sums" else 1)
     written = rows * n * size + 4 * n * programs * {"statistics": 2, "gate_sums": 3}.get(epilogue, 0)
-    written += rows * k * size * (prologue == "join")
-    once = rows * k * size * (2 if prologue in GRADIENTS or joined else 1)
+    written += rows * k * size * (prologue == "residual_add")
+    once = rows * k * size * (2 if prologue in GRADIENTS or with_residual else 1)
     image = rows * n * size if epilogue in ("residual", "gate_sums") else 0
     if from_memory:
         vectors = 4 * k * VECTORS[prologue] + 4 * images * (k if prologue == "bn_silu_gate" else scaled)

@@ -3,14 +3,14 @@
 f works on a tile in fp32 and is rounded to the storage dtype once:
 
     "none"          a
-    "bn_silu"       silu(z), z = scale (a - mean) + bias, scale = weight / sqrt(var + eps)
+    "bn_silu"       silu(z), z = bn_scale (a - mean) + bias, bn_scale = weight / sqrt(var + eps)
     "bn_silu_gate"  silu(z) gate[b]
-    "join"          s[b] z + x                                             drop-connect's residual add; x may be None
-    "bn_grad"       scale s[b] a - constant - linear (x - mean)            the gradient through a batch norm of x
-    "bn_silu_grad"  scale a silu'(z(x)) - constant - linear (x - mean)     and through SiLU before it
+    "residual_add"  s[b] z + x                                              drop-connect's residual add; x may be None
+    "bn_grad"       bn_scale s[b] a - grad_offset - grad_slope (x - mean)   the gradient through a batch norm of x
+    "bn_silu_grad"  bn_scale a silu'(z(x)) - grad_offset - grad_slope (x - mean)    and through SiLU before it
 
-where constant = scale Σdz / M and linear = scale Σdz x̂ / (M sqrt(var + eps)) restate the derivation in
-`kernels.ops.bn_silu`. `coefficients` makes those vectors once; a tile of 32 channels would otherwise spend up to
+where grad_offset = bn_scale Σdz / M and grad_slope = bn_scale Σdz x̂ / (M sqrt(var + eps)) restate the derivation in
+`kernels.ops.bn_silu`. `norm_vectors` makes those vectors once; a tile of 32 channels would otherwise spend up to
 half as many special-function operations on roots and reciprocals as on its own SiLUs.
 """
 
@@ -27,13 +27,13 @@ from torch import Tensor
 
 from kernels import aot
 from kernels import launch as L
-from kernels.batch_norm import channel_vector, inverse_std, sigmoid, silu_and_slope, store_channels, tile_at
+from kernels.batch_norm import channel_vector, inverse_std, sigmoid, silu_and_dsilu, store_channels, tile_at
 from kernels.launch import tl
 
-Prologue = Literal["none", "bn_silu", "bn_silu_gate", "join", "bn_grad", "bn_silu_grad"]
+Prologue = Literal["none", "bn_silu", "bn_silu_gate", "residual_add", "bn_grad", "bn_silu_grad"]
 SILU = ("bn_silu", "bn_silu_gate", "bn_silu_grad")
 GRADIENTS = ("bn_grad", "bn_silu_grad")
-COEFFICIENT_BLOCK = 128
+NORM_BLOCK = 128
 
 if L.INTERPRETED:
 
@@ -49,13 +49,13 @@ else:
 
 
 @L.jit
-def _coefficients_kernel(
+def _norm_vectors_kernel(
     mean_ptr,
     var_ptr,
     weight_ptr,
     bias_ptr,
     sums_ptr,  # [2, C]: Σ dz, Σ dz x̂; None in forward
-    coefficients_ptr,  # [4 (6), C]: mean, 1 / sqrt(var + eps), scale, bias (, constant, linear)
+    norm_ptr,  # [4 (6), C]: mean, 1 / sqrt(var + eps), bn_scale, bias (, grad_offset, grad_slope)
     eps,
     inverse_rows,
     channels,
@@ -65,33 +65,33 @@ def _coefficients_kernel(
     cols = c0 + tl.arange(0, BLOCK_C)
     mask = cols < channels
     rstd = inverse_std(tl.load(var_ptr + cols, mask=mask, other=1.0), eps)
-    scale = rstd * tl.load(weight_ptr + cols, mask=mask, other=0.0)
-    store_channels(coefficients_ptr, tl.load(mean_ptr + cols, mask=mask, other=0.0), c0, channels, BLOCK_C)
-    store_channels(coefficients_ptr + channels, rstd, c0, channels, BLOCK_C)
-    store_channels(coefficients_ptr + 2 * channels, scale, c0, channels, BLOCK_C)
+    bn_scale = rstd * tl.load(weight_ptr + cols, mask=mask, other=0.0)
+    store_channels(norm_ptr, tl.load(mean_ptr + cols, mask=mask, other=0.0), c0, channels, BLOCK_C)
+    store_channels(norm_ptr + channels, rstd, c0, channels, BLOCK_C)
+    store_channels(norm_ptr + 2 * channels, bn_scale, c0, channels, BLOCK_C)
     bias = tl.load(bias_ptr + cols, mask=mask, other=0.0)
-    store_channels(coefficients_ptr + 3 * channels, bias, c0, channels, BLOCK_C)
+    store_channels(norm_ptr + 3 * channels, bias, c0, channels, BLOCK_C)
     if sums_ptr is not None:
-        constant = scale * (tl.load(sums_ptr + cols, mask=mask, other=0.0) * inverse_rows)
-        linear = scale * rstd * (tl.load(sums_ptr + channels + cols, mask=mask, other=0.0) * inverse_rows)
-        store_channels(coefficients_ptr + 4 * channels, constant, c0, channels, BLOCK_C)
-        store_channels(coefficients_ptr + 5 * channels, linear, c0, channels, BLOCK_C)
+        grad_offset = bn_scale * (tl.load(sums_ptr + cols, mask=mask, other=0.0) * inverse_rows)
+        grad_slope = bn_scale * rstd * (tl.load(sums_ptr + channels + cols, mask=mask, other=0.0) * inverse_rows)
+        store_channels(norm_ptr + 4 * channels, grad_offset, c0, channels, BLOCK_C)
+        store_channels(norm_ptr + 5 * channels, grad_slope, c0, channels, BLOCK_C)
 
 
 @L.helper
-def operand_vectors(coefficients_ptr, c0, channels, PROLOGUE: tl.constexpr, BLOCK_C: tl.constexpr):
-    """mean, scale, bias, constant, linear of a channel block; zero where the prologue has no use for them."""
+def operand_vectors(norm_ptr, c0, channels, PROLOGUE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """mean, bn_scale, bias, grad_offset, grad_slope of a channel block; zero where the prologue has no use for them."""
     mean = tl.zeros([1, BLOCK_C], tl.float32)
-    scale, bias, constant, linear = mean, mean, mean, mean
+    bn_scale, bias, grad_offset, grad_slope = mean, mean, mean, mean
     if PROLOGUE != "none":
-        mean = channel_vector(coefficients_ptr, c0, channels, BLOCK_C)
-        scale = channel_vector(coefficients_ptr + 2 * channels, c0, channels, BLOCK_C)
+        mean = channel_vector(norm_ptr, c0, channels, BLOCK_C)
+        bn_scale = channel_vector(norm_ptr + 2 * channels, c0, channels, BLOCK_C)
     if PROLOGUE != "none" and PROLOGUE != "bn_grad":
-        bias = channel_vector(coefficients_ptr + 3 * channels, c0, channels, BLOCK_C)
+        bias = channel_vector(norm_ptr + 3 * channels, c0, channels, BLOCK_C)
     if PROLOGUE == "bn_grad" or PROLOGUE == "bn_silu_grad":
-        constant = channel_vector(coefficients_ptr + 4 * channels, c0, channels, BLOCK_C)
-        linear = channel_vector(coefficients_ptr + 5 * channels, c0, channels, BLOCK_C)
-    return mean, scale, bias, constant, linear
+        grad_offset = channel_vector(norm_ptr + 4 * channels, c0, channels, BLOCK_C)
+        grad_slope = channel_vector(norm_ptr + 5 * channels, c0, channels, BLOCK_C)
+    return mean, bn_scale, bias, grad_offset, grad_slope
 
 
 @L.helper
@@ -118,7 +118,7 @@ def gate_tile(
 
 @L.helper
 def operand(
-    a_ptr, x_ptr, gate_ptr, scale_ptr, vectors, row, end, row_count, area, c0, channels,
+    a_ptr, x_ptr, gate_ptr, drop_scale_ptr, vectors, row, end, row_count, area, c0, channels,
     PROLOGUE: tl.constexpr, SPAN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The tile f(A) in the storage dtype; a product must not see its rows past `end`."""
@@ -127,26 +127,26 @@ def operand(
     if PROLOGUE == "none":
         return raw
     else:
-        mean, scale, bias, constant, linear = vectors
+        mean, bn_scale, bias, grad_offset, grad_slope = vectors
         a = raw.to(tl.float32)
         if PROLOGUE == "bn_grad" or PROLOGUE == "bn_silu_grad":
             centred = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - mean
-            if scale_ptr is not None:
+            if drop_scale_ptr is not None:
                 rows = row + tl.arange(0, BLOCK_M)
-                a = a * tl.load(scale_ptr + rows // area, mask=rows < end, other=0.0)[:, None]
+                a = a * tl.load(drop_scale_ptr + rows // area, mask=rows < end, other=0.0)[:, None]
             if PROLOGUE == "bn_silu_grad":
-                _, slope = silu_and_slope(centred * scale + bias)
-                a = a * slope
-            a = a * scale - constant - centred * linear
-        elif PROLOGUE == "join":
-            a = (a - mean) * scale + bias
-            if scale_ptr is not None:
+                _, dsilu = silu_and_dsilu(centred * bn_scale + bias)
+                a = a * dsilu
+            a = a * bn_scale - grad_offset - centred * grad_slope
+        elif PROLOGUE == "residual_add":
+            a = (a - mean) * bn_scale + bias
+            if drop_scale_ptr is not None:
                 rows = row + tl.arange(0, BLOCK_M)
-                a = a * tl.load(scale_ptr + rows // area, mask=rows < end, other=0.0)[:, None]
+                a = a * tl.load(drop_scale_ptr + rows // area, mask=rows < end, other=0.0)[:, None]
             if x_ptr is not None:
                 a += tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         else:
-            z = (a - mean) * scale + bias
+            z = (a - mean) * bn_scale + bias
             a = z * sigmoid(z)
             if PROLOGUE == "bn_silu_gate":
                 a = a * gate_tile(gate_ptr, row, row_count, area, c0, channels, SPAN, BLOCK_M, BLOCK_C)
@@ -181,7 +181,7 @@ def widened(dtype: torch.dtype) -> bool:
     return L.INTERPRETED and dtype == torch.bfloat16
 
 
-def coefficients(
+def norm_vectors(
     mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float, sums: Tensor | None = None, rows: int = 0
 ) -> Tensor:
     """[4, C] for the forward prologues and "gate_sums"; with `sums` [2, C], Σ dz and Σ dz x̂ over `rows` rows, [6, C]
@@ -189,22 +189,22 @@ def coefficients(
     channels = mean.shape[0]
     vectors = L.empty((4 if sums is None else 6, channels), like=mean)
     L.launch(
-        _coefficients_kernel, (L.cdiv(channels, COEFFICIENT_BLOCK),), mean, var, weight, bias, sums, vectors, eps,
-        1.0 / max(rows, 1), channels, like=mean, num_warps=4, BLOCK_C=COEFFICIENT_BLOCK,
+        _norm_vectors_kernel, (L.cdiv(channels, NORM_BLOCK),), mean, var, weight, bias, sums, vectors, eps,
+        1.0 / max(rows, 1), channels, like=mean, num_warps=4, BLOCK_C=NORM_BLOCK,
     )  # fmt: skip
     return vectors
 
 
-VECTORS = {"none": 0, "bn_silu": 3, "bn_silu_gate": 3, "join": 3, "bn_grad": 4, "bn_silu_grad": 5}
+VECTORS = {"none": 0, "bn_silu": 3, "bn_silu_gate": 3, "residual_add": 3, "bn_grad": 4, "bn_silu_grad": 5}
 
 
-def coefficient_traffic(channels: int, sums: bool) -> int:
-    """Bytes that `_coefficients_kernel` moves."""
+def norm_vectors_traffic(channels: int, sums: bool) -> int:
+    """Bytes that `_norm_vectors_kernel` moves."""
     return 4 * channels * (12 if sums else 8)
 
 
 def aot_specs() -> Iterator[aot.KernelSpec]:
     """Every configuration that a launch in this file can select."""
-    block = {"BLOCK_C": COEFFICIENT_BLOCK}
-    yield aot.spec(_coefficients_kernel, "small", "fp32", block)
-    yield aot.spec(_coefficients_kernel, "small", "fp32", {"sums_ptr": None, **block})
+    block = {"BLOCK_C": NORM_BLOCK}
+    yield aot.spec(_norm_vectors_kernel, "small", "fp32", block)
+    yield aot.spec(_norm_vectors_kernel, "small", "fp32", {"sums_ptr": None, **block})

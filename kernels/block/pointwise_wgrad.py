@@ -50,12 +50,12 @@ from kernels.launch import tl
 def _pointwise_wgrad_kernel(
     wide_ptr,  # [M, A]
     wide_x_ptr,
-    wide_coefficients_ptr,
+    wide_norm_ptr,
     narrow_ptr,  # [M, B]
     narrow_x_ptr,
-    narrow_coefficients_ptr,
+    narrow_norm_ptr,
     gate_ptr,  # of the wide operand
-    scale_ptr,  # of the narrow one
+    drop_scale_ptr,  # of the narrow one
     partial_ptr,  # [S, C_out, C_in]
     area,
     row_count,
@@ -82,8 +82,8 @@ def _pointwise_wgrad_kernel(
     n0 = tl.program_id(0) % blocks // wide_blocks * BLOCK_N
     start = split * rows_per_program
     end = tl.minimum(start + rows_per_program, row_count)
-    wide_vectors = operand_vectors(wide_coefficients_ptr, w0, wide_count, WIDE, BLOCK_W)
-    narrow_vectors = operand_vectors(narrow_coefficients_ptr, n0, narrow_count, NARROW, BLOCK_N)
+    wide_vectors = operand_vectors(wide_norm_ptr, w0, wide_count, WIDE, BLOCK_W)
+    narrow_vectors = operand_vectors(narrow_norm_ptr, n0, narrow_count, NARROW, BLOCK_N)
     acc = tl.zeros([BLOCK_W, BLOCK_N], tl.float32)
     for row in tl.range(bound(start), bound(end), BLOCK_M, num_stages=STAGES):
         wide = operand(
@@ -91,7 +91,7 @@ def _pointwise_wgrad_kernel(
             WIDE, SPAN, BLOCK_M, BLOCK_W,
         )  # fmt: skip
         narrow = operand(
-            narrow_ptr, narrow_x_ptr, None, scale_ptr, narrow_vectors, row, end, row_count, area, n0, narrow_count,
+            narrow_ptr, narrow_x_ptr, None, drop_scale_ptr, narrow_vectors, row, end, row_count, area, n0, narrow_count,
             NARROW, SPAN, BLOCK_M, BLOCK_N,
         )  # fmt: skip
         if NARROW != "none":
@@ -245,7 +245,7 @@ def wgrad(
     wide_vectors: Tensor | None = None,
     narrow_vectors: Tensor | None = None,
     gate: Tensor | None = None,
-    scale: Tensor | None = None,
+    drop_scale: Tensor | None = None,
     site: Site | None = None,
 ) -> Tensor:
     """dW [C_out, C_in] in fp32; wide and narrow are images [B, C, H, W] in channels_last, one of dY's channels and one
@@ -259,7 +259,7 @@ def wgrad(
     partial = L.empty((splits, *size), like=wide)
     L.launch(
         _pointwise_wgrad_kernel, (split.outputs * splits,), L.nhwc(wide), None if wide_x is None else L.nhwc(wide_x),
-        wide_vectors, L.nhwc(narrow), None if narrow_x is None else L.nhwc(narrow_x), narrow_vectors, gate, scale,
+        wide_vectors, L.nhwc(narrow), None if narrow_x is None else L.nhwc(narrow_x), narrow_vectors, gate, drop_scale,
         partial, area, rows, split.step, a // vec, b // vec, like=wide, num_warps=blocks.num_warps,
         WIDE=wide_prologue, NARROW=narrow_prologue, WIDE_IS_INPUT=wide_is_input, WIDEN=widened(wide.dtype),
         SPAN=span_for(blocks.m, area, vec, wide.dtype) if gate is not None else 0, VEC=vec, site=site or split.site,
@@ -288,15 +288,15 @@ def aot_specs() -> Iterator[aot.KernelSpec]:
                     built = replace(blocks, programs=1), vector_width(*size)  # the compiler does not see programs
                     chosen.setdefault(built, set()).add(capability)
             used = {
-                "wide_x_ptr": wide == "bn_silu_grad", "wide_coefficients_ptr": wide != "none",
-                "narrow_x_ptr": narrow == "bn_grad", "narrow_coefficients_ptr": narrow != "none",
-                "gate_ptr": wide == "bn_silu_gate", "scale_ptr": narrow == "bn_grad",
+                "wide_x_ptr": wide == "bn_silu_grad", "wide_norm_ptr": wide != "none",
+                "narrow_x_ptr": narrow == "bn_grad", "narrow_norm_ptr": narrow != "none",
+                "gate_ptr": wide == "bn_silu_gate", "drop_scale_ptr": narrow == "bn_grad",
             }  # fmt: skip
             absent = {pointer: None for pointer, present in used.items() if not present}
             for (blocks, vec), where in sorted(chosen.items(), key=lambda c: (-c[0][1], str(c[0]))):
                 spans = {span_for(blocks.m, area, vec, dtype) for area in (blocks.m, blocks.m - 1, 1)}
                 for span in sorted(spans) if wide == "bn_silu_gate" else (0,):
-                    for scaled in ({}, {"scale_ptr": None}) if narrow == "bn_grad" else ({},):
+                    for scaled in ({}, {"drop_scale_ptr": None}) if narrow == "bn_grad" else ({},):
                         constexprs = {
                             **absent, **scaled, "WIDE": wide, "NARROW": narrow, "WIDE_IS_INPUT": wide_is_input,
                             "WIDEN": False, "SPAN": span, "VEC": vec, **blocks.constexprs(),

@@ -1,4 +1,4 @@
-"""How a depthwise convolution's images are cut into strips of columns, and the taps that every strip holds.
+"""How a depthwise convolution's images are cut into strips of columns, and the weight that every strip holds.
 
 A tile is [UNITS, BLOCK_C]: UNITS strips, side by side and running on into the next images, by BLOCK_C channels. A lane
 has two elements, or one where channels cannot be loaded in pairs: each of a pair would have its own mask and address,
@@ -38,16 +38,16 @@ def units_for(vec: int) -> int:
 
 
 @L.helper
-def load_taps(taps_ptrs, COUNT: tl.constexpr, BLOCK_C: tl.constexpr):
-    """COUNT taps of a channel block, one after the other."""
-    taps = ()
+def load_weights(w_ptrs, COUNT: tl.constexpr, BLOCK_C: tl.constexpr):
+    """COUNT elements of a channel block's weight, one after the other."""
+    weights = ()
     for i in tl.static_range(COUNT):
-        taps = taps + (tl.load(taps_ptrs + i * BLOCK_C),)
-    return taps
+        weights = weights + (tl.load(w_ptrs + i * BLOCK_C),)
+    return weights
 
 
 class Geometry(NamedTuple):
-    """Where the taps lie: output (o, p) reads rows from o * stride - pad_top, columns from p * stride - pad_left."""
+    """Where the weight lies: output (o, p) reads rows from o * stride - pad_top, columns from p * stride - pad_left."""
 
     kernel_size: int
     stride: int
@@ -154,14 +154,14 @@ def make_plan(
     return Plan(site, config, strips, bands, band_rows, images * strips, units, groups, blocks, partials)
 
 
-def pack_taps(weight: Tensor) -> Tensor:
+def pack_weight(weight: Tensor) -> Tensor:
     """[C, 1, k, k] as [blocks, k * k, BLOCK_C], zero past the last channel."""
     channels = weight.shape[0]
-    taps = weight.detach().reshape(channels, -1)
+    packed = weight.detach().reshape(channels, -1)
     missing = -channels % BLOCK_C
     if missing:
-        taps = F.pad(taps, (0, 0, 0, missing))
-    return taps.view(-1, BLOCK_C, taps.shape[1]).transpose(1, 2).contiguous()
+        packed = F.pad(packed, (0, 0, 0, missing))
+    return packed.view(-1, BLOCK_C, packed.shape[1]).transpose(1, 2).contiguous()
 
 
 def empty_nhwc(like: Tensor, channels: int, height: int, width: int) -> Tensor:
@@ -202,6 +202,7 @@ def inside(first: int, end: int, size: int) -> int:
     return max(min(end, size) - max(first, 0), 0)
 
 
-def tap_bytes(taps: int, units: int, again: bool) -> int:
-    """Bytes of a program's taps: each strip of a tile loads its own copy, all but one from the first-level cache."""
-    return 4 * taps * BLOCK_C * (units if again else 1)
+def weight_bytes(area: int, units: int, again: bool) -> int:
+    """Bytes of a program's weight, of `area` elements a channel: each strip of a tile loads its own copy, all but one
+    from the first-level cache."""
+    return 4 * area * BLOCK_C * (units if again else 1)

@@ -13,7 +13,7 @@ from kernels.block import depthwise, depthwise_backward
 from kernels.block.pointwise import expansion_backward_traffic
 from kernels.block.pointwise_blocks import plan
 from kernels.block.pointwise_gemm import gemm_traffic
-from kernels.block.pointwise_operand import Prologue, coefficient_traffic
+from kernels.block.pointwise_operand import Prologue, norm_vectors_traffic
 from kernels.block.pointwise_wgrad import wgrad_traffic
 from kernels.block.strips import BLOCK_C, Geometry, Padding, geometry
 from kernels.device import REFERENCE, Gpu
@@ -66,10 +66,10 @@ def _squeeze(d: Shape, dtype: torch.dtype, squeezed: int, from_memory: bool, gpu
     return {"_squeeze_kernel": _image(d, dtype) + 4 * 4 * c + 3 * 4 * b * c * image_plan(d, gpu)[3]}
 
 
-def _join(p: Shape, dtype: torch.dtype, *, residual: bool, scaled: bool, from_memory: bool, gpu: Gpu) -> Bytes:
+def _residual_add(p: Shape, dtype: torch.dtype, *, residual: bool, scaled: bool, from_memory: bool, gpu: Gpu) -> Bytes:
     """Forward and backward; a block has a scale only where it has a residual, and the first may have that alone."""
     b, c, height, width = p
-    moved = drop_connect.bn_traffic(p, dtype, joined=residual, gpu=gpu)
+    moved = drop_connect.bn_traffic(p, dtype, with_residual=residual, gpu=gpu)
     tiles, blocks = cdiv(height * width, tile_for(c).height), cdiv(c, tile_for(c).block_c)
     if residual and not scaled:
         moved["_drop_connect_kernel"] -= 4 * b * tiles * blocks
@@ -83,7 +83,7 @@ def _join(p: Shape, dtype: torch.dtype, *, residual: bool, scaled: bool, from_me
 
 def _depthwise(shape: Shape, dtype: torch.dtype, g: Geometry, norm: bool, from_memory: bool, gpu: Gpu) -> Bytes:
     moved = depthwise.traffic(shape, dtype, g, norm=norm, stats=True, again=not from_memory, gpu=gpu)
-    if from_memory:  # vectors and taps once a launch; means and counts, which the merge reads twice, once
+    if from_memory:  # vectors and weights once a launch; means and counts, which the merge reads twice, once
         c = shape[1]
         plan = depthwise.forward_plan(shape, dtype, g, norm=norm, stats=True, gpu=gpu)[0]
         vectors = 4 * plan.blocks * g.kernel_size**2 * BLOCK_C + (16 * c if norm else 0)
@@ -96,13 +96,13 @@ def _depthwise_backward(
     shape: Shape, dtype: torch.dtype, g: Geometry, norm: bool, from_memory: bool, gpu: Gpu
 ) -> Bytes:
     moved = depthwise_backward.traffic(shape, dtype, g, norm=norm, out_norm=True, again=not from_memory, gpu=gpu)
-    if from_memory:  # vectors and taps once a launch
+    if from_memory:  # vectors and weights once a launch
         b, c, _, _ = shape
         plan = depthwise_backward.backward_plan(shape, dtype, g, norm=norm, out_norm=True, gpu=gpu)[0]
-        taps, separate = g.kernel_size**2, plan.config.separate
+        area, separate = g.kernel_size**2, plan.config.separate
         images = 2 * _image(shape, dtype) + (1 if separate else 2) * _image((b, c, g.out_height, g.out_width), dtype)
-        vectors = c * (4 * norm + (0 if separate else 6 + 2 * b)) + plan.blocks * taps * BLOCK_C
-        moved["_depthwise_backward_kernel"] = images + 4 * (vectors + c * (taps + 2 * norm) * plan.partials)
+        vectors = c * (4 * norm + (0 if separate else 6 + 2 * b)) + plan.blocks * area * BLOCK_C
+        moved["_depthwise_backward_kernel"] = images + 4 * (vectors + c * (area + 2 * norm) * plan.partials)
     return moved
 
 
@@ -111,7 +111,7 @@ def forward(
     dtype: torch.dtype,
     *,
     prev: Block | None = None,
-    joins: bool = True,
+    defer_residual: bool = False,
     from_memory: bool = False,
     gpu: Gpu = REFERENCE,
 ) -> dict[str, Bytes]:
@@ -119,35 +119,48 @@ def forward(
     program of the same launch reads too counts once, as where the caches serve the others. `gpu`: the card that the
     launches are cut up for.
 
-    prev: a block that leaves its join to this one's F1; without `joins` this one leaves its own to the next.
+    prev: a block that leaves its residual add to this one's F1; with `defer_residual` this one leaves its
+    own to the next.
     """
     b, c, out = block.images, block.channels, block.out_channels
     g = geometry(block.height, block.width, block.kernel_size, block.stride, block.padding)
     narrow, wide = (b, block.in_channels, block.height, block.width), (b, c, block.height, block.width)
     d, p = (b, c, g.out_height, g.out_width), (b, out, g.out_height, g.out_width)
 
-    def product(shape: Shape, n: int, prologue: Prologue, scaled: bool = False, joined: bool = False) -> Bytes:
+    def product(shape: Shape, n: int, prologue: Prologue, scaled: bool = False, with_residual: bool = False) -> Bytes:
         parts = plan(shape, shape[1], n, prologue, "statistics", dtype, gpu).parts
         moved = gemm_traffic(
-            shape, n, dtype, prologue, "statistics", scaled=scaled, joined=joined, from_memory=from_memory, gpu=gpu
+            shape,
+            n,
+            dtype,
+            prologue,
+            "statistics",
+            scaled=scaled,
+            with_residual=with_residual,
+            from_memory=from_memory,
+            gpu=gpu,
         )
         return {"_pointwise_kernel": moved, "_merge_stats_kernel": 8 * parts * n + 8 * n}
 
     gate = _excite(b, image_plan(d, gpu)[3], c, block.squeezed, from_memory)
-    join = _join(p, dtype, residual=block.residual, scaled=block.scaled, from_memory=from_memory, gpu=gpu)
+    added = _residual_add(p, dtype, residual=block.residual, scaled=block.scaled, from_memory=from_memory, gpu=gpu)
     steps: dict[str, Bytes] = {}
     if prev is not None:
-        steps["F1 expand"] = {"_coefficients_kernel": coefficient_traffic(block.in_channels, False)}
-        steps["F1 expand"] |= product(narrow, c, "join", prev.scaled, prev.residual)
+        steps["F1 expand"] = {"_norm_vectors_kernel": norm_vectors_traffic(block.in_channels, False)}
+        steps["F1 expand"] |= product(narrow, c, "residual_add", prev.scaled, prev.residual)
     elif block.expands:
         steps["F1 expand"] = product(narrow, c, "none")
     steps |= {
         "F2 depthwise": _depthwise(wide, dtype, g, block.expands, from_memory, gpu),
         "F3 squeeze": _squeeze(d, dtype, block.squeezed, from_memory, gpu),
         "F4 excite": {"_excite_kernel": gate["_excite_kernel"]},
-        "F5 project": {"_coefficients_kernel": coefficient_traffic(c, False)} | product(d, out, "bn_silu_gate"),
+        "F5 project": {"_norm_vectors_kernel": norm_vectors_traffic(c, False)} | product(d, out, "bn_silu_gate"),
     }
-    return steps | {"F6 join": {"_drop_connect_kernel": join["_drop_connect_kernel"]}} if joins else steps
+    return (
+        steps | {"F6 residual add": {"_drop_connect_kernel": added["_drop_connect_kernel"]}}
+        if not defer_residual
+        else steps
+    )
 
 
 def backward(block: Block, dtype: torch.dtype, *, from_memory: bool = False, gpu: Gpu = REFERENCE) -> dict[str, Bytes]:
@@ -159,14 +172,14 @@ def backward(block: Block, dtype: torch.dtype, *, from_memory: bool = False, gpu
         (b, c, g.out_height, g.out_width),
         (b, out, g.out_height, g.out_width),
     )
-    join = _join(p, dtype, residual=block.residual, scaled=block.scaled, from_memory=from_memory, gpu=gpu)
+    added = _residual_add(p, dtype, residual=block.residual, scaled=block.scaled, from_memory=from_memory, gpu=gpu)
     chunks = plan(p, out, c, "bn_grad", "gate_sums", dtype, gpu).parts
     common: Any = {"from_memory": from_memory, "gpu": gpu}
     gates = _excite(b, chunks, c, block.squeezed, from_memory)
     steps: dict[str, Bytes] = {
-        "B1 join backward": {n: join[n] for n in ("_bn_drop_connect_reduce_kernel", "_sum_partials_kernel")},
+        "B1 residual add backward": {n: added[n] for n in ("_bn_drop_connect_reduce_kernel", "_sum_partials_kernel")},
         "B2 project dgrad": {
-            "_coefficients_kernel": coefficient_traffic(out, True),
+            "_norm_vectors_kernel": norm_vectors_traffic(out, True),
             "_pointwise_kernel": gemm_traffic(p, c, dtype, "bn_grad", "gate_sums", scaled=block.scaled, **common),
         },
         "B2 project wgrad": wgrad_traffic(d, out, dtype, "bn_silu_gate", "bn_grad", scaled=block.scaled, **common),
@@ -175,7 +188,7 @@ def backward(block: Block, dtype: torch.dtype, *, from_memory: bool = False, gpu
         "B5 depthwise backward": _depthwise_backward(wide, dtype, g, block.expands, from_memory, gpu),
     }
     if block.expands:
-        steps["B7 expand backward"] = {"_coefficients_kernel": coefficient_traffic(c, True)}
+        steps["B7 expand backward"] = {"_norm_vectors_kernel": norm_vectors_traffic(c, True)}
         steps["B7 expand backward"] |= expansion_backward_traffic(
             wide, block.in_channels, dtype, residual=block.residual, **common
         )  # fmt: skip
@@ -185,12 +198,12 @@ def backward(block: Block, dtype: torch.dtype, *, from_memory: bool = False, gpu
 def model(
     blocks: Sequence[Block], dtype: torch.dtype, *, from_memory: bool = False, gpu: Gpu = REFERENCE
 ) -> list[dict[str, Bytes]]:
-    """F1 to B7 of each of the blocks of a model, which leave their joins to the expansion behind them."""
+    """F1 to B7 of each of the blocks of a model, which leave their residual adds to the expansion behind them."""
     found = []
     for prev, block, following in zip([None, *blocks], blocks, [*blocks[1:], None], strict=False):
         steps = forward(
-            block, dtype, prev=prev if block.expands else None, joins=following is None or not following.expands,
-            from_memory=from_memory, gpu=gpu,
+            block, dtype, prev=prev if block.expands else None,
+            defer_residual=following is not None and following.expands, from_memory=from_memory, gpu=gpu,
         )  # fmt: skip
         found.append(steps | backward(block, dtype, from_memory=from_memory, gpu=gpu))
     return found

@@ -25,8 +25,8 @@ from kernels.cpu.calls import as_flat, as_image, as_optional, as_vectors, declar
 from kernels.cpu.library import library
 
 
-def _geometry(e: Tensor, taps: Tensor, stride: int, padding: Any) -> Geometry:
-    k = taps.shape[-1]
+def _geometry(e: Tensor, w: Tensor, stride: int, padding: Any) -> Geometry:
+    k = w.shape[-1]
     if (k, stride) not in ((3, 1), (3, 2), (5, 1), (5, 2)) or padding not in ("symmetric", "same"):
         raise ValueError(f"k must be 3 or 5 and stride 1 or 2, got k {k}, stride {stride} and padding {padding!r}")
     return geometry(e.shape[2], e.shape[3], k, stride, padding)
@@ -52,13 +52,13 @@ def expand(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def residual_expand(
-    p: Tensor, residual: Tensor | None, scale: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor,
-    w: Tensor, eps: float,
+    p: Tensor, residual: Tensor | None, drop_scale: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor,
+    bias: Tensor, w: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     p = as_image("p", p)
     (images, c_in), channels = p.shape[:2], w.shape[0]
     residual = as_optional("residual", residual, *p.shape, dtype=p.dtype)
-    vectors = as_vectors(images, scale=scale) + as_vectors(c_in, mean=mean, var=var, weight=weight, bias=bias)
+    vectors = as_vectors(images, drop_scale=drop_scale) + as_vectors(c_in, mean=mean, var=var, weight=weight, bias=bias)
     w = as_flat("w", w, channels, c_in, dtype=p.dtype)
     x, e = L.empty_image(p), empty_nhwc(p, channels, *p.shape[2:])
     e_mean, e_var = L.empty((channels,), p), L.empty((channels,), p)
@@ -68,31 +68,33 @@ def residual_expand(
     return x, e, e_mean, e_var
 
 
-def join(
-    p: Tensor, residual: Tensor | None, scale: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor,
-    eps: float,
+def residual_add(
+    p: Tensor, residual: Tensor | None, drop_scale: Tensor | None, mean: Tensor, var: Tensor, weight: Tensor,
+    bias: Tensor, eps: float,
 ) -> Tensor:  # fmt: skip
-    """y = scale[b] BN3(p) (+ residual): F6 alone, for a block whose output the next one does not make."""
+    """y = drop_scale[b] BN3(p) (+ residual): F6 alone, for a block whose output the next one does not make."""
     p = as_image("p", p)
     images, channels = p.shape[:2]
     residual = as_optional("residual", residual, *p.shape, dtype=p.dtype)
-    vectors = as_vectors(images, scale=scale) + as_vectors(channels, mean=mean, var=var, weight=weight, bias=bias)
+    vectors = as_vectors(images, drop_scale=drop_scale) + as_vectors(
+        channels, mean=mean, var=var, weight=weight, bias=bias
+    )
     y = L.empty_image(p)
-    library().call("join", p.dtype, images, _area(p), channels, p, residual, *vectors, eps, y)
+    library().call("residual_add", p.dtype, images, _area(p), channels, p, residual, *vectors, eps, y)
     return y
 
 
 def depthwise_forward(
-    e: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, taps: Tensor,
+    e: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None, w: Tensor,
     eps: float, stride: int, padding: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     e = as_image("e", e)
-    g, channels = _geometry(e, taps, stride, padding), e.shape[1]
+    g, channels = _geometry(e, w, stride, padding), e.shape[1]
     vectors = as_vectors(channels, mean=mean, var=var, weight=weight, bias=bias)
-    taps = as_flat("taps", taps, channels, 1, g.kernel_size, g.kernel_size)
+    w = as_flat("w", w, channels, 1, g.kernel_size, g.kernel_size)
     d = empty_nhwc(e, channels, g.out_height, g.out_width)
     d_mean, d_var = L.empty((channels,), e), L.empty((channels,), e)
-    library().call("depthwise", e.dtype, *_map(e, g), e, *vectors, taps, eps, d, d_mean, d_var)
+    library().call("depthwise", e.dtype, *_map(e, g), e, *vectors, w, eps, d, d_mean, d_var)
     return d, d_mean, d_var
 
 
@@ -116,36 +118,38 @@ def project(
         "project", d.dtype, images, _area(d), channels, out, squeezed, d, *vectors, w_reduce, b_reduce, w_expand,
         b_expand, w, eps, p, *found,
     )  # fmt: skip
-    p_mean, p_var, d_norm, pooled, hidden, gate, slopes = found
-    return p, p_mean, p_var, d_norm, pooled, hidden, gate, slopes
+    p_mean, p_var, d_norm, pooled, hidden, gate, dsilu_sums = found
+    return p, p_mean, p_var, d_norm, pooled, hidden, gate, dsilu_sums
 
 
-def join_backward(dy: Tensor, p: Tensor, scale: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+def residual_add_backward(
+    dy: Tensor, p: Tensor, drop_scale: Tensor | None, mean: Tensor, var: Tensor, eps: float
+) -> Tensor:
     p = as_image("p", p)
     dy = as_image("dy", dy, *p.shape, dtype=p.dtype)
     images, channels = p.shape[:2]
-    vectors = as_vectors(images, scale=scale) + as_vectors(channels, mean=mean, var=var)
+    vectors = as_vectors(images, drop_scale=drop_scale) + as_vectors(channels, mean=mean, var=var)
     sums = L.empty((2, channels), p)
-    library().call("join_backward", p.dtype, images, _area(p), channels, dy, p, *vectors, eps, sums)
+    library().call("residual_add_backward", p.dtype, images, _area(p), channels, dy, p, *vectors, eps, sums)
     return sums
 
 
 def project_backward(
-    dy: Tensor, p: Tensor, scale: Tensor | None, sums: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor,
-    d: Tensor, d_norm: Tensor, w: Tensor, w_reduce: Tensor, w_expand: Tensor, pooled: Tensor, hidden: Tensor,
-    gate: Tensor, slopes: Tensor, eps: float,
+    dy: Tensor, p: Tensor, drop_scale: Tensor | None, sums: Tensor, mean: Tensor, var: Tensor, weight: Tensor,
+    bias: Tensor, d: Tensor, d_norm: Tensor, w: Tensor, w_reduce: Tensor, w_expand: Tensor, pooled: Tensor,
+    hidden: Tensor, gate: Tensor, dsilu_sums: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     d = as_image("d", d)
     (images, channels), out, squeezed = d.shape[:2], w.shape[0], w_reduce.shape[0]
     p = as_image("p", p, images, out, *d.shape[2:], dtype=d.dtype)
     dy = as_image("dy", dy, *p.shape, dtype=d.dtype)
     arguments = [
-        *as_vectors(images, scale=scale), as_flat("sums", sums, 2, out),
+        *as_vectors(images, drop_scale=drop_scale), as_flat("sums", sums, 2, out),
         *as_vectors(out, mean=mean, var=var, weight=weight, bias=bias), d, as_flat("d_norm", d_norm, 4, channels),
         as_flat("w", w, out, channels, dtype=d.dtype), as_flat("w_reduce", w_reduce, squeezed, channels),
         as_flat("w_expand", w_expand, channels, squeezed), as_flat("pooled", pooled, images, channels),
         as_flat("hidden", hidden, images, squeezed), as_flat("gate", gate, images, channels),
-        as_flat("slopes", slopes, 2, images, channels),
+        as_flat("dsilu_sums", dsilu_sums, 2, images, channels),
     ]  # fmt: skip
     da = L.empty_image(d)
     shapes = (images, channels), (2, channels), (out, channels), (squeezed, channels), (squeezed,)
@@ -160,25 +164,25 @@ def project_backward(
 def depthwise_gradients(
     da: Tensor, d: Tensor, gate: Tensor, q: Tensor, sums: Tensor, out_mean: Tensor, out_var: Tensor, out_weight: Tensor,
     out_bias: Tensor, e: Tensor, mean: Tensor | None, var: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    taps: Tensor, eps: float, stride: int, padding: str,
+    w: Tensor, eps: float, stride: int, padding: str,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """dA1 σ'(z1) [B, C, H, W] (without a norm E's gradient), dtaps fp32 and, with a norm, its Σ dz, Σ dz ê [2, C]."""
+    """dA1 σ'(z1) [B, C, H, W] (without a norm E's gradient), dw fp32 and, with a norm, its Σ dz, Σ dz ê [2, C]."""
     e = as_image("e", e)
-    g, (images, channels) = _geometry(e, taps, stride, padding), e.shape[:2]
+    g, (images, channels) = _geometry(e, w, stride, padding), e.shape[:2]
     d = as_image("d", d, images, channels, g.out_height, g.out_width, dtype=e.dtype)
     da = as_image("da", da, *d.shape, dtype=e.dtype)
     gate, q = as_flat("gate", gate, images, channels), as_flat("q", q, images, channels)
     sums = as_flat("sums", sums, 2, channels)
     out = as_vectors(channels, mean=out_mean, var=out_var, weight=out_weight, bias=out_bias)
     vectors = as_vectors(channels, mean=mean, var=var, weight=weight, bias=bias)
-    taps = as_flat("taps", taps, channels, 1, g.kernel_size, g.kernel_size)
-    du, dtaps = L.empty_image(e), L.empty(tuple(taps.shape), e)
+    w = as_flat("w", w, channels, 1, g.kernel_size, g.kernel_size)
+    du, dw = L.empty_image(e), L.empty(tuple(w.shape), e)
     e_sums = None if mean is None else L.empty((2, channels), e)
     library().call(
-        "depthwise_backward", e.dtype, *_map(e, g), da, d, gate, q, sums, *out, e, *vectors, taps, eps, du, dtaps,
+        "depthwise_backward", e.dtype, *_map(e, g), da, d, gate, q, sums, *out, e, *vectors, w, eps, du, dw,
         e_sums,
     )  # fmt: skip
-    return du, dtaps, e_sums
+    return du, dw, e_sums
 
 
 def expand_backward(
@@ -250,13 +254,13 @@ def _on_its_own(output: Tensor) -> Tensor:
 
 expand = _twin(expand)
 residual_expand = _twin(residual_expand)
-join = declare(
-    "join", join,
+residual_add = declare(
+    "residual_add", residual_add,
     lambda p, *others: L.empty_image(p),
 )  # fmt: skip
 depthwise_forward = _twin(depthwise_forward)
 project = _twin(project)
-join_backward = _twin(join_backward)
+residual_add_backward = _twin(residual_add_backward)
 project_backward = _twin(project_backward)
 depthwise_gradients = _twin(depthwise_gradients)
 expand_backward = _twin(expand_backward)

@@ -37,7 +37,7 @@ from kernels.batch_norm import (
     locate,
     partial_plan,
     sigmoid,
-    silu_and_slope,
+    silu_and_dsilu,
     statistics,
     store_channels,
     sum_partials,
@@ -71,8 +71,8 @@ def _bn_silu_fwd_kernel(
     part, c0 = locate(channels, BLOCK_C)
     offsets, mask = tile_at(part * (UNROLL * ROWS), row_count, c0, channels, UNROLL * ROWS, BLOCK_C)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    mean, _, gain, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
-    z = (x - mean) * gain + bias
+    mean, _, bn_scale, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
+    z = (x - mean) * bn_scale + bias
     tl.store(y_ptr + offsets, (z * sigmoid(z)).to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -99,7 +99,7 @@ def _bn_silu_reduce_kernel(
     part, c0 = locate(channels, BLOCK_C)
     row = part * rows_per_program
     end = tl.minimum(row + rows_per_program, row_count)
-    mean, rstd, gain, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
+    mean, rstd, bn_scale, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
     sum_dz = tl.zeros([ROWS, BLOCK_C], tl.float32)
     sum_dz_centred = tl.zeros([ROWS, BLOCK_C], tl.float32)
     while row < end:
@@ -107,8 +107,8 @@ def _bn_silu_reduce_kernel(
         dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         centred = x - mean
-        _, slope = silu_and_slope(centred * gain + bias)
-        dz = dy * slope
+        _, dsilu = silu_and_dsilu(centred * bn_scale + bias)
+        dz = dy * dsilu
         sum_dz += fold(dz, UNROLL, ROWS, BLOCK_C)
         sum_dz_centred += fold(dz * centred, UNROLL, ROWS, BLOCK_C)
         row += UNROLL * ROWS
@@ -142,14 +142,14 @@ def _bn_silu_dx_kernel(
     offsets, mask = tile_at(part * (UNROLL * ROWS), row_count, c0, channels, UNROLL * ROWS, BLOCK_C)
     dy = tl.load(dy_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    mean, rstd, gain, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
+    mean, rstd, bn_scale, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
     centred = x - mean
-    _, slope = silu_and_slope(centred * gain + bias)
-    dz = dy * slope
+    _, dsilu = silu_and_dsilu(centred * bn_scale + bias)
+    dz = dy * dsilu
     if TRAINING:
         dz -= channel_vector(sums_ptr, c0, channels, BLOCK_C) * inverse_rows
         dz -= centred * (channel_vector(sums_ptr + channels, c0, channels, BLOCK_C) * rstd * inverse_rows)
-    tl.store(dx_ptr + offsets, (dz * gain).to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(dx_ptr + offsets, (dz * bn_scale).to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @operation("bn_silu")

@@ -53,13 +53,15 @@ def bn_silu_squeeze_excite_op(
     training: bool,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, pooled [B, C], hidden [B, S], gate [B, C], sums of slopes [2, B, C]; only y is differentiable."""
+    """y, pooled [B, C], hidden [B, S], gate [B, C], sums of dsilu_sums [2, B, C]; only y is differentiable."""
     x = L.nhwc(x)
     norm = Norm(mean, var, weight, bias, eps)
     partial = SE.squeeze(x, None, norm)
-    pooled, hidden, gate, slopes = E.excite(partial, x.shape[2] * x.shape[3], w_reduce, b_reduce, w_expand, b_expand)
-    assert slopes is not None
-    return SE.scale(x, gate, norm), pooled, hidden, gate, slopes
+    pooled, hidden, gate, dsilu_sums = E.excite(
+        partial, x.shape[2] * x.shape[3], w_reduce, b_reduce, w_expand, b_expand
+    )
+    assert dsilu_sums is not None
+    return SE.scale(x, gate, norm), pooled, hidden, gate, dsilu_sums
 
 
 @operation("bn_silu_squeeze_excite_backward")
@@ -75,7 +77,7 @@ def bn_silu_squeeze_excite_backward_op(
     pooled: Tensor,
     hidden: Tensor,
     gate: Tensor,
-    slopes: Tensor,
+    dsilu_sums: Tensor,
     eps: float,
     training: bool,
     group: str,
@@ -85,7 +87,7 @@ def bn_silu_squeeze_excite_backward_op(
     norm = Norm(mean, var, weight, bias, eps)
     partial = SE.squeeze(x, dy, norm)
     q, shares, *parameters = E.excite_backward(
-        partial, x.shape[2] * x.shape[3], w_reduce, w_expand, pooled, hidden, gate, slopes
+        partial, x.shape[2] * x.shape[3], w_reduce, w_expand, pooled, hidden, gate, dsilu_sums
     )
     assert shares is not None
     sums = sum_partials(shares)
@@ -98,8 +100,8 @@ def bn_silu_squeeze_excite_backward_op(
 def _(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, w_reduce: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
-    slopes = x.new_empty((2, x.shape[0], x.shape[1]), dtype=torch.float32)
-    return L.empty_image(x), *SE.fake_vectors(x, w_reduce), slopes
+    dsilu_sums = x.new_empty((2, x.shape[0], x.shape[1]), dtype=torch.float32)
+    return L.empty_image(x), *SE.fake_vectors(x, w_reduce), dsilu_sums
 
 
 @bn_silu_squeeze_excite_backward_op.register_fake

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kernels import aot
 from kernels import launch as L
-from kernels.batch_norm import sigmoid, silu_and_slope
+from kernels.batch_norm import sigmoid, silu_and_dsilu
 from kernels.launch import tl
 
 MAX_CHUNKS = 16  # partial sums of one image and channel
@@ -79,7 +79,7 @@ def _excite_kernel(
     pooled_ptr,
     hidden_ptr,
     gate_ptr,
-    slopes_ptr,  # [2, B, C]: sums of σ', σ' x̂
+    dsilu_sums_ptr,  # [2, B, C]: sums of σ', σ' x̂
     inverse_area,
     images,
     chunks,
@@ -101,7 +101,7 @@ def _excite_kernel(
         if NORM:
             for k in tl.static_range(2):
                 total = sum_chunks(partial_ptr, (k + 1) * images + image, chunks, channels, c, MAX_CHUNKS)
-                tl.store(slopes_ptr + (k * images + image) * channels + c, total, mask=c < channels)
+                tl.store(dsilu_sums_ptr + (k * images + image) * channels + c, total, mask=c < channels)
         mask = (s[:, None] < squeeze) & (c[None, :] < channels)
         w = tl.load(w_reduce_ptr + s[:, None] * channels + c[None, :], mask=mask, other=0.0)
         products += w * pooled[None, :]
@@ -126,7 +126,7 @@ def _excite_backward_kernel(
     w_expand_ptr,
     hidden_ptr,
     gate_ptr,
-    slopes_ptr,
+    dsilu_sums_ptr,
     du_ptr,
     dv_ptr,
     q_ptr,  # [B, C]: dp / (H W), what every pixel receives
@@ -155,8 +155,8 @@ def _excite_backward_kernel(
         products += w * du[None, :]
         c0 += BLOCK_C
     hidden = tl.load(hidden_ptr + image * squeeze + s, mask=s < squeeze, other=0.0)
-    _, slope = silu_and_slope(hidden)
-    dv = tl.sum(products, axis=1) * slope
+    _, dsilu = silu_and_dsilu(hidden)
+    dv = tl.sum(products, axis=1) * dsilu
     tl.store(dv_ptr + image * squeeze + s, dv, mask=s < squeeze)
     c0 = 0
     while c0 < channels:
@@ -170,8 +170,8 @@ def _excite_backward_kernel(
             for k in tl.static_range(2):
                 total = sum_chunks(partial_ptr, (k + 1) * images + image, chunks, channels, c, MAX_CHUNKS)
                 at = (k * images + image) * channels + c
-                slopes = tl.load(slopes_ptr + at, mask=c < channels, other=0.0)
-                tl.store(bn_ptr + at, gate * total + q * slopes, mask=c < channels)
+                dsilu_sums = tl.load(dsilu_sums_ptr + at, mask=c < channels, other=0.0)
+                tl.store(bn_ptr + at, gate * total + q * dsilu_sums, mask=c < channels)
         c0 += BLOCK_C
 
 
@@ -224,18 +224,18 @@ def _excite_parameters_kernel(
 def excite(
     partial: Tensor, area: int, w_reduce: Tensor, b_reduce: Tensor, w_expand: Tensor, b_expand: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Pooled [B, C], hidden [B, S], gate [B, C] and, from three partial sums, the sums of slopes [2, B, C]."""
+    """Pooled [B, C], hidden [B, S], gate [B, C] and, from three partial sums, the sums of dsilu_sums [2, B, C]."""
     k, images, chunks, channels = partial.shape
     squeeze = w_reduce.shape[0]
     pooled, gate = L.empty((images, channels), like=partial), L.empty((images, channels), like=partial)
     hidden = L.empty((images, squeeze), like=partial)
-    slopes = L.empty((2, images, channels), like=partial) if k == 3 else None
+    dsilu_sums = L.empty((2, images, channels), like=partial) if k == 3 else None
     L.launch(
         _excite_kernel, (images,), partial, w_reduce.contiguous(), b_reduce.contiguous(), w_expand.contiguous(),
-        b_expand.contiguous(), pooled, hidden, gate, slopes, 1.0 / area, images, chunks, channels, squeeze,
+        b_expand.contiguous(), pooled, hidden, gate, dsilu_sums, 1.0 / area, images, chunks, channels, squeeze,
         like=partial, num_warps=EXCITE_WARPS, NORM=k == 3, **excite_blocks(squeeze),
     )  # fmt: skip
-    return pooled, hidden, gate, slopes
+    return pooled, hidden, gate, dsilu_sums
 
 
 def excite_backward(
@@ -246,7 +246,7 @@ def excite_backward(
     pooled: Tensor,
     hidden: Tensor,
     gate: Tensor,
-    slopes: Tensor | None,
+    dsilu_sums: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
     """q [B, C], the images' shares of the batch norm's sums [2, B, C], and dWr, dbr, dWe, dbe."""
     k, images, chunks, channels = partial.shape
@@ -255,8 +255,8 @@ def excite_backward(
     dv = L.empty((images, squeeze), like=partial)
     shares = L.empty((2, images, channels), like=partial) if k == 3 else None
     L.launch(
-        _excite_backward_kernel, (images,), partial, w_reduce.contiguous(), w_expand.contiguous(), hidden, gate, slopes,
-        du, dv, q, shares, 1.0 / area, images, chunks, channels, squeeze,
+        _excite_backward_kernel, (images,), partial, w_reduce.contiguous(), w_expand.contiguous(), hidden, gate,
+        dsilu_sums, du, dv, q, shares, 1.0 / area, images, chunks, channels, squeeze,
         like=partial, num_warps=EXCITE_WARPS, NORM=k == 3, **excite_blocks(squeeze),
     )  # fmt: skip
     dw_reduce, db_reduce = L.empty((squeeze, channels), like=partial), L.empty((squeeze,), like=partial)
@@ -273,7 +273,10 @@ def excite_backward(
 def aot_specs() -> Iterator[aot.KernelSpec]:
     """Every configuration that a launch in this file can select."""
     for size in SQUEEZE_SIZES:
-        for fn, vectors in ((_excite_kernel, ("slopes_ptr",)), (_excite_backward_kernel, ("slopes_ptr", "bn_ptr"))):
+        for fn, vectors in (
+            (_excite_kernel, ("dsilu_sums_ptr",)),
+            (_excite_backward_kernel, ("dsilu_sums_ptr", "bn_ptr")),
+        ):
             for norm in (True, False):
                 absent = {} if norm else dict.fromkeys(vectors)
                 constexprs = {**absent, "NORM": norm, **excite_blocks(size)}

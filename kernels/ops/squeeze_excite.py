@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kernels import aot, reference
 from kernels import launch as L
-from kernels.batch_norm import bn_vectors, channel_vector, fold, locate, silu_and_slope, store_channels, tile_at
+from kernels.batch_norm import bn_vectors, channel_vector, fold, locate, silu_and_dsilu, store_channels, tile_at
 from kernels.configs import Site
 from kernels.device import REFERENCE, Gpu
 from kernels.launch import tl
@@ -67,9 +67,9 @@ def _squeeze_kernel(
     row = image * area + start
     end = image * area + tl.minimum(start + rows_per_program, area)
     if NORM:
-        mean, rstd, gain, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
-        sum_slope = tl.zeros([ROWS, BLOCK_C], tl.float32)
-        sum_slope_centred = tl.zeros([ROWS, BLOCK_C], tl.float32)
+        mean, rstd, bn_scale, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
+        sum_dsilu = tl.zeros([ROWS, BLOCK_C], tl.float32)
+        sum_dsilu_centred = tl.zeros([ROWS, BLOCK_C], tl.float32)
     sum_a = tl.zeros([ROWS, BLOCK_C], tl.float32)
     while row < end:
         offsets, mask = tile_at(row, end, c0, channels, UNROLL * ROWS, BLOCK_C)
@@ -80,10 +80,10 @@ def _squeeze_kernel(
             factor = tl.where(mask, 1.0, 0.0)
         if NORM:
             centred = x - mean
-            a, slope = silu_and_slope(centred * gain + bias)
-            slope = slope * factor
-            sum_slope += fold(slope, UNROLL, ROWS, BLOCK_C)
-            sum_slope_centred += fold(slope * centred, UNROLL, ROWS, BLOCK_C)
+            a, dsilu = silu_and_dsilu(centred * bn_scale + bias)
+            dsilu = dsilu * factor
+            sum_dsilu += fold(dsilu, UNROLL, ROWS, BLOCK_C)
+            sum_dsilu_centred += fold(dsilu * centred, UNROLL, ROWS, BLOCK_C)
             sum_a += fold(a * factor, UNROLL, ROWS, BLOCK_C)
         else:
             sum_a += fold(x * factor, UNROLL, ROWS, BLOCK_C)
@@ -91,9 +91,9 @@ def _squeeze_kernel(
     store_channels(partial_ptr + part * channels, tl.sum(sum_a, axis=0), c0, channels, BLOCK_C)
     if NORM:
         part += images * chunks
-        store_channels(partial_ptr + part * channels, tl.sum(sum_slope, axis=0), c0, channels, BLOCK_C)
+        store_channels(partial_ptr + part * channels, tl.sum(sum_dsilu, axis=0), c0, channels, BLOCK_C)
         part += images * chunks
-        store_channels(partial_ptr + part * channels, tl.sum(sum_slope_centred * rstd, axis=0), c0, channels, BLOCK_C)
+        store_channels(partial_ptr + part * channels, tl.sum(sum_dsilu_centred * rstd, axis=0), c0, channels, BLOCK_C)
 
 
 @L.jit
@@ -123,8 +123,8 @@ def _scale_kernel(
     a = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     gate = channel_vector(gate_ptr + image * channels, c0, channels, BLOCK_C)
     if NORM:
-        mean, _, gain, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
-        a, _ = silu_and_slope((a - mean) * gain + bias)
+        mean, _, bn_scale, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
+        a, _ = silu_and_dsilu((a - mean) * bn_scale + bias)
     tl.store(y_ptr + offsets, (a * gate).to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -162,14 +162,14 @@ def _scale_backward_kernel(
     d = dy * gate + channel_vector(q_ptr + image * channels, c0, channels, BLOCK_C)
     if NORM:
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        mean, rstd, gain, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
+        mean, rstd, bn_scale, bias = bn_vectors(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, c0, channels, BLOCK_C)
         centred = x - mean
-        _, slope = silu_and_slope(centred * gain + bias)
-        d = d * slope
+        _, dsilu = silu_and_dsilu(centred * bn_scale + bias)
+        d = d * dsilu
         if TRAINING:
             d -= channel_vector(sums_ptr, c0, channels, BLOCK_C) * inverse_rows
             d -= centred * (channel_vector(sums_ptr + channels, c0, channels, BLOCK_C) * rstd * inverse_rows)
-        d = d * gain
+        d = d * bn_scale
     tl.store(dx_ptr + offsets, d.to(dx_ptr.dtype.element_ty), mask=mask)
 
 

@@ -52,7 +52,7 @@ def test_instructions_are_read_with_what_they_wait_for() -> None:
 
 
 def test_every_kernel_of_a_block_says_how_often_its_loops_run() -> None:
-    steps = mbconv_traffic.forward(BLOCK, torch.bfloat16, joins=True) | mbconv_traffic.backward(BLOCK, torch.bfloat16)
+    steps = mbconv_traffic.forward(BLOCK, torch.bfloat16) | mbconv_traffic.backward(BLOCK, torch.bfloat16)
     names = {name for step in steps.values() for name in step}
     functions = {spec.fn.fn.__name__: spec.fn for spec in kernels.all_specs()}
     arguments: Any = defaultdict(lambda: 1, EPILOGUE="none")

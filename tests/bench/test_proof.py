@@ -234,7 +234,7 @@ def test_launches_are_timed_with_their_bytes() -> None:
     assert sum(one["bytes"] for one in steps.values()) == sum(moved.values())
     expansion = steps["F1 expand"]
     assert expansion["gb_per_second"] == pytest.approx(expansion["bytes"] / expansion["ours"]["median"] / 1e9)
-    assert "library" not in steps["F6 join"]
+    assert "library" not in steps["F6 residual add"]
     assert all(step in table for step in steps)
 
 
@@ -246,13 +246,13 @@ def test_the_same_job_is_compared_and_the_bare_product_is_not() -> None:
 
 def test_speed_and_memory_are_ours_against_the_best_peers() -> None:
     contenders = [*eager_entries(), Entry(OURS, kernels="torch"), Entry(OURS, graph=True)]
-    contenders.append(Entry(OURS, own_joins=True))
+    contenders.append(Entry(OURS, own_residual_adds=True))
     names = {entry.label for entry in contenders}
     if not {f"{TIMM}, eager", f"{TORCHVISION}, eager"} <= names:
         pytest.skip("no peer is installed")
     times = {
         f"{OURS}, eager": 2.0, f"{OURS}, eager, graph": 1.0, f"{OURS} torch, eager": 0.5, f"{TIMM}, eager": 3.0,
-        f"{TORCHVISION}, eager": 4.0, f"{OURS} with own joins, eager": 0.5,
+        f"{TORCHVISION}, eager": 4.0, f"{OURS} with own residual adds, eager": 0.5,
     }  # fmt: skip
     assert times.keys() == names
     peaks = {f"{TIMM}, eager": 10, f"{TORCHVISION}, eager": 20}

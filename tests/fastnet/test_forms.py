@@ -173,5 +173,5 @@ def test_a_block_may_keep_its_join(monkeypatch: pytest.MonkeyPatch) -> None:
     block, following = (MBConv(BlockShape(8, 8, 3, 1, 6), ModelConfig(kernels="triton")) for _ in range(2))
     x = torch.empty(IMAGES)
     assert block.can_defer_residual(following, x)
-    block.defers_join = False
+    block.defers_residual = False
     assert not block.can_defer_residual(following, x)

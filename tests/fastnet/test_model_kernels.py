@@ -113,32 +113,34 @@ def test_the_model_compiles_whole_and_once(kernels: str) -> None:
 
 
 @pytest.mark.slow
-def test_joins_are_left_to_expansions_but_not_where_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_residual_adds_are_left_to_expansions_but_not_where_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    joins: list[bool] = []
+    deferred: list[bool] = []
     inner = MBConv.forward
 
-    def record(block: MBConv, x: Tensor | PendingResidual, scale: Tensor | None = None, *, join: bool = True) -> Any:
-        joins.append(join)
-        return inner(block, x, scale, join=join)
+    def record(
+        block: MBConv, x: Tensor | PendingResidual, drop_scale: Tensor | None = None, *, defer_residual: bool = False
+    ) -> Any:
+        deferred.append(defer_residual)
+        return inner(block, x, drop_scale, defer_residual=defer_residual)
 
     monkeypatch.setattr(MBConv, "forward", record)
     model = EfficientNet(replace(SMALL, kernels="triton")).to(device)
     images = torch.randn(2, 3, 8, 8, device=device)
     model(images)
-    assert joins == [False, False, True]
+    assert deferred == [True, True, False]
     with torch.no_grad():
         model.eval()(images)
-    assert joins[3:] == [True, True, True]
+    assert deferred[3:] == [False, False, False]
     seen: list[torch.Size] = []
     model.blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
     model.train()(images)
-    assert joins[6:] == [True, False, True]
+    assert deferred[6:] == [False, True, False]
     assert seen == [(2, 8, 4, 4)]
 
 
 @pytest.mark.slow
-def test_blocks_compiled_one_by_one_leave_their_joins_too() -> None:
+def test_blocks_compiled_one_by_one_leave_their_residual_adds_too() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     eager = EfficientNet(replace(SMALL, kernels="triton")).to(device)

@@ -23,8 +23,8 @@ CARDS = tuple(
     for arch, multiprocessors in ((80, 108), (86, 28), (89, 128), (90, 132), (100, 148), (120, 170))
 )
 AMPERE = CARDS[1]
-JOIN = Site("pointwise", (128, 14, 14, 112, 672, "join", "statistics", "bfloat16"))
-NARROW = Site("pointwise", (128, 56, 56, 24, 144, "join", "statistics", "bfloat16"))
+JOIN = Site("pointwise", (128, 14, 14, 112, 672, "residual_add", "statistics", "bfloat16"))
+NARROW = Site("pointwise", (128, 56, 56, 24, 144, "residual_add", "statistics", "bfloat16"))
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,9 @@ def sites(block: Block, dtype: str) -> list[Site]:
         Site("depthwise_backward", (b, c, h, w, block.kernel_size, block.stride, block.expands, True, dtype)),
     ]
     if block.expands:
-        found += [Site("pointwise", (*wide, c_in, c, prologue, "statistics", dtype)) for prologue in ("none", "join")]
+        found += [
+            Site("pointwise", (*wide, c_in, c, prologue, "statistics", dtype)) for prologue in ("none", "residual_add")
+        ]
         found += [
             Site("pointwise", (*wide, c, c_in, "bn_silu_grad", epilogue, dtype)) for epilogue in ("none", "residual")
         ]

@@ -13,7 +13,7 @@ import pytest
 
 FUSED = {
     "_pointwise_kernel", "_pointwise_wgrad_kernel", "_depthwise_kernel", "_depthwise_backward_kernel",
-    "_excite_kernel", "_excite_backward_kernel", "_squeeze_kernel", "_coefficients_kernel",
+    "_excite_kernel", "_excite_backward_kernel", "_squeeze_kernel", "_norm_vectors_kernel",
 }  # fmt: skip
 
 

@@ -118,7 +118,7 @@ BAD = [
         r"residual must match x.*torch.float16",
         replacing("residual", lambda r: r.half()),
     ),
-    bad("drop_connect_add", ValueError, r"scale must have shape \(2,\)", replacing("scale", lambda s: s[:1])),
+    bad("drop_connect_add", ValueError, r"drop_scale must have shape \(2,\)", replacing("drop_scale", lambda s: s[:1])),
     bad("squeeze_excite", ValueError, r"w_reduce \[S, C\], got", replacing("w_reduce", lambda w: w[:, :, None, None])),
     bad("squeeze_excite", ValueError, r"w_reduce must have shape \(4, 8\)", replacing("w_reduce", lambda w: w[:, :7])),
     bad("squeeze_excite", ValueError, r"w_expand must have shape \(8, 4\)", replacing("w_expand", lambda w: w.T)),
@@ -156,7 +156,7 @@ def opcheck_arguments(op: str, training: bool) -> list[tuple[Any, tuple[Any, ...
     norm = (torch.zeros(c), torch.ones(c), v["weight"], v["bias"])
     wide, narrow = torch.rand(SHAPE[0], c), torch.randn(SHAPE[0], s)
     saved = (wide, narrow, torch.rand(SHAPE[0], c))
-    slopes = torch.randn(2, SHAPE[0], c)
+    dsilu_sums = torch.randn(2, SHAPE[0], c)
     excite = tuple(v[n] for n in parity.EXCITE)
     ops = torch.ops.fastnet
     plain = [t.detach() if isinstance(t, Tensor) else t for t in norm]
@@ -181,7 +181,7 @@ def opcheck_arguments(op: str, training: bool) -> list[tuple[Any, tuple[Any, ...
                     v["w_reduce"].detach(),
                     v["w_expand"].detach(),
                     *saved,
-                    slopes,
+                    dsilu_sums,
                     1e-3,
                     training,
                     "",
@@ -189,14 +189,14 @@ def opcheck_arguments(op: str, training: bool) -> list[tuple[Any, tuple[Any, ...
             ),
         ],
         "drop_connect_add": [
-            (ops.drop_connect_add, (x, v["residual"], v["scale"])),
+            (ops.drop_connect_add, (x, v["residual"], v["drop_scale"])),
             (ops.drop_connect_add, (x, v["residual"], None)),
-            (ops.drop_connect_backward, (dy, v["scale"])),
+            (ops.drop_connect_backward, (dy, v["drop_scale"])),
         ],
         "bn_drop_connect_add": [
-            (ops.bn_drop_connect_add, (x, v["residual"], v["scale"], *norm, 1e-3, training, "")),
+            (ops.bn_drop_connect_add, (x, v["residual"], v["drop_scale"], *norm, 1e-3, training, "")),
             (ops.bn_drop_connect_add, (x, None, None, *norm, 1e-3, training, "")),
-            (ops.bn_drop_connect_backward, (dy, x.detach(), v["scale"], *plain[:3], 1e-3, training, "")),
+            (ops.bn_drop_connect_backward, (dy, x.detach(), v["drop_scale"], *plain[:3], 1e-3, training, "")),
         ],
     }[op]
 

@@ -48,7 +48,7 @@ def operations() -> list[parity.Case]:
     made = []
     for op in ARGUMENTS:
         modes: tuple[Any, ...] = ("train", "eval") if op.startswith("bn") else ("plain",)
-        optional = [name for name in ("residual", "scale") if name in ARGUMENTS[op] and op != "drop_connect_add"]
+        optional = [name for name in ("residual", "drop_scale") if name in ARGUMENTS[op] and op != "drop_connect_add"]
         for i, dtype in enumerate(NAMES):
             for mode in modes:
                 # Two of the ragged ones, and those that select the tiles, dealt to the dtypes in turn.
@@ -139,11 +139,11 @@ def infer(block: test_mbconv.Block) -> dict[str, Tensor]:
         return {"y": test_mbconv.call(block, test_mbconv.inputs(block), "triton", training=False)}
 
 
-def leave_joins(dtype: torch.dtype) -> dict[str, Tensor]:
+def leave_residual_adds(dtype: torch.dtype) -> dict[str, Tensor]:
     """A block without a residual, one with its own and one with the one that was left to it, in a row."""
     block = functools.partial(test_mbconv.Block, expand_ratio=6, kernel_size=3, stride=1, map=(7, 5), dtype=dtype)
     blocks = (block(6, 8, expand_ratio=1, scaled=False), block(8, 8), block(8, 10, scaled=False))
-    return test_mbconv.chained(blocks, join=False)
+    return test_mbconv.chained(blocks, defer_residual=True)
 
 
 def add_up(partials: int) -> dict[str, Tensor]:
@@ -183,7 +183,7 @@ RUNS: dict[str, tuple[Callable[[Any], dict[str, Tensor]], Sequence[Any]]] = {
     "depthwise": (convolve, CONVOLUTIONS),
     "block": (train, BLOCKS),
     "inference": (infer, INFERRED),
-    "joins": (leave_joins, tuple(NAMES)),
+    "residual_adds": (leave_residual_adds, tuple(NAMES)),
     "sums": (add_up, (3, 33, 300)),
     "augment": (augmented, tuple(OUTPUTS)),
 }

@@ -224,7 +224,7 @@ class Bench:
         choices = self._candidates(launches)
         taken: dict[Site, dict[Config, list[float]]] = {s: {c: [] for c in some} for s, some in choices.items()}
         most = max(map(len, choices.values()), default=0)
-        runs = [trial.runner(form, join=trial.context.pending is None) for trial in trials]
+        runs = [trial.runner(form, defer_residual=trial.context.pending is not None) for trial in trials]
         for turn in range(ROUNDS + 1):
             for i in range(most):
                 for run in runs:
@@ -305,7 +305,9 @@ class Bench:
         context = occurrences.contexts.most_common(1)[0][0]
         found: dict[Form, int] = {}
         for form in result.eager:
-            forward = self._trial(subject, context).runner(form, join=context.pending is None, backward=False)
+            forward = self._trial(subject, context).runner(
+                form, defer_residual=context.pending is not None, backward=False
+            )
             with configs.trying(result.configs):
                 before = self.timer.allocated()
                 held = forward()
@@ -326,7 +328,9 @@ class Bench:
                     continue
                 with self._refusing(subject, form, result):
                     # What a block saves that leaves its residual add to the next, it pays for the one before.
-                    run = self._trial(subject, context).runner(form, join=context.pending is None, compiled=compiled)
+                    run = self._trial(subject, context).runner(
+                        form, defer_residual=context.pending is not None, compiled=compiled
+                    )
                     for _ in range(self.warm_ups):
                         run()
                     runs[form] = run

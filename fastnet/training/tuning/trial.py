@@ -69,8 +69,10 @@ class Trial:
             self.x = self._images(into, subject.height, subject.width)
             self.residual = self._images(into, subject.height, subject.width)
             self.dy = self._images(out, *subject.out_size)
-            self.scale, self.scale_before = ((torch.rand(distinct) < 0.8).float().to(device) / 0.8 for _ in range(2))
-            self.norm_before = tuple(vector.to(device) for vector in _norm(into))
+            self.drop_scale, self.prev_drop_scale = (
+                (torch.rand(distinct) < 0.8).float().to(device) / 0.8 for _ in range(2)
+            )
+            self.prev_norm = tuple(vector.to(device) for vector in _norm(into))
         self.statistics = {name: b.clone() for name, b in self.module.named_buffers() if b.is_floating_point()}
 
     def _images(self, channels: int, height: int, width: int) -> Tensor:
@@ -81,43 +83,45 @@ class Trial:
         """The few images again and again, each time in another order."""
         return few if self.repeats == 1 else torch.cat([few.roll(i, 0) for i in range(self.repeats)])
 
-    def _joined(self, dtype: torch.dtype) -> Tensor:
+    def _block_input(self, dtype: torch.dtype) -> Tensor:
         """What the block before makes of x, where it leaves its residual to this one; else x."""
         x, pending = self.x.to(dtype), self.context.pending
         if pending is None:
             return x
         vectors = torch.promote_types(dtype, torch.float32)
-        norm = [vector.to(vectors) for vector in self.norm_before]
+        norm = [vector.to(vectors) for vector in self.prev_norm]
         residual = self.residual.to(dtype) if pending[0] else None
-        scale = self.scale_before.to(vectors) if pending[1] else None
+        drop_scale = self.prev_drop_scale.to(vectors) if pending[1] else None
         options: dict[str, Any] = {"training": False, "momentum": 0.0, "eps": self.eps, "impl": "torch"}
-        return bn_drop_connect_add(x, residual, scale, *norm, **options).contiguous(memory_format=torch.channels_last)
+        return bn_drop_connect_add(x, residual, drop_scale, *norm, **options).contiguous(
+            memory_format=torch.channels_last
+        )
 
     def runner(
-        self, form: Form, *, join: bool = True, compiled: bool = False, backward: bool = True
+        self, form: Form, *, defer_residual: bool = False, compiled: bool = False, backward: bool = True
     ) -> Callable[[], dict[str, Tensor]]:
         """A call that computes the block on the whole batch: y, and in training dx and a "d" of each parameter, unless
-        without `backward`, where y keeps what that needs. Without `join` a fused block leaves its residual to the next,
+        without `backward`, where y keeps what that needs. With `defer_residual` a fused block leaves it to the next,
         as most do in the model; no other form can."""
         block, module, pending = self.subject.is_block, self.module, self.context.pending
-        scale = self._batch(self.scale) if self.context.scaled and self.subject.training else None
+        drop_scale = self._batch(self.drop_scale) if self.context.scaled and self.subject.training else None
         dy = self._batch(self.dy)
         prev: list[Tensor | None] = []
         fused = form in ("triton", "native")
-        join = join or not fused
+        defer_residual = defer_residual and fused
         if pending is not None and fused:
             x = self._batch(self.x)
-            weight, bias, mean, var = self.norm_before
+            weight, bias, mean, var = self.prev_norm
             prev += [self._batch(self.residual) if pending[0] else None]
-            prev += [self._batch(self.scale_before) if pending[1] else None, mean, var, weight, bias]
+            prev += [self._batch(self.prev_drop_scale) if pending[1] else None, mean, var, weight, bias]
         else:
-            x = self._batch(self._joined(self.subject.dtype))
+            x = self._batch(self._block_input(self.subject.dtype))
         names, parameters = zip(*module.named_parameters(), strict=True)
 
         def call(x: Tensor) -> Tensor:
             if not block:
                 return module(x, form=form)
-            y = module(PendingResidual(x, *prev) if prev else x, scale, join=join, form=form)  # type: ignore[arg-type]
+            y = module(PendingResidual(x, *prev) if prev else x, drop_scale, defer_residual=defer_residual, form=form)  # type: ignore[arg-type]
             return y.p if isinstance(y, PendingResidual) else y
 
         if compiled:
@@ -153,7 +157,7 @@ class Trial:
         twin = copy.copy(self)
         twin.subject = self.subject._replace(images=self.distinct, dtype=torch.float64)
         twin.context, twin.repeats, twin.amp = self.context._replace(pending=None), 1, "off"
-        twin.x, twin.dy, twin.scale = self._joined(torch.float64), self.dy.double(), self.scale.double()
+        twin.x, twin.dy, twin.drop_scale = self._block_input(torch.float64), self.dy.double(), self.drop_scale.double()
         twin.module = copy.deepcopy(self.module).double()
         twin.statistics = {name: b.double() for name, b in self.statistics.items()}
         return twin

@@ -149,24 +149,24 @@ struct Slots {
 
 // --- batch norm ------------------------------------------------------------------------------------------------------
 
-// z = (x - mean) scale + bias, x̂ = (x - mean) rstd: each up to a whole vector, zero past the channels. Without a norm
-// all are null.
+// z = (x - mean) bn_scale + bias, x̂ = (x - mean) rstd: each up to a whole vector, zero past the channels. Without a
+// norm all are null.
 struct Norm {
-    float *mean = nullptr, *rstd = nullptr, *scale = nullptr, *bias = nullptr;
+    float *mean = nullptr, *rstd = nullptr, *bn_scale = nullptr, *bias = nullptr;
     Norm() = default;
     Norm(Arena& arena, int channels, const float* m, const float* v, const float* w, const float* b, double eps) {
         if (!m) return;
         const int size = padded(channels);
         mean = arena.zeros<float>(size), rstd = arena.zeros<float>(size);
-        scale = arena.zeros<float>(size), bias = arena.zeros<float>(size);
+        bn_scale = arena.zeros<float>(size), bias = arena.zeros<float>(size);
         for (int c = 0; c < channels; c++) {
             const double r = 1.0 / std::sqrt((double)v[c] + eps);
             mean[c] = m[c], rstd[c] = (float)r;
-            scale[c] = w ? (float)(w[c] * r) : 0.0f, bias[c] = b ? b[c] : 0.0f;
+            bn_scale[c] = w ? (float)(w[c] * r) : 0.0f, bias[c] = b ? b[c] : 0.0f;
         }
     }
     Norm(Arena& arena, int channels, const float* vectors) {  // [4, channels] as `project` leaves them
-        float** const all[] = {&mean, &rstd, &scale, &bias};
+        float** const all[] = {&mean, &rstd, &bn_scale, &bias};
         for (int i = 0; i < 4; i++) {
             *all[i] = arena.zeros<float>(padded(channels));
             memcpy(*all[i], vectors + (long)i * channels, channels * sizeof(float));
@@ -174,23 +174,23 @@ struct Norm {
     }
     explicit operator bool() const { return mean; }
     __attribute__((always_inline)) inline vf z(vf x, int c) const {
-        return (x - load(mean + c)) * load(scale + c) + load(bias + c);
+        return (x - load(mean + c)) * load(bn_scale + c) + load(bias + c);
     }
 };
 
-// A norm's backward: dx = dz scale + (x - mean) slant + shift, of Σ dz and Σ dz x̂ over `rows` rows.
+// A norm's backward: dx = dz bn_scale + (x - mean) grad_slope + grad_offset, of Σ dz and Σ dz x̂ over `rows` rows.
 struct NormBackward {
-    float *slant, *shift;
+    float *grad_slope, *grad_offset;
     NormBackward(Arena& arena, int channels, const Norm& norm, const float* sums, long rows) {
-        slant = arena.zeros<float>(padded(channels)), shift = arena.zeros<float>(padded(channels));
+        grad_slope = arena.zeros<float>(padded(channels)), grad_offset = arena.zeros<float>(padded(channels));
         for (int c = 0; c < channels; c++) {
-            const double scale = norm.scale[c];
-            shift[c] = (float)(-scale * sums[c] / (double)rows);
-            slant[c] = (float)(-scale * norm.rstd[c] * sums[channels + c] / (double)rows);
+            const double bn_scale = norm.bn_scale[c];
+            grad_offset[c] = (float)(-bn_scale * sums[c] / (double)rows);
+            grad_slope[c] = (float)(-bn_scale * norm.rstd[c] * sums[channels + c] / (double)rows);
         }
     }
     __attribute__((always_inline)) inline vf dx(const Norm& norm, vf dz, vf x, int c) const {
-        return dz * load(norm.scale + c) + (x - load(norm.mean + c)) * load(slant + c) + load(shift + c);
+        return dz * load(norm.bn_scale + c) + (x - load(norm.mean + c)) * load(grad_slope + c) + load(grad_offset + c);
     }
 };
 

@@ -27,24 +27,24 @@ struct Chunks {
     int end(int k) const { return std::min(blocks, (k + 1) * width); }
 };
 
-// taps [channels, K, K] → [block][K K][LANES].
-static float* packed_taps(Arena& arena, const float* taps, const Map& map, int area) {
+// weight [channels, K, K] → [block][K K][LANES].
+static float* packed_weight(Arena& arena, const float* weight, const Map& map, int area) {
     float* packed = arena.zeros<float>((size_t)map.size * area);
     for (int c = 0; c < map.channels; c++)
-        for (int q = 0; q < area; q++) packed[((long)c / LANES * area + q) * LANES + c % LANES] = taps[c * area + q];
+        for (int q = 0; q < area; q++) packed[((long)c / LANES * area + q) * LANES + c % LANES] = weight[c * area + q];
     return packed;
 }
 
 // N outputs: output n begins at column n STEP of the rows, tap q lies q LEAN further.
 template <int ROWS, int TAPS, int STEP, int LEAN, int N>
-INLINE void convolve_tile(const float* const* rows, const float* const* taps, long tap_step, long at, float* out,
+INLINE void convolve_tile(const float* const* rows, const float* const* weights, long tap_step, long at, float* out,
                           long out_step) {
     vf sums[N];
     UNROLL for (int n = 0; n < N; n++) sums[n] = vf{};
     UNROLL for (int r = 0; r < ROWS; r++) {
         const float* row = rows[r] + at * STEP * LANES;
         UNROLL for (int q = 0; q < TAPS; q++) {
-            const vf tap = load(taps[r] + q * tap_step);
+            const vf tap = load(weights[r] + q * tap_step);
             UNROLL for (int n = 0; n < N; n++) sums[n] += load(row + (n * STEP + q * LEAN) * LANES) * tap;
         }
     }
@@ -53,12 +53,14 @@ INLINE void convolve_tile(const float* const* rows, const float* const* taps, lo
 
 // `count` outputs from ROWS rows and TAPS taps of each, `out_step` floats apart.
 template <int ROWS, int TAPS, int STEP, int LEAN>
-static __attribute__((noinline)) void convolve(long count, const float* const* rows, const float* const* taps,
+static __attribute__((noinline)) void convolve(long count, const float* const* rows, const float* const* weights,
                                                long tap_step, float* out, long out_step) {
     long at = 0;
-    for (; at + 7 <= count; at += 7) convolve_tile<ROWS, TAPS, STEP, LEAN, 7>(rows, taps, tap_step, at, out, out_step);
-    for (; at + 3 <= count; at += 3) convolve_tile<ROWS, TAPS, STEP, LEAN, 3>(rows, taps, tap_step, at, out, out_step);
-    for (; at < count; at++) convolve_tile<ROWS, TAPS, STEP, LEAN, 1>(rows, taps, tap_step, at, out, out_step);
+    for (; at + 7 <= count; at += 7)
+        convolve_tile<ROWS, TAPS, STEP, LEAN, 7>(rows, weights, tap_step, at, out, out_step);
+    for (; at + 3 <= count; at += 3)
+        convolve_tile<ROWS, TAPS, STEP, LEAN, 3>(rows, weights, tap_step, at, out, out_step);
+    for (; at < count; at++) convolve_tile<ROWS, TAPS, STEP, LEAN, 1>(rows, weights, tap_step, at, out, out_step);
 }
 
 using Convolve = decltype(&convolve<3, 3, 1, 1>);

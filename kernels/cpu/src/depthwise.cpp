@@ -16,11 +16,11 @@ static Convolve half(int rows, int taps) {
 }
 
 template <class T>
-static void forward(Call& call, const Map& map, long K, long S, const T* e, const Norm& norm, const float* taps, T* d,
+static void forward(Call& call, const Map& map, long K, long S, const T* e, const Norm& norm, const float* w, T* d,
                     float* mean, float* var) {
     const long wide = std::max(map.width + map.left, (map.out_width - 1) * S + K) * LANES;
     const Chunks chunks(map, K * wide * sizeof(float), e);
-    const float* packed = packed_taps(call.arena, taps, map, K * K);
+    const float* packed = packed_weight(call.arena, w, map, K * K);
     Statistics found(call.arena, map.images, map.channels);
     std::fill(found.rows.begin(), found.rows.end(), map.out_height * map.out_width);
     const Convolve convolve_row = whole(K, S);
@@ -120,11 +120,11 @@ static Weigh weighing(long k, long stride, int rows) {
     return rows == 2 ? weigh_rows<2, 5, 2> : weigh_rows<3, 5, 2>;
 }
 
-// What a task of the backward works in: rings of the output's gradient, a row of the input, its slope and its gradient,
-// and the taps' sums.
+// What a task of the backward works in: rings of the output's gradient, a row of the input, the derivative of SiLU
+// there and its gradient, and the sums for the weight's gradient.
 struct Rows {
     long k, stride, ring_width, row_width, map_width, each;
-    float *ring, *empty, *input, *slope, *result, *sums;
+    float *ring, *empty, *input, *dsilu, *result, *sums;
     Rows(const Map& map, long k, long stride, int blocks)
         : k(k), stride(stride), ring_width((map.out_width + 2 * k) * LANES),
           row_width(std::max(map.width + map.left, (map.out_width - 1) * stride + k) * LANES),
@@ -132,13 +132,13 @@ struct Rows {
           each(blocks * (k * ring_width + row_width + map_width + k * k * LANES) + ring_width + map_width) {}
     void place(float* scratch, int blocks) {
         ring = scratch, empty = ring + blocks * k * ring_width, input = empty + ring_width;
-        slope = input + blocks * row_width, result = slope + blocks * map_width, sums = result + map_width;
+        dsilu = input + blocks * row_width, result = dsilu + blocks * map_width, sums = result + map_width;
         memset(scratch, 0, each * sizeof(float));
     }
 };
 
-// Gradient of one input row in one block of channels, into `rows.result`; and its share of the taps' gradient.
-static void backward_row(const Map& map, long iy, const Rows& rows, int b, const float* taps) {
+// Gradient of one input row in one block of channels, into `rows.result`; and its share of the weight's gradient.
+static void backward_row(const Map& map, long iy, const Rows& rows, int b, const float* w) {
     const float *gradients[5], *weights[5], *starts[5], *columns[5];
     float* sums[5];
     const long k = rows.k, stride = rows.stride;
@@ -148,7 +148,7 @@ static void backward_row(const Map& map, long iy, const Rows& rows, int b, const
         const long oy = (iy + map.top - ky) / stride;
         const bool there = iy + map.top >= ky && oy < map.out_height;
         gradients[taken] = (there ? rows.ring + (b * k + oy % k) * rows.ring_width : rows.empty) + k * LANES;
-        weights[taken] = taps + ky * k * LANES;
+        weights[taken] = w + ky * k * LANES;
         sums[taken] = rows.sums + (b * k + ky) * k * LANES;
     }
     if (stride == 1) {
@@ -181,9 +181,9 @@ struct Output {  // D, its gradient on the way in, and the norm on it
 
 template <class T>
 static void backward(Call& call, const Map& map, long K, long S, const Output<T>& out, const T* e,
-                     const Norm& norm, const float* taps, T* du, float* dtaps, float* sums) {
+                     const Norm& norm, const float* w, T* du, float* dw, float* sums) {
     const Chunks chunks(map, (K + 2) * std::max(map.width, map.out_width + 2 * K) * LANES * sizeof(float), e);
-    const float* packed = packed_taps(call.arena, taps, map, K * K);
+    const float* packed = packed_weight(call.arena, w, map, K * K);
     const int groups = (int)std::min<long>(map.images, MOST_GROUPS);
     const long cells = (long)map.size * K * K;
     double* tap_sums = call.arena.zeros<double>(groups * cells);
@@ -213,7 +213,7 @@ static void backward(Call& call, const Map& map, long K, long S, const Output<T>
                                 prefetch(out.da + p + map.out_width * map.channels);
                                 const vf raw = load(out.d + p, lanes);
                                 const vf dz = (load(out.da + p, lanes) * load(gate + c, lanes) + load(q + c, lanes)) *
-                                              silu<T>(out.norm.z(raw, c)).slope;
+                                              silu<T>(out.norm.z(raw, c)).dsilu;
                                 store(row + (b - first) * K * rows.ring_width + x * LANES,
                                       out.backward.dx(out.norm, dz, raw, c));
                             }
@@ -227,14 +227,14 @@ static void backward(Call& call, const Map& map, long K, long S, const Output<T>
                             vf v = load(source, map.channels - c);
                             if (norm) {
                                 const Silu act = silu<T>(norm.z(v, c));
-                                store(rows.slope + i * rows.map_width + x * LANES, act.slope);
+                                store(rows.dsilu + i * rows.map_width + x * LANES, act.dsilu);
                                 v = act.value;
                             }
                             store(rows.input + i * rows.row_width + (x + map.left) * LANES, v);
                         }
                     for (int b = first; b < last; b++) {
                         const int c = b * LANES, i = b - first, lanes = map.channels - c;
-                        const float* slope = rows.slope + i * rows.map_width;
+                        const float* dsilu = rows.dsilu + i * rows.map_width;
                         const vf centre = norm ? load(norm.mean + c) : vf{};
                         vf s{}, x{};
                         backward_row(map, iy, rows, i, packed + (long)b * K * K * LANES);
@@ -242,7 +242,7 @@ static void backward(Call& call, const Map& map, long K, long S, const Output<T>
                             const long p = at + ix * map.channels + c;
                             vf v = load(rows.result + ix * LANES);
                             if (norm) {
-                                v *= load(slope + ix * LANES);
+                                v *= load(dsilu + ix * LANES);
                                 s += v, x += v * (load(e + p, lanes) - centre);
                             }
                             if (past)
@@ -267,7 +267,7 @@ static void backward(Call& call, const Map& map, long K, long S, const Output<T>
             double total = 0;
             const long at = ((long)c / LANES * K * K + j) * LANES + c % LANES;
             for (int g = 0; g < groups; g++) total += tap_sums[g * cells + at];
-            dtaps[c * K * K + j] = (float)total;
+            dw[c * K * K + j] = (float)total;
         }
         if (!norm) continue;
         double s = 0, x = 0;
@@ -281,12 +281,12 @@ static void backward(Call& call, const Map& map, long K, long S, const Output<T>
 template <class T>
 static void depthwise(long threads, long images, long channels, long height, long width, long out_height,
                       long out_width, long top, long left, long k, long stride, const T* e, const float* mean,
-                      const float* var, const float* weight, const float* bias, const float* taps, double eps, T* d,
+                      const float* var, const float* weight, const float* bias, const float* w, double eps, T* d,
                       float* d_mean, float* d_var) {
     Call call(threads);
     const Map map(images, channels, height, width, out_height, out_width, top, left);
     const Norm norm(call.arena, channels, mean, var, weight, bias, eps);
-    forward(call, map, k, stride, e, norm, taps, d, d_mean, d_var);
+    forward(call, map, k, stride, e, norm, w, d, d_mean, d_var);
 }
 
 template <class T>
@@ -295,14 +295,14 @@ static void depthwise_backward(long threads, long images, long channels, long he
                                const float* gate, const float* q, const float* d_sums, const float* d_mean,
                                const float* d_var, const float* d_weight, const float* d_bias, const T* e,
                                const float* mean, const float* var, const float* weight, const float* bias,
-                               const float* taps, double eps, T* du, float* dtaps, float* sums) {
+                               const float* w, double eps, T* du, float* dw, float* sums) {
     Call call(threads);
     const Map map(images, channels, height, width, out_height, out_width, top, left);
     const Norm norm(call.arena, channels, mean, var, weight, bias, eps);
     const Norm d_norm(call.arena, channels, d_mean, d_var, d_weight, d_bias, eps);
     const NormBackward d_backward(call.arena, channels, d_norm, d_sums, images * out_height * out_width);
     const Output<T> out{da, d, gate, q, d_norm, d_backward};
-    backward(call, map, k, stride, out, e, norm, taps, du, dtaps, sums);
+    backward(call, map, k, stride, out, e, norm, w, du, dw, sums);
 }
 
 OPERATION(depthwise)

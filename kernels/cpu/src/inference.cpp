@@ -2,29 +2,29 @@
 // between the convolutions stays in cache; activated once, where it is made.
 #include "convolve.h"
 
-// z = conv(x) scale + bias of a convolution and the norm behind it, by the running statistics.
+// z = conv(x) bn_scale + bias of a convolution and the norm behind it, by the running statistics.
 struct Folded {
-    float *scale, *bias;
+    float *bn_scale, *bias;
     Folded(Arena& arena, long channels, const float* weight, const float* bias_, const float* mean, const float* var,
            double eps)
-        : scale(arena.zeros<float>(padded(channels))), bias(arena.zeros<float>(padded(channels))) {
+        : bn_scale(arena.zeros<float>(padded(channels))), bias(arena.zeros<float>(padded(channels))) {
         for (long c = 0; c < channels; c++) {
             const double s = weight[c] / std::sqrt((double)var[c] + eps);
-            scale[c] = (float)s, bias[c] = (float)(bias_[c] - mean[c] * s);
+            bn_scale[c] = (float)s, bias[c] = (float)(bias_[c] - mean[c] * s);
         }
     }
 };
 
-// Strips of wᵀ [depth x columns], w's rows times `scale`.
+// Strips of wᵀ [depth x columns], w's rows times `bn_scale`.
 template <class O>
-static O* packed_weights(Call& call, const float* w, long depth, long columns, const float* scale) {
+static O* packed_weights(Call& call, const float* w, long depth, long columns, const float* bn_scale) {
     float* scaled = call.arena.take<float>(columns * depth);
     O* packed = call.arena.take<O>(strips(columns) * strip_size<O>(depth));
 #pragma omp parallel num_threads(call.threads)
     {
 #pragma omp for schedule(static)
         for (long c = 0; c < columns; c++)
-            for (long k = 0; k < depth; k++) scaled[c * depth + k] = w[c * depth + k] * scale[c];
+            for (long k = 0; k < depth; k++) scaled[c * depth + k] = w[c * depth + k] * bn_scale[c];
 #pragma omp for schedule(static)
         for (int s = 0; s < strips(columns); s++)
             pack_strip<true>(scaled, depth, depth, columns, s, packed + s * strip_size<O>(depth));
@@ -35,7 +35,7 @@ static O* packed_weights(Call& call, const float* w, long depth, long columns, c
 // Depthwise convolution of an image's activated rows in a chunk of channels: d = silu(z), and its mean over the image.
 template <class T>
 static void depthwise_image(const Map& map, const Chunks& chunks, int chunk, long k, long stride, const T* e, long n,
-                            const float* taps, const Folded& folded, float* ring, T* d, float* pooled) {
+                            const float* w2, const Folded& folded, float* ring, T* d, float* pooled) {
     const int first = chunks.start(chunk), last = chunks.end(chunk);
     const long wide = std::max(map.width + map.left, (map.out_width - 1) * stride + k) * LANES;
     float *empty = ring + chunks.width * k * wide, *result = empty + wide, *sums = result + map.out_width * LANES;
@@ -57,7 +57,7 @@ static void depthwise_image(const Map& map, const Chunks& chunks, int chunk, lon
             for (long q = 0; q < k; q++) {
                 const long y = oy * stride - map.top + q;
                 rows[q] = y < 0 || y >= map.height ? empty : ring + ((b - first) * k + y % k) * wide;
-                weights[q] = taps + (b * k + q) * k * LANES;
+                weights[q] = w2 + (b * k + q) * k * LANES;
             }
             convolve_row(map.out_width, rows, weights, LANES, result, LANES);
             const int c = b * LANES;
@@ -82,7 +82,7 @@ template <class T>
 static void inference(long threads, long images, long channels, long height, long width, long out_height,
                       long out_width, long top, long left, long k, long stride, long c_in, long out, long squeezed,
                       long residual, const T* x, const float* w1, const float* g1, const float* b1, const float* m1,
-                      const float* v1, const float* taps, const float* g2, const float* b2, const float* m2,
+                      const float* v1, const float* w2, const float* g2, const float* b2, const float* m2,
                       const float* v2, const float* w_reduce, const float* b_reduce, const float* w_expand,
                       const float* b_expand, const float* w3, const float* g3, const float* b3, const float* m3,
                       const float* v3, double eps, T* y) {
@@ -92,13 +92,13 @@ static void inference(long threads, long images, long channels, long height, lon
     const Folded second(call.arena, channels, g2, b2, m2, v2, eps), third(call.arena, out, g3, b3, m3, v3, eps);
     const Folded first = w1 ? Folded(call.arena, channels, g1, b1, m1, v1, eps) : second;
     using O = Operand<T>;
-    const O* expand = w1 ? packed_weights<O>(call, w1, c_in, channels, first.scale) : nullptr;
-    const O* project = packed_weights<O>(call, w3, channels, out, third.scale);
+    const O* expand = w1 ? packed_weights<O>(call, w1, c_in, channels, first.bn_scale) : nullptr;
+    const O* project = packed_weights<O>(call, w3, channels, out, third.bn_scale);
     const Map map(wave, channels, height, width, out_height, out_width, top, left);
-    float* scaled_taps = call.arena.take<float>(channels * k * k);
+    float* scaled_w2 = call.arena.take<float>(channels * k * k);
     for (long c = 0; c < channels; c++)
-        for (long q = 0; q < k * k; q++) scaled_taps[c * k * k + q] = taps[c * k * k + q] * second.scale[c];
-    const float* packed = packed_taps(call.arena, scaled_taps, map, (int)(k * k));
+        for (long q = 0; q < k * k; q++) scaled_w2[c * k * k + q] = w2[c * k * k + q] * second.bn_scale[c];
+    const float* packed = packed_weight(call.arena, scaled_w2, map, (int)(k * k));
     const long wide = std::max(width + left, (out_width - 1) * stride + k) * LANES;
     const Chunks chunks(map, k * wide * sizeof(float), x);
     const long ring = (chunks.width * k + 1) * wide + (out_width + chunks.width) * LANES;

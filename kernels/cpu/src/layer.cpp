@@ -76,26 +76,26 @@ static void activate_backward(long threads, long rows, long channels, const T* d
             for (int c = 0; c < channels; c += LANES) {
                 const int lanes = channels - c;
                 const vf centre = load(norm.mean + c);
-                vf total{}, slanted{};
+                vf total{}, total_centred{};
                 for (long i = r; i < std::min(end, r + FEW); i++) {
                     const vf raw = load(s + i * channels + c, lanes);
-                    const vf v = load(dy + i * channels + c, lanes) * silu<T>(norm.z(raw, c)).slope;
+                    const vf v = load(dy + i * channels + c, lanes) * silu<T>(norm.z(raw, c)).dsilu;
                     if (past)
                         stream(du + i * channels + c, v);
                     else
                         store(du + i * channels + c, v, lanes);
-                    total += v, slanted += v * (raw - centre);
+                    total += v, total_centred += v * (raw - centre);
                 }
                 add_to(mine + c, total);
-                add_to(mine + size + c, slanted);
+                add_to(mine + size + c, total_centred);
             }
     }
     for (int c = 0; c < channels; c++) {
-        double total = 0, slanted = 0;
+        double total = 0, total_centred = 0;
         for (int g = 0; g < groups.count; g++) {
-            total += found[(size_t)g * 2 * size + c], slanted += found[(size_t)(g * 2 + 1) * size + c];
+            total += found[(size_t)g * 2 * size + c], total_centred += found[(size_t)(g * 2 + 1) * size + c];
         }
-        sums[c] = (float)total, sums[channels + c] = (float)(slanted * norm.rstd[c]);
+        sums[c] = (float)total, sums[channels + c] = (float)(total_centred * norm.rstd[c]);
     }
 }
 

@@ -1,4 +1,4 @@
-// Expansion, residual join and their backward: everything of a block but its depthwise and projecting convolutions.
+// Expansion, residual add and their backward: everything of a block but its depthwise and projecting convolutions.
 #include "normed.h"
 
 template <class T>
@@ -17,12 +17,12 @@ static void expand(long threads, long rows, long c_in, long channels, const T* x
     product_with_statistics(call, source, rows, c_in, w, channels, e, mean, var);
 }
 
-// y = scale[b] norm(p) + residual, one row; what was stored also as an operand, where asked for.
+// y = drop_scale[b] norm(p) + residual, one row; what was stored also as an operand, where asked for.
 template <class T>
-INLINE void join_row(const Norm& norm, const T* p, const T* residual, float scale, int channels, T* y,
+INLINE void residual_add_row(const Norm& norm, const T* p, const T* residual, float drop_scale, int channels, T* y,
                      Operand<T>* kept) {
     for (int c = 0; c < channels; c += LANES) {
-        vf v = norm.z(load(p + c, channels - c), c) * scale;
+        vf v = norm.z(load(p + c, channels - c), c) * drop_scale;
         if (residual) v += load(residual + c, channels - c);
         store(y + c, v, channels - c);
         if (kept) store(kept + c, stored(v, y));
@@ -31,7 +31,7 @@ INLINE void join_row(const Norm& norm, const T* p, const T* residual, float scal
 
 template <class T>
 static void residual_expand(long threads, long images, long area, long c_in, long channels, const T* p, const T* residual,
-                          const float* scale, const float* mean0, const float* var0, const float* weight,
+                          const float* drop_scale, const float* mean0, const float* var0, const float* weight,
                           const float* bias, double eps, const T* w, T* x, T* e, float* mean, float* var) {
     Call call(threads);
     const Norm norm(call.arena, c_in, mean0, var0, weight, bias, eps);
@@ -40,8 +40,8 @@ static void residual_expand(long threads, long images, long area, long c_in, lon
     const auto source = [=, &norm](long r, int n, O* scratch, const O** a, long* lda) {
         for (int i = 0; i < n; i++) {
             const long at = (r + i) * c_in;
-            join_row(norm, p + at, residual ? residual + at : nullptr, scale ? scale[(r + i) / area] : 1.0f, c_in,
-                     x + at, scratch + (long)i * ld);
+            residual_add_row(norm, p + at, residual ? residual + at : nullptr,
+                             drop_scale ? drop_scale[(r + i) / area] : 1.0f, c_in, x + at, scratch + (long)i * ld);
             if (padded(c_in) < ld) store(scratch + (long)i * ld + padded(c_in), vf{});
         }
         *a = scratch, *lda = ld;
@@ -50,22 +50,24 @@ static void residual_expand(long threads, long images, long area, long c_in, lon
 }
 
 template <class T>
-static void join(long threads, long images, long area, long channels, const T* p, const T* residual, const float* scale,
-                 const float* mean, const float* var, const float* weight, const float* bias, double eps, T* y) {
+static void residual_add(long threads, long images, long area, long channels, const T* p, const T* residual,
+                         const float* drop_scale, const float* mean, const float* var, const float* weight,
+                         const float* bias, double eps, T* y) {
     Call call(threads);
     const Norm norm(call.arena, channels, mean, var, weight, bias, eps);
 #pragma omp parallel for schedule(static) num_threads(call.threads)
     for (long r = 0; r < images * area; r++) {
         const long at = r * channels;
-        join_row(norm, p + at, residual ? residual + at : nullptr, scale ? scale[r / area] : 1.0f, channels, y + at,
-                 (Operand<T>*)nullptr);
+        residual_add_row(norm, p + at, residual ? residual + at : nullptr, drop_scale ? drop_scale[r / area] : 1.0f,
+                         channels, y + at, (Operand<T>*)nullptr);
     }
 }
 
-// Σ dz and Σ dz p̂, dz = scale[b] dy.
+// Σ dz and Σ dz p̂, dz = drop_scale[b] dy.
 template <class T>
-static void join_backward(long threads, long images, long area, long channels, const T* dy, const T* p,
-                          const float* scale, const float* mean, const float* var, double eps, float* sums) {
+static void residual_add_backward(long threads, long images, long area, long channels, const T* dy,
+                                  const T* p, const float* drop_scale, const float* mean, const float* var, double eps,
+                                  float* sums) {
     Call call(threads);
     const Norm norm(call.arena, channels, mean, var, nullptr, nullptr, eps);
     const Groups groups(images * area, 2 * channels);
@@ -76,7 +78,7 @@ static void join_backward(long threads, long images, long area, long channels, c
         double* mine = found + (size_t)g * 2 * size;
         for (long r = groups.start(g), end = groups.start(g + 1); r < end;) {
             const long until = std::min({end, r + FEW, (r / area + 1) * area});  // rows of one image
-            const float factor = scale ? scale[r / area] : 1.0f;
+            const float factor = drop_scale ? drop_scale[r / area] : 1.0f;
             for (int c = 0; c < channels; c += LANES) {
                 vf s{}, q{};
                 const vf centre = load(norm.mean + c);
@@ -175,6 +177,6 @@ static void expand_backward(long threads, long rows, long c_in, long channels, c
 
 OPERATION(expand)
 OPERATION(residual_expand)
-OPERATION(join)
-OPERATION(join_backward)
+OPERATION(residual_add)
+OPERATION(residual_add_backward)
 OPERATION(expand_backward)

@@ -21,7 +21,7 @@ static void squeeze(const Norm& norm, const T* d, long area, int channels, const
                     prefetch(at + SWEEP * channels);
                     const vf x = load(at, channels - c);
                     const Silu act = silu<T>(norm.z(x, c));
-                    a += act.value, s += act.slope, q += act.slope * (x - load(norm.mean + c));
+                    a += act.value, s += act.dsilu, q += act.dsilu * (x - load(norm.mean + c));
                 }
                 store(partial + c, a), store(partial + size + c, s), store(partial + 2 * size + c, q);
             }
@@ -45,12 +45,12 @@ static void project(long threads, long images, long area, long channels, long ou
                     const float* mean, const float* var, const float* weight, const float* bias, const float* w_reduce,
                     const float* b_reduce, const float* w_expand, const float* b_expand, const T* w, double eps, T* p,
                     float* p_mean, float* p_var, float* d_norm, float* pooled, float* hidden, float* gate,
-                    float* slopes) {
+                    float* dsilu_sums) {
     Call call(threads);
     const Norm norm(call.arena, channels, mean, var, weight, bias, eps);
     for (int c = 0; c < channels; c++) {
         d_norm[c] = norm.mean[c], d_norm[channels + c] = norm.rstd[c];
-        d_norm[2 * channels + c] = norm.scale[c], d_norm[3 * channels + c] = norm.bias[c];
+        d_norm[2 * channels + c] = norm.bn_scale[c], d_norm[3 * channels + c] = norm.bias[c];
     }
     using O = Operand<T>;
     const int count = strips(out), height = block_rows<O>(channels), size = padded(channels), narrow = padded(squeezed);
@@ -81,8 +81,8 @@ static void project(long threads, long images, long area, long channels, long ou
             image_sums(slots, n, sums, 3, size, total);
             for (int c = 0; c < channels; c++) {
                 pooled[n * channels + c] = (float)(total[c] / area);
-                slopes[n * channels + c] = (float)total[size + c];
-                slopes[(images + n) * channels + c] = (float)(total[2 * size + c] * norm.rstd[c]);
+                dsilu_sums[n * channels + c] = (float)total[size + c];
+                dsilu_sums[(images + n) * channels + c] = (float)(total[2 * size + c] * norm.rstd[c]);
             }
         }
         small_product<true>(images, channels, pooled, channels, w_reduce, channels, squeezed, scratch,
@@ -129,10 +129,10 @@ static void project(long threads, long images, long area, long channels, long ou
 template <int N, bool PAST, class T>
 static void finish_strip(const Norm& norm, float* product, int rows, int from, int channels, const T* d, T* da,
                          const float* gate, double* sums, int size) {
-    vf mean[N], scale[N], bias[N], gates[N], sum[3][N] = {};
+    vf mean[N], bn_scale[N], bias[N], gates[N], sum[3][N] = {};
     UNROLL for (int j = 0; j < N; j++) {
         const int c = from + j * LANES;
-        mean[j] = load(norm.mean + c), scale[j] = load(norm.scale + c), bias[j] = load(norm.bias + c);
+        mean[j] = load(norm.mean + c), bn_scale[j] = load(norm.bn_scale + c), bias[j] = load(norm.bias + c);
         gates[j] = load(gate + c, channels - c);
     }
     for (int i = 0; i < rows; i++) {
@@ -142,12 +142,12 @@ static void finish_strip(const Norm& norm, float* product, int rows, int from, i
             const long at = (long)i * channels + c;
             float* cell = product + i * STRIP + j * LANES;
             const vf g = load(cell), beyond = load(d + at, channels - c) - mean[j];
-            const Silu act = silu<T>(beyond * scale[j] + bias[j]);
+            const Silu act = silu<T>(beyond * bn_scale[j] + bias[j]);
             if constexpr (PAST)
                 stream(da + at, g);
             else
                 store(da + at, g, channels - c);
-            sum[0][j] += g * act.value, sum[1][j] += g * act.slope, sum[2][j] += g * act.slope * beyond;
+            sum[0][j] += g * act.value, sum[1][j] += g * act.dsilu, sum[2][j] += g * act.dsilu * beyond;
             store(cell, act.value * gates[j]);
         }
     }
@@ -157,10 +157,10 @@ static void finish_strip(const Norm& norm, float* product, int rows, int from, i
 
 template <class T>
 static void project_backward(long threads, long images, long area, long channels, long out, long squeezed, const T* dy,
-                             const T* p, const float* scale, const float* p_sums, const float* p_mean,
+                             const T* p, const float* drop_scale, const float* p_sums, const float* p_mean,
                              const float* p_var, const float* p_weight, const float* p_bias, const T* d,
                              const float* d_norm, const T* w, const float* w_reduce, const float* w_expand,
-                             const float* pooled, const float* hidden, const float* gate, const float* slopes,
+                             const float* pooled, const float* hidden, const float* gate, const float* dsilu_sums,
                              double eps, T* da, float* q, float* d_sums, float* dw, float* dw_reduce, float* db_reduce,
                              float* dw_expand, float* db_expand) {
     Call call(threads);
@@ -179,7 +179,8 @@ static void project_backward(long threads, long images, long area, long channels
     float* gradients = call.arena.zeros<float>(groups.count * gradient);
     double* sums = call.arena.zeros<double>((size_t)slots.count() * 3 * size);
     float *du = call.arena.zeros<float>(images * size), *dv = call.arena.zeros<float>(images * narrow);
-    float *linear = call.arena.zeros<float>(images * size), *slanted = call.arena.zeros<float>(images * size);
+    float* sum_dsilu = call.arena.zeros<float>(images * size);
+    float* sum_dsilu_centred = call.arena.zeros<float>(images * size);
     float *wide_pooled = call.arena.zeros<float>(images * size), *active = call.arena.zeros<float>(images * narrow);
     float *reduce = call.arena.zeros<float>(squeezed * size), *expand = call.arena.zeros<float>(size * narrow);
     const long each = std::max((long)height * STRIP, small_scratch(images, std::max(channels, squeezed)));
@@ -201,7 +202,7 @@ static void project_backward(long threads, long images, long area, long channels
             for (long r = groups.start(g); r < end; r += height) {
                 const int rows = (int)std::min<long>(height, end - r);
                 for (int i = 0; i < rows; i++) {
-                    const float factor = scale ? scale[(r + i) / area] : 1.0f;
+                    const float factor = drop_scale ? drop_scale[(r + i) / area] : 1.0f;
                     const long at = (r + i) * out;
                     for (int c = 0; c < out; c += LANES) {
                         const vf dz = load(dy + at + c, out - c) * factor;
@@ -237,15 +238,15 @@ static void project_backward(long threads, long images, long area, long channels
             for (int c = 0; c < channels; c++) {
                 const float open = gate[n * channels + c];
                 du[n * size + c] = (float)total[c] * open * (1.0f - open);
-                linear[n * size + c] = (float)total[size + c];
-                slanted[n * size + c] = (float)(total[2 * size + c] * norm.rstd[c]);
+                sum_dsilu[n * size + c] = (float)total[size + c];
+                sum_dsilu_centred[n * size + c] = (float)(total[2 * size + c] * norm.rstd[c]);
                 wide_pooled[n * size + c] = pooled[n * channels + c];
             }
         }
         small_product<false>(images, channels, du, size, w_expand, squeezed, squeezed, product,
                              [&](int n, int s, vf v, int lanes) {
                                  const Silu act = silu<float>(load(hidden + n * squeezed + s, lanes));
-                                 const vf kept = v * act.slope;
+                                 const vf kept = v * act.dsilu;
                                  store(dv + n * narrow + s, kept, lanes);
                                  store(active + n * narrow + s, act.value, lanes);
                              });
@@ -258,8 +259,8 @@ static void project_backward(long threads, long images, long area, long channels
             double s = 0, x = 0, b = 0;
             for (int n = 0; n < images; n++) {
                 const double open = gate[n * channels + c], mine = q[n * channels + c];
-                s += open * linear[n * size + c] + mine * slopes[n * channels + c];
-                x += open * slanted[n * size + c] + mine * slopes[(images + n) * channels + c];
+                s += open * sum_dsilu[n * size + c] + mine * dsilu_sums[n * channels + c];
+                x += open * sum_dsilu_centred[n * size + c] + mine * dsilu_sums[(images + n) * channels + c];
                 b += du[n * size + c];
             }
             d_sums[c] = (float)s, d_sums[channels + c] = (float)x, db_expand[c] = (float)b;

@@ -251,7 +251,7 @@ INLINE vf sigmoid(vf x) {
 }
 
 struct Silu {
-    vf value, slope;  // a = x σ, and a' = σ + a (1 - σ)
+    vf value, dsilu;  // a = x σ, and a' = σ + a (1 - σ)
 };
 
 template <class T>

@@ -79,11 +79,11 @@ def test_what_was_not_measured_is_left_to_pytorch() -> None:
 def test_blocks_that_are_right_and_faster_run_in_c(tmp_path: Path) -> None:
     model = small_model()
     said: list[str] = []
-    with mock.patch.object(layers, "mbconv_training", wraps=layers.mbconv_training) as joined:
+    with mock.patch.object(layers, "mbconv_training", wraps=layers.mbconv_training) as fused:
         prepare(model, said, tmp_path / "kernels.txt")
     # Only blocks in C++ have left their residual to a neighbour: PyTorch's were timed as PyTorch's.
-    assert joined.call_count > 0
-    assert all(call.kwargs["native"] for call in joined.call_args_list)
+    assert fused.call_count > 0
+    assert all(call.kwargs["native"] for call in fused.call_args_list)
     assert native_blocks(model) == len(model.blocks)
     assert said == []
     table = (tmp_path / "kernels.txt").read_text()

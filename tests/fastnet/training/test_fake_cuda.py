@@ -165,8 +165,8 @@ def gate_on_the_host(model: EfficientNet, monkeypatch: pytest.MonkeyPatch) -> No
     usual = mbconv_ops.E.excite
 
     def excite(*args: Any) -> tuple[Any, ...]:
-        pooled, hidden, gate, slopes = usual(*args)
-        return pooled, hidden, gate.cpu(), slopes
+        pooled, hidden, gate, dsilu_sums = usual(*args)
+        return pooled, hidden, gate.cpu(), dsilu_sums
 
     monkeypatch.setattr(mbconv_ops.E, "excite", excite)
 

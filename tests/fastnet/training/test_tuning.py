@@ -466,18 +466,19 @@ def test_what_is_measured_is_what_the_model_asks_for(
         asked.add(forms.Place(*place))
         return look_up(*place)
 
-    def fused(x: Any, *args: Any, stride: int, join: bool, **options: Any) -> Any:
-        pending = (x.residual is not None, x.scale is not None) if isinstance(x, PendingResidual) else None
+    def fused(x: Any, *args: Any, stride: int, defer_residual: bool, **options: Any) -> Any:
+        pending = (x.residual is not None, x.drop_scale is not None) if isinstance(x, PendingResidual) else None
         contexts.append(Context(args[4] is not None, pending))
         if isinstance(x, PendingResidual):
             x = x.p
-        out, scale = args[3].weight.shape[0], args[4]
+        out, drop_scale = args[3].weight.shape[0], args[4]
         y = torch.zeros(len(x), out, *(-(-side // stride) for side in x.shape[2:]))
-        return y if join else PendingResidual(y, y if options["residual"] else None, scale, *torch.zeros(4, out))
+        residual = y if options["residual"] else None
+        return PendingResidual(y, residual, drop_scale, *torch.zeros(4, out)) if defer_residual else y
 
     def whole(x: Tensor, *args: Any, training: bool, **options: Any) -> Tensor:
         if training:
-            return fused(x, *args, join=True, **options)
+            return fused(x, *args, defer_residual=False, **options)
         return single(x, *args, training=False, **options)
 
     monkeypatch.setattr(forms, "_look_up", record)
@@ -509,10 +510,10 @@ def test_no_form_is_timed_as_another(form: Form, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(layers, "mbconv_training", mock.Mock(side_effect=AssertionError("the fused form")))
     subject = Subject(("block", 4, 4, 3, 1, 2, "symmetric"), 2, 3, 3, torch.float32, True)
     bench = Bench(torch.device("cpu"), "off", ModelConfig(kernels="torch"), HostTimer(), 1)
-    found = bench._trial(subject, Context(True, (True, True))).runner(form, join=False)()
+    found = bench._trial(subject, Context(True, (True, True))).runner(form, defer_residual=True)()
     assert found["y"].shape == (2, 4, 3, 3)
     with pytest.raises(AssertionError, match="the fused form"):
-        bench._trial(subject, Context(True, (True, True))).runner("triton", join=False)()
+        bench._trial(subject, Context(True, (True, True))).runner("triton", defer_residual=True)()
 
 
 @pytest.mark.slow
@@ -524,13 +525,13 @@ def test_real_kernels_are_found_right_and_a_planted_fault_is_found(monkeypatch: 
     monkeypatch.setattr(trial, "CHECKED_ELEMENTS", 2 * 9 * 8)
     assert trial.distinct_images(subject) == 2
     bench = Bench(torch.device("cpu"), "off", ModelConfig(), HostTimer(), 1)
-    left = bench._trial(subject, Context(True, (True, True))).runner("triton", join=False)()
+    left = bench._trial(subject, Context(True, (True, True))).runner("triton", defer_residual=True)()
     assert set(left) >= {"y", "dx", "dexpand.conv.weight", "dproject.bn.bias"}
     assert bench._why_wrong(subject, occurrences, "triton", {}) is None
-    joined = mbconv_ops.residual_expand
+    expand = mbconv_ops.residual_expand
 
     def off(p: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        x, e, mean, var = joined(p, *args)
+        x, e, mean, var = expand(p, *args)
         return x, e, mean, var * 4
 
     monkeypatch.setattr(mbconv_ops, "residual_expand", off)

@@ -113,7 +113,7 @@ def inputs(case: Case, seed: int = 0) -> dict[str, Tensor]:
         "x": image(normal(*case.shape) + mean[:, None, None]),
         "y": image(normal(*out) + normal(c)[:, None, None]),
         "dy": image(normal(*out) + 0.3),
-        "taps": normal(c, 1, case.k, case.k) / case.k,
+        "w": normal(c, 1, case.k, case.k) / case.k,
         "mean": mean,
         "var": 0.5 + uniform(c),
         **{n: 1 + 0.3 * normal(c) for n in ("weight", "out_weight")},
@@ -125,14 +125,14 @@ def inputs(case: Case, seed: int = 0) -> dict[str, Tensor]:
 
 def compose(case: Case, v: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the kernels compute, out of PyTorch's operations and autograd, in the dtype of the values."""
-    parameters = {n: v[n].clone().requires_grad_() for n in ("taps", "weight", "bias", "out_weight", "out_bias")}
+    parameters = {n: v[n].clone().requires_grad_() for n in ("w", "weight", "bias", "out_weight", "out_bias")}
     a = v["x"]
     if case.mode == "block":
         z = F.batch_norm(a, v["mean"], v["var"], parameters["weight"], parameters["bias"], False, 0.0, EPS)
         a = F.silu(z)
     else:
         a = a.clone().requires_grad_()
-    y = reference.depthwise_conv2d(a, parameters["taps"], stride=case.stride, padding=case.padding)
+    y = reference.depthwise_conv2d(a, parameters["w"], stride=case.stride, padding=case.padding)
     result = {"y": y.detach()}
     dy = v["dy"]
     if case.mode != "alone":
@@ -143,7 +143,7 @@ def compose(case: Case, v: dict[str, Tensor]) -> dict[str, Tensor]:
             F.silu(norm), (raw, parameters["out_bias"], parameters["out_weight"]), d
         )
         result |= {"out_sums": torch.stack([dbias, dweight])}
-    result["dx"], result["dtaps"] = torch.autograd.grad(y, (a, parameters["taps"]), dy)
+    result["dx"], result["dw"] = torch.autograd.grad(y, (a, parameters["w"]), dy)
     return result
 
 
@@ -175,13 +175,13 @@ def run(case: Case, v: dict[str, Tensor], out_sums: Tensor | None) -> dict[str, 
         moments = Norm(mean.float(), var.float(), v["out_weight"], v["out_bias"], EPS)
         out = OutNorm(v["y"], v["gate"], v["q"], out_sums.float(), moments)
     with parity.nan_allocations(), parity.candidate(case.candidate), parity.few_programs(case.programs):
-        y, partial, counts = depthwise.depthwise(v["x"], v["taps"], case.geometry, norm, stats=case.mode != "alone")
+        y, partial, counts = depthwise.depthwise(v["x"], v["w"], case.geometry, norm, stats=case.mode != "alone")
         result = {"y": y}
         if partial is not None and counts is not None:
             result["mean"], result["var"] = merge_stats(partial, counts)
             assert counts.sum().item() == y.numel() // y.shape[1]
-        result["dx"], result["dtaps"], sums = depthwise_backward.depthwise_backward(
-            v["dy"], v["x"], v["taps"], case.geometry, norm, out
+        result["dx"], result["dw"], sums = depthwise_backward.depthwise_backward(
+            v["dy"], v["x"], v["w"], case.geometry, norm, out
         )
     assert (sums is None) == (case.mode != "block")
     return result if sums is None else {**result, "sums": sums}
@@ -208,7 +208,7 @@ def test_forward_statistics_gradients_and_sums(case: Case) -> None:
     for name, value in kernel.items():
         assert (value.shape, value.dtype) == (oracle[name].shape, pytorch[name].dtype), name
         assert torch.isfinite(value).all(), f"{name} has NaN or inf: something was not written"
-        if value.dim() == 4 and name != "dtaps":
+        if value.dim() == 4 and name != "dw":
             assert value.is_contiguous(memory_format=torch.channels_last), name
     parity.hold(functools.partial(outcome, case))
 
@@ -230,10 +230,10 @@ def test_cases_walk_several_tiles_and_cut_bands() -> None:
 
 def test_statistics_survive_a_large_mean_and_tiles_that_differ() -> None:
     x = (torch.randn(3, 4, 7, 7) * 0.1 + 1e3).contiguous(memory_format=torch.channels_last)
-    taps = torch.zeros(4, 1, 3, 3)
-    taps[:, :, 1, 1] = 1.0  # the identity
+    w = torch.zeros(4, 1, 3, 3)
+    w[:, :, 1, 1] = 1.0  # the identity
     with mock.patch.object(configs, "choose", return_value=Strips(2, 1)), parity.few_programs(1):
-        y, partial, counts = depthwise.depthwise(x, taps, geometry(7, 7, 3, 1), stats=True)
+        y, partial, counts = depthwise.depthwise(x, w, geometry(7, 7, 3, 1), stats=True)
     assert torch.equal(y, x)
     assert partial is not None
     assert counts is not None
@@ -309,12 +309,12 @@ def test_reference_is_the_models_convolution(k: int, stride: int, padding: Paddi
 
 
 def test_depthwise_conv2d_is_the_reference_in_any_layout_forward_and_backward() -> None:
-    x, taps = torch.randn(2, 8, 5, 6), torch.randn(8, 1, 3, 3)
+    x, w = torch.randn(2, 8, 5, 6), torch.randn(8, 1, 3, 3)
     dy = torch.randn(2, 8, 3, 3)
     results = []
     for impl in ("torch", "triton"):
         for layout in (torch.contiguous_format, torch.channels_last):
-            leaves = [x.contiguous(memory_format=layout).requires_grad_(), taps.clone().requires_grad_()]
+            leaves = [x.contiguous(memory_format=layout).requires_grad_(), w.clone().requires_grad_()]
             y = depthwise_conv2d(*leaves, stride=2, padding="same", impl=impl)
             results.append((y.detach(), *torch.autograd.grad(y, leaves, dy)))
     for result in results[1:]:
@@ -326,16 +326,16 @@ def test_depthwise_conv2d_is_the_reference_in_any_layout_forward_and_backward() 
 @pytest.mark.wide
 def test_opcheck() -> None:
     x = torch.randn(2, 4, 3, 2).contiguous(memory_format=torch.channels_last).requires_grad_()
-    taps = torch.randn(4, 1, 3, 3, requires_grad=True)
-    torch.library.opcheck(torch.ops.fastnet.depthwise_conv2d, (x, taps, 2, "same"))
-    plain = (torch.randn(2, 4, 2, 1), x.detach(), taps.detach(), 2, "same")
+    w = torch.randn(4, 1, 3, 3, requires_grad=True)
+    torch.library.opcheck(torch.ops.fastnet.depthwise_conv2d, (x, w, 2, "same"))
+    plain = (torch.randn(2, 4, 2, 1), x.detach(), w.detach(), 2, "same")
     torch.library.opcheck(torch.ops.fastnet.depthwise_conv2d_backward, plain)
 
 
 def test_compiles_into_one_graph_and_refuses_a_second_derivative() -> None:
-    x, taps = torch.randn(1, 4, 5, 5, requires_grad=True), torch.randn(4, 1, 3, 3)
+    x, w = torch.randn(1, 4, 5, 5, requires_grad=True), torch.randn(4, 1, 3, 3)
     step = torch.compile(depthwise_conv2d, fullgraph=True, dynamic=False, backend="aot_eager")
-    eager, graph = depthwise_conv2d(x, taps, impl="triton"), step(x, taps, impl="triton")
+    eager, graph = depthwise_conv2d(x, w, impl="triton"), step(x, w, impl="triton")
     assert torch.equal(eager, graph)
     assert eager.stride() == graph.stride()
     (dx,) = torch.autograd.grad(eager.square().sum(), x, create_graph=True)
@@ -344,7 +344,7 @@ def test_compiles_into_one_graph_and_refuses_a_second_derivative() -> None:
 
 
 @pytest.mark.parametrize(
-    ("expected", "match", "x", "taps", "options"),
+    ("expected", "match", "x", "w", "options"),
     [
         (ValueError, r"x must be \[B, C, H, W\]", (4, 5, 5), (4, 1, 3, 3), {}),
         (ValueError, r"weight must have shape \(4, 1, 3, 3\).*got \(4, 3, 3\)", (1, 4, 5, 5), (4, 3, 3), {}),
@@ -356,8 +356,8 @@ def test_compiles_into_one_graph_and_refuses_a_second_derivative() -> None:
     ],
 )
 def test_bad_input_gets_one_sentence(
-    expected: type[Exception], match: str, x: tuple[int, ...], taps: tuple[int, ...], options: dict[str, Any]
+    expected: type[Exception], match: str, x: tuple[int, ...], w: tuple[int, ...], options: dict[str, Any]
 ) -> None:
     with pytest.raises(expected, match=match) as caught:
-        depthwise_conv2d(torch.randn(x), torch.randn(taps), **options)
+        depthwise_conv2d(torch.randn(x), torch.randn(w), **options)
     assert "\n" not in str(caught.value)

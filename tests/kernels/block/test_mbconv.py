@@ -46,11 +46,8 @@ class Block:
     def __str__(self) -> str:
         size = "x".join(map(str, (self.images, self.in_channels, *self.map)))
         kind = f"e{self.expand_ratio}-k{self.kernel_size}-s{self.stride}-{self.padding}"
-        return (
-            f"{size}-to{self.out_channels}-{kind}-{NAMES[self.dtype]}"
-            + "" * self.scaled
-            + "-no_scale" * (not self.scaled)
-        )
+        unscaled = "-no_drop_scale" * (not self.scaled)
+        return f"{size}-to{self.out_channels}-{kind}-{NAMES[self.dtype]}{unscaled}"
 
 
 # Every kind in B0-B7: with and without expansion and residual, kernel sizes, strides, odd maps; and ragged channels.
@@ -90,7 +87,7 @@ CASES = [
 class Values:
     x: Tensor
     dy: Tensor
-    scale: Tensor | None
+    drop_scale: Tensor | None
     layers: dict[str, ConvNorm | Excite | None]
 
     def to(self, dtype: torch.dtype | None) -> Values:
@@ -100,7 +97,7 @@ class Values:
             return t.detach().clone(memory_format=torch.preserve_format) if dtype is None else t.detach().to(dtype)
 
         layers = {n: None if v is None else type(v)(*map(copy, v)) for n, v in self.layers.items()}
-        return Values(copy(self.x), copy(self.dy), None if self.scale is None else copy(self.scale), layers)
+        return Values(copy(self.x), copy(self.dy), None if self.drop_scale is None else copy(self.drop_scale), layers)
 
     def leaves(self) -> dict[str, Tensor]:
         """What is differentiated, by name."""
@@ -153,7 +150,7 @@ def call(block: Block, values: Values, impl: BlockImpl, *, training: bool = True
     layers: Any = values.layers
     padding: Any = block.padding
     return kernels.mbconv(
-        values.x, **layers, scale=values.scale if training else None, stride=block.stride,
+        values.x, **layers, drop_scale=values.drop_scale if training else None, stride=block.stride,
         padding=padding, residual=block.residual, training=training, momentum=0.1, eps=1e-3, impl=impl,
     )  # fmt: skip
 
@@ -237,18 +234,18 @@ def test_it_repeats_bit_for_bit() -> None:
 
 
 @pytest.mark.slow
-def test_no_scale_is_a_scale_of_one() -> None:
+def test_no_drop_scale_is_one() -> None:
     block = QUICK[1]
     values = inputs(block)
-    values.scale = torch.ones_like(values.scale) if values.scale is not None else None
+    values.drop_scale = torch.ones_like(values.drop_scale) if values.drop_scale is not None else None
     ones = run(block, values, "triton")
     none = run(replace(block, scaled=False), inputs(replace(block, scaled=False)), "triton")
     for name, value in ones.items():
         assert torch.equal(value, none[name]), name
 
 
-def chained(blocks: tuple[Block, ...], *, join: bool) -> dict[str, Tensor]:
-    """As `run`, through blocks one after another that leave their joins to the next or do them themselves."""
+def chained(blocks: tuple[Block, ...], *, defer_residual: bool) -> dict[str, Tensor]:
+    """As `run`, through blocks one after another that leave their residual adds to the next or do them themselves."""
     values = [inputs(block, seed) for seed, block in enumerate(blocks)]
     x = values[0].x.requires_grad_()
     leaves = {f"{i}.{name}": leaf for i, v in enumerate(values) for name, leaf in v.leaves().items() if name != "x"}
@@ -257,14 +254,14 @@ def chained(blocks: tuple[Block, ...], *, join: bool) -> dict[str, Tensor]:
     with nan_allocations():
         h: Tensor | PendingResidual = x
         for left, block, v in zip(reversed(range(len(blocks))), blocks, values, strict=True):
-            joins = join or left == 0
+            defer = defer_residual and left > 0
             layers: Any = v.layers
             padding: Any = block.padding
             h = mbconv_training(
-                h, **layers, scale=v.scale, stride=block.stride, padding=padding, residual=block.residual, momentum=0.1,
-                eps=1e-3, group="", join=joins,
+                h, **layers, drop_scale=v.drop_scale, stride=block.stride, padding=padding, residual=block.residual,
+                momentum=0.1, eps=1e-3, group="", defer_residual=defer,
             )  # fmt: skip
-            assert isinstance(h, Tensor) == joins
+            assert isinstance(h, PendingResidual) == defer
         assert isinstance(h, Tensor)
         gradients = torch.autograd.grad(h, [x, *leaves.values()], values[-1].dy)
     results = {"y": h.detach()} | {f"{i}.{name}": t for i, v in enumerate(values) for name, t in v.running().items()}
@@ -275,13 +272,13 @@ def chained(blocks: tuple[Block, ...], *, join: bool) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)], ids=NAMES.get
 )
-def test_a_join_that_the_next_block_does_changes_no_bit(dtype: torch.dtype) -> None:
+def test_a_residual_add_that_the_next_block_does_changes_no_bit(dtype: torch.dtype) -> None:
     """Left without a residual, with one that its own block made, and with one that the block before left."""
     blocks = (
         Block(6, 8, 1, 3, 1, (7, 5), dtype, scaled=False), Block(8, 8, 6, 3, 1, (7, 5), dtype),
         Block(8, 8, 6, 5, 1, (7, 5), dtype), Block(8, 10, 2, 3, 2, (7, 5), dtype, scaled=False),
     )  # fmt: skip
-    left, done = chained(blocks, join=False), chained(blocks, join=True)
+    left, done = chained(blocks, defer_residual=True), chained(blocks, defer_residual=False)
     assert [name for name, value in done.items() if not torch.equal(value, left[name])] == []
 
 
@@ -300,7 +297,7 @@ def test_operations_pass_opcheck() -> None:
     block = QUICK[0]
     with mock.patch.multiple(mbconv_ops, **{name: record(name, op) for name, op in operations.items()}):
         run(block, inputs(block), "triton")
-        chained((block, block), join=False)
+        chained((block, block), defer_residual=True)
         with torch.no_grad():
             call(block, inputs(block), "triton", training=False)
     assert set(calls) == set(operations)
@@ -339,7 +336,7 @@ def test_it_compiles_whole_and_under_autocast() -> None:
 def refused(**changes: Any) -> dict[str, Any]:
     block = QUICK[0]
     values = inputs(block)
-    options: dict[str, Any] = dict(training=True, momentum=0.1, eps=1e-3, residual=True, scale=values.scale)
+    options: dict[str, Any] = dict(training=True, momentum=0.1, eps=1e-3, residual=True, drop_scale=values.drop_scale)
     return {"x": values.x, **values.layers, **options, "impl": "torch", **changes}
 
 
@@ -350,7 +347,7 @@ def refused(**changes: Any) -> dict[str, Any]:
         ({"stride": 3, "residual": False}, "k 3 or 5 and stride 1 or 2"),
         ({"padding": "valid"}, "'symmetric' or 'same'"),
         ({"expand": None}, "without an expansion"),
-        ({"scale": torch.ones(2)}, "scale must have shape"),
+        ({"drop_scale": torch.ones(2)}, "drop_scale must have shape"),
         ({"training": False}, "scale is for training"),
         ({"x": torch.ones(3, 4, 7, 7)}, "expand.weight must have shape"),
         ({"impl": "cuda"}, "impl must be"),

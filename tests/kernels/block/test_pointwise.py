@@ -129,7 +129,7 @@ def composed(values: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
     def norm(name: str, x: Tensor) -> Tensor:
         return F.batch_norm(x, None, None, v[f"weight_{name}"], v[f"bias_{name}"], training=True, eps=EPS)
 
-    def slope(z: Tensor) -> Tensor:
+    def dsilu(z: Tensor) -> Tensor:
         z = z.detach().requires_grad_()
         return torch.autograd.grad(F.silu(z).sum(), z)[0]
 
@@ -139,16 +139,16 @@ def composed(values: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
         (dp,) = torch.autograd.grad(norm("p", leaf_p), leaf_p, scaled)
         (de,) = torch.autograd.grad(F.silu(norm("e", leaf_e)), leaf_e, v["da1"])
         z = norm("d", v["d"])
-        sigma = slope(z)
+        sigma = dsilu(z)
         activated = F.silu(z)
     gated = activated * v["gate"].to(dtype)[:, :, None, None]
     alone = norm("p", v["p"])
-    joined = alone * v["scale"].to(dtype)[:, None, None, None] + v["dy"]
+    residual_sum = alone * v["scale"].to(dtype)[:, None, None, None] + v["dy"]
     found = {"e_out": F.conv2d(v["x"], w1), "p_plain": F.conv2d(activated, w3), "p_out": F.conv2d(gated, w3)}
-    found["j_out"] = F.conv2d(joined, w3.transpose(0, 1))
+    found["j_out"] = F.conv2d(residual_sum, w3.transpose(0, 1))
     for name in tuple(found):
         found[f"{name}_var"], found[f"{name}_mean"] = torch.var_mean(found[name].to(wide), (0, 2, 3), correction=0)
-    found |= {"joined": joined, "alone": alone}
+    found |= {"residual_sum": residual_sum, "alone": alone}
     da = F.conv_transpose2d(dp, w3)
     centred = v["d"].to(wide) - v["d"].to(wide).mean((0, 2, 3), keepdim=True)
     xhat = centred / (centred.square().mean((0, 2, 3), keepdim=True) + EPS).sqrt()
@@ -166,7 +166,7 @@ def composed(values: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 
 
 def batch_norm_of(name: str, values: dict[str, Tensor], dz: Tensor | None = None) -> Tensor:
-    """The coefficients of a batch norm of `values[name]`, with finished sums of dz and dz x̂."""
+    """The norm_vectors of a batch norm of `values[name]`, with finished sums of dz and dz x̂."""
     x = values[name].double()
     var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
     sums = None
@@ -175,7 +175,7 @@ def batch_norm_of(name: str, values: dict[str, Tensor], dz: Tensor | None = None
         sums = torch.stack([dz.sum((0, 2, 3)), (dz * xhat).sum((0, 2, 3))]).float()
     rows = x.numel() // x.shape[1]
     vectors = values[f"weight_{name}"], values[f"bias_{name}"]
-    return pointwise.coefficients(mean.float(), var.float(), *vectors, EPS, sums, rows)
+    return pointwise.norm_vectors(mean.float(), var.float(), *vectors, EPS, sums, rows)
 
 
 def launched(case: Case, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -198,9 +198,11 @@ def launched(case: Case, values: dict[str, Tensor]) -> dict[str, Tensor]:
             ("p_out", (v["d"], v["w3"], norm_d, v["gate"])),
         ):
             found[name], found[f"{name}_mean"], found[f"{name}_var"] = pointwise.forward(*arguments)
-        entry = pointwise.joined_forward(v["p"], v["dy"], scale, norm_p[:4].contiguous(), v["w3"].t().contiguous())
-        found |= dict(zip(("joined", "j_out", "j_out_mean", "j_out_var"), entry, strict=True))
-        found["alone"] = pointwise.joined_forward(
+        entry = pointwise.residual_add_forward(
+            v["p"], v["dy"], scale, norm_p[:4].contiguous(), v["w3"].t().contiguous()
+        )
+        found |= dict(zip(("residual_sum", "j_out", "j_out_mean", "j_out_var"), entry, strict=True))
+        found["alone"] = pointwise.residual_add_forward(
             v["p"], None, None, norm_p[:4].contiguous(), v["w3"].t().contiguous()
         )[0]
         found["da"], partial = pointwise.projection_dgrad(v["dy"], v["p"], v["w3"], norm_p, scale, v["d"], norm_d)
@@ -223,7 +225,7 @@ RESULTS = {
     "expansion_forward": ("e_out", "e_out_mean", "e_out_var"),
     "activated_forward": ("p_plain", "p_plain_mean", "p_plain_var"),
     "projection_forward": ("p_out", "p_out_mean", "p_out_var"),
-    "joined_forward": ("joined", "alone", "j_out", "j_out_mean", "j_out_var"),
+    "residual_add_forward": ("residual_sum", "alone", "j_out", "j_out_mean", "j_out_var"),
     "projection_dgrad": ("da", "gate_sums"),
     "projection_wgrad": ("dw3",),
     "expansion_backward": ("dx", "dx_residual", "dw1"),
@@ -285,10 +287,10 @@ def test_pointwise_gate_sums_come_in_at_most_sixteen_pieces_of_an_image() -> Non
     maps = (1, 8, 40, 40)
     dy, p, d = (torch.randn(maps).contiguous(memory_format=torch.channels_last) for _ in range(3))
     vectors = torch.zeros(8), torch.ones(8), torch.ones(8), torch.zeros(8), EPS
-    norm_p = pointwise.coefficients(*vectors, torch.zeros(2, 8), 1600)
+    norm_p = pointwise.norm_vectors(*vectors, torch.zeros(2, 8), 1600)
     with parity.nan_allocations(), parity.few_programs(10**6):
         da, partial = pointwise.projection_dgrad(
-            dy, p, torch.eye(8), norm_p, None, d, pointwise.coefficients(*vectors)
+            dy, p, torch.eye(8), norm_p, None, d, pointwise.norm_vectors(*vectors)
         )  # fmt: skip
     assert partial.shape == (3, 1, 13, 8)
     torch.testing.assert_close(da, dy / (1 + EPS) ** 0.5)
@@ -388,7 +390,7 @@ def test_pointwise_kernels_move_the_bytes_that_their_file_states(case: Case) -> 
     scale = v["scale"] if case.scaled else None
     mean = torch.zeros(case.expanded)
     calls: dict[str, Callable[[], Any]] = {
-        "coefficients": lambda: pointwise.coefficients(mean, mean, mean, mean, EPS),
+        "norm_vectors": lambda: pointwise.norm_vectors(mean, mean, mean, mean, EPS),
         "expansion_forward": lambda: pointwise.forward(v["x"], v["w1"]),
         "projection_forward": lambda: pointwise.forward(v["d"], v["w3"], norm_d, v["gate"]),
         "projection_dgrad": lambda: pointwise.projection_dgrad(

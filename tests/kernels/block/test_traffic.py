@@ -56,7 +56,7 @@ def stated(shape: OpShape, dtype: torch.dtype) -> Counter[str]:
     size = (shape.batch, shape.channels, shape.height, shape.width)
     if shape.op == "bn_drop_connect_add":
         assert shape.residual == shape.scaled, "the formula is that of the form with both or none"
-        by_launch = module.bn_traffic(size, dtype, joined=shape.residual)
+        by_launch = module.bn_traffic(size, dtype, with_residual=shape.residual)
     elif shape.squeezed:
         by_launch = module.traffic(size, dtype, shape.squeezed)
     else:
@@ -140,8 +140,8 @@ def test_a_join_that_is_left_to_the_next_block_moves_the_bytes_that_are_stated()
     x = torch.randn(3, 8, 7, 9).to(torch.bfloat16, memory_format=torch.channels_last)
     layers = random_layers(block)
     with count_traffic() as counted:
-        left = mbconv_training(x, *layers, torch.ones(3), **options, join=False)  # type: ignore[arg-type]
-        mbconv_training(left, *layers, torch.ones(3), **options, join=True)  # type: ignore[arg-type]
+        left = mbconv_training(x, *layers, torch.ones(3), **options, defer_residual=True)  # type: ignore[arg-type]
+        mbconv_training(left, *layers, torch.ones(3), **options, defer_residual=False)  # type: ignore[arg-type]
     for from_memory in (False, True):
         expected: Counter[str] = Counter()
         for steps in mbconv_traffic.model([block, block], torch.bfloat16, from_memory=from_memory):

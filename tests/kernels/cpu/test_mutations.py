@@ -17,11 +17,15 @@ from tests.parity import Outcome, hold
 
 # Source, what is there, what is put there. Small ones: a term, an index, a bound, a count.
 MUTATIONS = (
-    ("common.h", "(norm.scale + c) + (x - load(norm.mean + c)) *", "(norm.scale + c) - (x - load(norm.mean + c)) *"),
+    (
+        "common.h",
+        "(norm.bn_scale + c) + (x - load(norm.mean + c)) *",
+        "(norm.bn_scale + c) - (x - load(norm.mean + c)) *",
+    ),
     ("common.h", "delta * delta * n * k / (n + k)", "delta * delta * k / (n + k)"),
     ("depthwise.cpp", "ky && oy < map.out_height;", "ky && oy < map.out_height - 1;"),
-    ("depthwise.cpp", "v *= load(slope + ix * LANES);", "v *= load(slope);"),
-    ("project.cpp", "mine * slopes[n * channels + c];", "slopes[n * channels + c];"),
+    ("depthwise.cpp", "v *= load(dsilu + ix * LANES);", "v *= load(dsilu);"),
+    ("project.cpp", "mine * dsilu_sums[n * channels + c];", "dsilu_sums[n * channels + c];"),
     ("project.cpp", "(float)total[c] * open * (1.0f - open);", "(float)total[c] * open;"),
     ("pointwise.cpp", "v += load(residual + at, left);", "v += load(residual + at, left) * 1.01f;"),
     ("layer.cpp", "O* to = out + (ky * k + first) * channels;", "O* to = out + ky * k * channels;"),

@@ -125,13 +125,13 @@ def test_the_bits_are_those_of_any_number_of_threads(block: Block) -> None:
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_a_join_that_the_next_block_does_changes_no_bit(dtype: torch.dtype) -> None:
+def test_a_residual_add_that_the_next_block_does_changes_no_bit(dtype: torch.dtype) -> None:
     blocks = (
         Block(6, 8, 1, 3, 1, (7, 5), dtype, scaled=False), Block(8, 8, 6, 3, 1, (7, 5), dtype),
         Block(8, 8, 6, 5, 1, (7, 5), dtype), Block(8, 10, 2, 3, 2, (7, 5), dtype, scaled=False),
     )  # fmt: skip
 
-    def chained(join: bool) -> list[Tensor]:
+    def chained(defer: bool) -> list[Tensor]:
         values = [inputs(block, seed) for seed, block in enumerate(blocks)]
         leaves = [values[0].x, *(leaf for v in values for name, leaf in v.leaves().items() if name != "x")]
         for leaf in leaves:
@@ -142,8 +142,8 @@ def test_a_join_that_the_next_block_does_changes_no_bit(dtype: torch.dtype) -> N
                 layers: Any = v.layers
                 padding: Any = block.padding
                 h = mbconv_training(
-                    h, **layers, scale=v.scale, stride=block.stride, padding=padding, residual=block.residual,
-                    momentum=0.1, eps=1e-3, group="", join=join or block is blocks[-1], native=True,
+                    h, **layers, drop_scale=v.drop_scale, stride=block.stride, padding=padding, residual=block.residual,
+                    momentum=0.1, eps=1e-3, group="", defer_residual=defer and block is not blocks[-1], native=True,
                 )  # fmt: skip
             assert isinstance(h, Tensor)
             return [h.detach(), *torch.autograd.grad(h, leaves, values[-1].dy)]
@@ -154,12 +154,12 @@ def test_a_join_that_the_next_block_does_changes_no_bit(dtype: torch.dtype) -> N
 def test_a_large_mean_costs_the_variance_no_digits() -> None:
     """Sums of squares alone would leave none of them: (10⁴)² has units of 8."""
     x = (torch.randn(2, 8, 9, 9) + 1e4).contiguous(memory_format=torch.channels_last)
-    identity, taps = torch.eye(8), torch.zeros(8, 1, 3, 3)
-    taps[:, :, 1, 1] = 1
+    identity, w = torch.eye(8), torch.zeros(8, 1, 3, 3)
+    w[:, :, 1, 1] = 1
     expected = x.double().var((0, 2, 3), correction=0)
     for var in (
         cpu_ops.expand(x, identity)[2],
-        cpu_ops.depthwise_forward(x, None, None, None, None, taps, 1e-3, 1, "symmetric")[2],
+        cpu_ops.depthwise_forward(x, None, None, None, None, w, 1e-3, 1, "symmetric")[2],
     ):
         torch.testing.assert_close(var.double(), expected, rtol=1e-6, atol=0)
 
@@ -224,7 +224,7 @@ def test_arguments_that_do_not_fit_are_refused_before_the_call() -> None:
     with pytest.raises(TypeError, match="float32 or bfloat16"):
         cpu_ops.expand(x.half(), w.half())
     with pytest.raises(ValueError, match="residual must have shape"):
-        cpu_ops.join(x, x[:1], None, ones, ones, ones, ones, 1e-3)
+        cpu_ops.residual_add(x, x[:1], None, ones, ones, ones, ones, 1e-3)
     with pytest.raises(ValueError, match="k must be 3 or 5"):
         cpu_ops.depthwise_forward(x, None, None, None, None, torch.ones(8, 1, 7, 7), 1e-3, 1, "symmetric")
     block = BLOCKS[0]
