@@ -137,7 +137,7 @@ def test_warps_hide_each_others_waits_until_a_pipe_or_memory_is_full() -> None:
 
 def test_every_launch_of_a_block_is_recorded_once_with_its_bytes() -> None:
     prev = BLOCK._replace(residual=False, scaled=False)
-    found = list(limits.recorded(BLOCK, prev, True, H100))
+    found = list(limits.recorded(BLOCK, prev, False, H100))
     steps = mbconv_traffic.forward(BLOCK, torch.bfloat16, prev=prev, from_memory=True)
     steps |= mbconv_traffic.backward(BLOCK, torch.bfloat16, from_memory=True)
     expected = [(step, kernel, moved) for step, by in steps.items() for kernel, moved in by.items()]
