@@ -8,7 +8,8 @@ from fastnet.arch import VARIANTS, Variant, coefficients, variant_name
 
 
 def parse(what: Any, **options: Any) -> Any:
-    """`tyro.cli` in which a variant may also be called B0 or efficientnet_b0."""
+    """`tyro.cli` in which a variant may also be called B0 or efficientnet_b0, and options that commands share are flags
+    like their own."""
     import tyro
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -27,7 +28,7 @@ def parse(what: Any, **options: Any) -> Any:
             str_from_instance=lambda name: [name],
         )
 
-    return tyro.cli(what, registry=registry, **options)
+    return tyro.cli(what, registry=registry, config=(tyro.conf.OmitArgPrefixes,), **options)
 
 
 def _is_variant(value: Any) -> bool:

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from fastnet.arch import Kernels, Style, Variant
 from fastnet.commands import parse
 from fastnet.errors import UserError, run_command
+from fastnet.loading.options import InferenceOptions, WeightsOptions
 from fastnet.predict import check_numbers
 
 # Top-1 in percent and loss by which precision and kernels may move an evaluation, and a loader's rounding.
@@ -56,24 +56,12 @@ def evaluate(
     out: str | None = None,
     json: bool = False,
     expect_reported: bool = False,
-    checkpoint: Literal["best", "last"] = "best",
-    variant: Variant | None = None,
-    weights_style: Style | None = None,
-    resolution: int | None = None,
-    crop_fraction: float | None = None,
-    interpolation: Literal["bilinear", "bicubic"] | None = None,
-    mean: tuple[float, float, float] | None = None,
-    std: tuple[float, float, float] | None = None,
-    tta: Literal["off", "hflip", "five", "ten"] = "off",
     worst: int = 20,
     gradcam_stages: tuple[int, ...] = (4, 6, 9),
     gradcam_images: tuple[str, ...] = (),
-    batch_size: int = 64,
     loader: Literal["auto", "dali", "torch"] = "auto",
-    workers: int | None = None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    amp: Literal["auto", "bf16", "fp16", "off"] = "auto",
-    kernels: Kernels = "auto",
+    weights: WeightsOptions = WeightsOptions(),
+    inference: InferenceOptions = InferenceOptions(),
 ) -> int:
     """Evaluate a run, or a file of weights, on the validation split: top-1, top-5, macro F1, AUC, calibration; and a
     report with curves, confusion matrix, the worst predictions and Grad-CAM. With --suspects also the images whose
@@ -91,24 +79,12 @@ def evaluate(
             another split.
         json: Print the numbers, also of each class, as JSON.
         expect_reported: Fail where top-1 or loss are not those that the run reported of these weights.
-        checkpoint: Which weights of a run.
-        variant: Which of the published weights imagenet means; with a file, what it must hold.
-        weights_style: Whose names the file uses, when the file itself does not tell.
-        resolution: Image side in pixels; default: the run's, or the one that the weights were published with.
-        crop_fraction: Share of the short side to look at; default: 0.875, or as the weights were published.
-        interpolation: How images are resized; default: as the file says or was published, else bilinear.
-        mean: Subtracted from the channels' values of 0 to 1; default: as the file says or was published.
-        std: What they are divided by; default: as for mean.
-        tta: Mean over views: hflip (mirrored too), five (centre and corners), ten (both).
         worst: Wrong predictions to show.
         gradcam_stages: Stages that Grad-CAM shows, 1 (stem) to 9 (head), as `python -m fastnet.summary` counts them.
         gradcam_images: Images that Grad-CAM explains; default: the surest right ones and the worst of the split.
-        batch_size: Images a batch.
         loader: Input pipeline.
-        workers: Loader threads or processes.
-        device: Where to run.
-        amp: Mixed precision; auto is bf16 on a GPU (fp16 below compute capability 8.0), on a CPU the faster one.
-        kernels: Operations inside MBConv.
+        weights: Which model, and how it sees an image.
+        inference: How images go through it.
     """
     from fastnet.allocator import keep_memory
     from fastnet.analysis.suspects import require_cleanlab
@@ -116,26 +92,14 @@ def evaluate(
     from fastnet.loading.trained import data_of, load_trained
     from fastnet.training.tuning import pick_precision
 
-    check_numbers(batch_size=batch_size, workers=workers or 0, gradcam_stages=gradcam_stages)
+    check_numbers(inference, gradcam_stages=gradcam_stages)
     if expect_reported and split != "val":
         raise UserError("--expect-reported is about the validation split: leave --split out.", exit_status=2)
     if worst < 0:
         raise UserError(f"--worst {worst} must be 0 or more.", exit_status=2)
-    where = pick_device(device)
+    where = pick_device(inference.device)
     keep_memory(where)
-    trained = load_trained(
-        target,
-        which=checkpoint,
-        variant=variant,
-        style=weights_style,
-        resolution=resolution,
-        crop_fraction=crop_fraction,
-        interpolation=interpolation,
-        mean=mean,
-        std=std,
-        device=where,
-        kernels=kernels,
-    )
+    trained = load_trained(target, weights, device=where, kernels=inference.kernels)
     if suspects:
         require_cleanlab()
     index = data_of(trained, data, test=split == "test")
@@ -150,11 +114,11 @@ def evaluate(
     found, scores = evaluate_run(
         trained,
         index,
-        tta=tta,
-        amp=pick_precision(amp, where, kernels, trained.model.config.variant, tell),
-        batch_size=batch_size,
+        tta=inference.tta,
+        amp=pick_precision(inference.amp, where, inference.kernels, trained.model.config.variant, tell),
+        batch_size=inference.batch_size,
         loader=loader,
-        workers=pick_workers(workers, where),
+        workers=pick_workers(inference.workers, where),
     )
     _print_json(scores) if json else _print_numbers(scores)
     if expect_reported:
@@ -177,7 +141,7 @@ def evaluate(
             scores,
             folder,
             split=split,
-            tta=tta,
+            tta=inference.tta,
             worst=worst,
             stages=gradcam_stages,
             explained=gradcam_images,

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastnet.arch import Style, Variant
 from fastnet.commands import parse
 from fastnet.errors import UserError, run_command
+from fastnet.loading.options import WeightsOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -166,10 +166,7 @@ def export(
     int8: bool = False,
     out: str | None = None,
     data: str | None = None,
-    checkpoint: Literal["best", "last"] = "best",
-    variant: Variant | None = None,
-    weights_style: Style | None = None,
-    resolution: int | None = None,
+    weights: WeightsOptions = WeightsOptions(),
 ) -> int:
     """Write a run, or a file of weights, for other programs, and verify it there against the original. Every file
     carries the names of the classes and how a photo becomes its input.
@@ -186,10 +183,7 @@ def export(
         out: File or folder to write; default: efficientnet_<variant>-<resolution> and an ending, in the run's folder or
             here.
         data: Data set whose validation images it is verified on; default: the run's, else generated images.
-        checkpoint: Which weights of a run.
-        variant: Which of the published weights imagenet means; with a file, what it must hold.
-        weights_style: Whose names the file uses, when the file itself does not tell.
-        resolution: Image side in pixels; default: the run's, or the one that the weights were published with.
+        weights: Which model, and how it sees an image.
     """
     import torch
 
@@ -204,9 +198,7 @@ def export(
 
     keep_memory(torch.device("cpu"))
     # On a CPU in fp32, where the libraries can be compared to the last digits.
-    trained = load_trained(
-        target, which=checkpoint, variant=variant, style=weights_style, resolution=resolution, kernels="torch"
-    )
+    trained = load_trained(target, weights, kernels="torch")
     photo = "-photo" if with_preprocessing else ""
     name = f"efficientnet_{trained.model.config.variant}-{trained.resolution}{photo}{ENDINGS[to]}"
     path = expanded(Path(out)) if out else (trained.run or Path()) / name

@@ -21,7 +21,8 @@ from fastnet.analysis.predictions import log_probabilities
 from fastnet.arch import Kernels, Style, variant_name
 from fastnet.device import pick_device
 from fastnet.errors import UserError
-from fastnet.loading.trained import RunFile, Trained, load_trained
+from fastnet.loading.options import RunFile, WeightsOptions
+from fastnet.loading.trained import Trained, load_trained
 from fastnet.model import EfficientNet
 from fastnet.predict import predict_files, ranked
 
@@ -107,20 +108,9 @@ def load(
     says whose a file is where it does not tell. Raises UserError, with one sentence, where it cannot be read or the
     device is not there.
     """
-    trained = load_trained(
-        run_or_file,
-        which=checkpoint,
-        variant=None if variant is None else variant_name(variant),
-        style=weights_style,
-        resolution=resolution,
-        crop_fraction=crop_fraction,
-        interpolation=interpolation,
-        mean=mean,
-        std=std,
-        device=pick_device(device),
-        kernels=kernels,
-    )
-    return LoadedModel(trained)
+    named = None if variant is None else variant_name(variant)
+    weights = WeightsOptions(checkpoint, named, weights_style, resolution, crop_fraction, interpolation, mean, std)
+    return LoadedModel(load_trained(run_or_file, weights, device=pick_device(device), kernels=kernels))
 
 
 def _read(path: str) -> Tensor:

@@ -8,12 +8,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from data_pipeline.dataset.formats import WORDS, is_read
-from fastnet.arch import EFFICIENTNET, Kernels, Style, Variant
+from fastnet.arch import EFFICIENTNET
 from fastnet.commands import parse
 from fastnet.errors import UserError, run_command
+from fastnet.loading.options import InferenceOptions, WeightsOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from fastnet.analysis.predictions import Tta
     from fastnet.device import Amp
     from fastnet.loading.trained import Trained
+
+FEW_IMAGES = InferenceOptions(batch_size=32, workers=0, amp="off")
 
 
 def expand(images: Iterable[str]) -> list[Path]:
@@ -117,19 +120,8 @@ def predict(
     gradcam: bool = False,
     gradcam_stages: tuple[int, ...] = (4, 6, 9),
     out: str = "gradcam",
-    variant: Variant | None = None,
-    weights_style: Style | None = None,
-    resolution: int | None = None,
-    crop_fraction: float | None = None,
-    interpolation: Literal["bilinear", "bicubic"] | None = None,
-    mean: tuple[float, float, float] | None = None,
-    std: tuple[float, float, float] | None = None,
-    tta: Literal["off", "hflip", "five", "ten"] = "off",
-    batch_size: int = 32,
-    workers: int = 0,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    amp: Literal["auto", "bf16", "fp16", "off"] = "off",
-    kernels: Kernels = "auto",
+    weights: WeightsOptions = WeightsOptions(),
+    inference: InferenceOptions = FEW_IMAGES,
 ) -> int:
     """Name the most probable classes of each image. A file that cannot be read is said so, and the rest go on (exit
     status 1 at the end).
@@ -143,53 +135,31 @@ def predict(
         gradcam: Also write a picture of each image with the evidence for its class highlighted (Grad-CAM).
         gradcam_stages: Stages to look at, 1 (stem) to 9 (head), as `python -m fastnet.summary` counts them.
         out: Folder for --gradcam's pictures.
-        variant: Which of the published weights imagenet means; with a file, what it must hold.
-        weights_style: Whose names the file uses, when the file itself does not tell.
-        resolution: Image side in pixels; default: the run's, or the one that the weights were published with.
-        crop_fraction: Share of the short side to look at; default: 0.875, or as the weights were published.
-        interpolation: How images are resized; default: as the file says or was published, else bilinear.
-        mean: Subtracted from the channels' values of 0 to 1; default: as the file says or was published.
-        std: What they are divided by; default: as for mean.
-        tta: Mean over views: hflip (mirrored too), five (centre and corners), ten (both).
-        batch_size: Images a batch.
-        workers: Processes that decode; 0 is best for a few images.
-        device: Where to run.
-        amp: Mixed precision.
-        kernels: Operations inside MBConv.
+        weights: Which model, and how it sees an image.
+        inference: How images go through it.
     """
     from data_pipeline.files import expanded
     from fastnet.allocator import keep_memory
-    from fastnet.device import pick_device, tell
+    from fastnet.device import pick_device, pick_workers, tell
     from fastnet.loading.trained import load_trained
     from fastnet.training.tuning import pick_precision
 
-    check_numbers(top=top, batch_size=batch_size, workers=workers, gradcam_stages=gradcam_stages)
+    check_numbers(inference, top=top, gradcam_stages=gradcam_stages)
     if not images:
         raise UserError("name at least one image or folder after the run or file.", exit_status=2)
-    where = pick_device(device)
+    where = pick_device(inference.device)
     keep_memory(where)
-    trained = load_trained(
-        target,
-        variant=variant,
-        style=weights_style,
-        resolution=resolution,
-        crop_fraction=crop_fraction,
-        interpolation=interpolation,
-        mean=mean,
-        std=std,
-        device=where,
-        kernels=kernels,
-    )
+    trained = load_trained(target, weights, device=where, kernels=inference.kernels)
     with TemporaryDirectory(prefix="fastnet-") as downloads:
         files, missing = fetched(images, Path(downloads))
         results = predict_files(
             trained,
             list(files),
             top=top,
-            tta=tta,
-            amp=pick_precision(amp, where, kernels, trained.model.config.variant, tell),
-            batch_size=batch_size,
-            workers=workers,
+            tta=inference.tta,
+            amp=pick_precision(inference.amp, where, inference.kernels, trained.model.config.variant, tell),
+            batch_size=inference.batch_size,
+            workers=pick_workers(inference.workers, where),
         )
         if gradcam:
             folder = expanded(Path(out))
@@ -237,9 +207,12 @@ def _write_csv(results: list[dict[str, Any]], path: Path) -> None:
     write_atomically(path, csv_text(heads, rows))
 
 
-def check_numbers(*, top: int = 1, batch_size: int = 1, workers: int = 0, gradcam_stages: Sequence[int] = (9,)) -> None:
+def check_numbers(
+    options: InferenceOptions = FEW_IMAGES, *, top: int = 1, gradcam_stages: Sequence[int] = (9,)
+) -> None:
     """UserError (exit status 2) that names the flag that can't be right."""
-    for flag, value, low in (("--top", top, 1), ("--batch-size", batch_size, 1), ("--workers", workers, 0)):
+    numbers = (("--top", top, 1), ("--batch-size", options.batch_size, 1), ("--workers", options.workers or 0, 0))
+    for flag, value, low in numbers:
         if value < low:
             raise UserError(f"{flag} {value} must be {low} or more.", exit_status=2)
     last = len(EFFICIENTNET.stages) + 2

@@ -10,12 +10,12 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fastnet import DISTRIBUTION
-from fastnet.arch import Kernels, Style, Variant
 from fastnet.commands import parse
 from fastnet.errors import UserError, run_command
+from fastnet.loading.options import DeviceOptions, WeightsOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,15 +28,22 @@ if TYPE_CHECKING:
 EXPORTS = (".onnx", ".xml", ".pt2")
 
 
-def answers_of_run(target: str, stage: int | None = None, **options: Any) -> Answers:
-    """Of `fastnet.load(target, **options)`; stage: whose Grad-CAM is shown, the last by default."""
+def answers_of_run(
+    target: str,
+    stage: int | None = None,
+    weights: WeightsOptions = WeightsOptions(),
+    where: DeviceOptions = DeviceOptions(),
+) -> Answers:
+    """Of `fastnet.load(target)`; stage: whose Grad-CAM is shown, the last by default."""
     import torch
 
-    import fastnet
     from fastnet.analysis.gradcam import grad_cam, heat, overlay
     from fastnet.analysis.predictions import as_pictures
+    from fastnet.device import pick_device
+    from fastnet.loaded import LoadedModel
+    from fastnet.loading.trained import load_trained
 
-    loaded = fastnet.load(target, **options)
+    loaded = LoadedModel(load_trained(target, weights, device=pick_device(where.device), kernels=where.kernels))
     shown = stage or loaded.model.network.last_stage
 
     def answer(photo: NDArray[np.uint8]) -> Answer:
@@ -100,12 +107,8 @@ def serve(
     port: int = 7860,
     open_browser: bool = False,
     gradcam_stage: int | None = None,
-    variant: Variant | None = None,
-    weights_style: Style | None = None,
-    resolution: int | None = None,
-    crop_fraction: float | None = None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    kernels: Kernels = "auto",
+    weights: WeightsOptions = WeightsOptions(),
+    where: DeviceOptions = DeviceOptions(),
 ) -> int:
     """Show a page on this machine where one drops a photo and sees its classes; nothing is sent anywhere else.
 
@@ -116,12 +119,8 @@ def serve(
         port: Port to listen on.
         open_browser: Open the page in the browser.
         gradcam_stage: Stage whose evidence is shown, 1 (stem) to 9 (head); default: 9.
-        variant: Which of the published weights imagenet means; with a file, what it must hold.
-        weights_style: Whose names the file uses, when the file itself does not tell.
-        resolution: Image side in pixels; default: the run's, or the one that the weights were published with.
-        crop_fraction: Share of the short side to look at; default: as the weights were trained or published.
-        device: Where to run.
-        kernels: Operations inside MBConv.
+        weights: Which model, and how it sees an image.
+        where: Where it runs.
     """
     from fastnet.predict import check_numbers
 
@@ -131,20 +130,7 @@ def serve(
     exported = Path(target).suffix in EXPORTS
     if exported and not Path(target).is_file():
         raise UserError(f"{target} does not exist: name a run's folder, a weights file or an export.")
-    answer = (
-        answers_of_export(Path(target))
-        if exported
-        else answers_of_run(
-            target,
-            gradcam_stage,
-            variant=variant,
-            weights_style=weights_style,
-            resolution=resolution,
-            crop_fraction=crop_fraction,
-            device=device,
-            kernels=kernels,
-        )
-    )
+    answer = answers_of_export(Path(target)) if exported else answers_of_run(target, gradcam_stage, weights, where)
     page = make_page(answer, f"fastnet: {Path(target).name}", explained=not exported)
     try:
         _, url, _ = page.launch(

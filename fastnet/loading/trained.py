@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from data_pipeline import Index, build_index
 from data_pipeline.loaders.augment import IMAGENET as IMAGENET_PIXELS
 from data_pipeline.loaders.augment import Interpolation, Normalization
-from fastnet.arch import Kernels, Style
+from fastnet.arch import Kernels
 from fastnet.config import DataOptions, TrainConfig
 from fastnet.config_file import read_config
 from fastnet.device import check_kernels
@@ -19,13 +18,12 @@ from fastnet.errors import UserError
 from fastnet.loading.checkpoint import files_of
 from fastnet.loading.foreign import HUB_FILES
 from fastnet.loading.hub import hub_file, hub_name
+from fastnet.loading.options import RunFile, WeightsOptions
 from fastnet.loading.pretrained import IMAGENET, imagenet_file, normalised_as_imagenet, published
 from fastnet.loading.view import View
 from fastnet.loading.weights import LoadedWeights, load_weights
 from fastnet.model import EfficientNet
 from fastnet.scaling import architecture
-
-RunFile = Literal["best", "last"]
 
 
 @dataclass(frozen=True)
@@ -75,15 +73,8 @@ def resolve_weights_file(target: Path, which: RunFile = "best") -> Path:
 
 def load_trained(
     target: str | Path,
+    options: WeightsOptions = WeightsOptions(),
     *,
-    which: RunFile = "best",
-    variant: str | None = None,
-    style: Style | None = None,
-    resolution: int | None = None,
-    crop_fraction: float | None = None,
-    interpolation: Interpolation | None = None,
-    mean: tuple[float, float, float] | None = None,
-    std: tuple[float, float, float] | None = None,
     device: torch.device | str = "cpu",
     kernels: Kernels = "auto",
 ) -> Trained:
@@ -93,6 +84,7 @@ def load_trained(
     timm or torchvision publish for it, unless they are given.
     Raises UserError where the target cannot be read, is another variant, or kernels do not work on the device.
     """
+    variant = options.variant
     if str(target) == IMAGENET:
         if variant is None:
             raise UserError("imagenet needs --variant, such as b0.", exit_status=2)
@@ -100,9 +92,9 @@ def load_trained(
     elif name := hub_name(target):
         path = hub_file(name)
     else:
-        path = resolve_weights_file(Path(target), which)
+        path = resolve_weights_file(Path(target), options.checkpoint)
     try:
-        loaded = load_weights(path, style=style)
+        loaded = load_weights(path, style=options.weights_style)
     except ValueError as error:
         raise UserError(str(error)) from error
     if str(target) == IMAGENET:
@@ -114,14 +106,14 @@ def load_trained(
         )
     run = path.parent if path.name not in HUB_FILES and (path.parent / "config.json").is_file() else None
     config = read_config(path.parent / "config.json") if run else None
-    given = dict(crop_fraction=crop_fraction, interpolation=interpolation, mean=mean, std=std)
+    given = {name: getattr(options, name) for name in ("crop_fraction", "interpolation", "mean", "std")}
     try:
         view = loaded.view.changed(given)
     except ValueError as error:
         raise UserError(f"--{error}", exit_status=2) from error
     arch = architecture(loaded.config.variant, loaded.config.scaling)
     trained_at = config.model.resolution if config else None
-    resolution, crop_fraction = resolution or loaded.resolution or trained_at or arch.resolution, view.crop_fraction
+    resolution = options.resolution or loaded.resolution or trained_at or arch.resolution
     if not 32 <= resolution <= 4096:
         raise UserError(f"--resolution {resolution} must lie between 32 and 4096.", exit_status=2)
     return Trained(
@@ -130,7 +122,7 @@ def load_trained(
         config,
         _build(loaded, torch.device(device), kernels),
         resolution,
-        crop_fraction,
+        view.crop_fraction,
         _class_names(loaded, path),
         view.interpolation,
         view.normalization,

@@ -19,6 +19,7 @@ from data_pipeline import DataError, build_index
 from fastnet.errors import UserError
 from fastnet.evaluate import evaluate, evaluate_run
 from fastnet.loading import checkpoint
+from fastnet.loading.options import InferenceOptions, WeightsOptions
 from fastnet.loading.trained import data_of, load_trained
 from fastnet.train import parse_arguments
 from fastnet.training.trainer import Trainer
@@ -32,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_bare_numbers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate(str(run), report=False, batch_size=5, workers=0) == 0
+    assert evaluate(str(run), report=False, inference=InferenceOptions(batch_size=5, workers=0)) == 0
     said = capsys.readouterr().out
     assert re.fullmatch(
         r"top-1 [\d.]+ %  top-5 100.00 %  loss [\d.]+  \(12 images\)\n"
@@ -46,7 +47,7 @@ def test_a_report_needs_nothing_beside_it(run: Path, capsys: pytest.CaptureFixtu
     lines = [{"kind": "train", "step": 1, "loss": 2.0, "top1": 9.0, "lr": 0.1}]
     lines += [{"kind": "eval", "step": 1, "epoch": 3, "weights": "model", "loss": 1.9, "top1": 10.0, "top5": 20.0}]
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    assert evaluate(str(run), json=True, workers=0, worst=3, gradcam_stages=(9,)) == 0
+    assert evaluate(str(run), json=True, worst=3, gradcam_stages=(9,), inference=InferenceOptions(workers=0)) == 0
     said = capsys.readouterr()
     scores = json.loads(said.out)  # nothing else on stdout
     _, expected = evaluate_run(load_trained(run), data_of(load_trained(run), None))
@@ -86,19 +87,19 @@ def test_the_test_split_is_judged_beside_the_validation_split(
     data = make_pictures(tmp_path / "data")
     run = make_run(tmp_path / "run", data)
     with pytest.raises(DataError, match="has no test/: leave --split test out"):
-        evaluate(str(run), split="test", workers=0)
+        evaluate(str(run), split="test", inference=InferenceOptions(workers=0))
     assert not (run / "report-test").exists()
     (data / "val").rename(data / "test")
     shutil.copytree(data / "train", data / "val")
     for name in CLASSES:
         (data / "test" / name / "0.jpg").unlink()
-    assert evaluate(str(run), split="test", report=False, loader="torch", workers=0) == 0
+    assert evaluate(str(run), split="test", report=False, loader="torch", inference=InferenceOptions(workers=0)) == 0
     said = capsys.readouterr().out
     assert "(9 images)" in said
     _, expected = evaluate_run(load_trained(run), build_index(data, test=True), loader="torch")
     assert f"loss {expected.loss:.4f}" in said
     with pytest.raises(UserError, match="--expect-reported is about the validation split"):
-        evaluate(str(run), split="test", expect_reported=True, workers=0)
+        evaluate(str(run), split="test", expect_reported=True, inference=InferenceOptions(workers=0))
 
 
 @pytest.mark.slow
@@ -107,11 +108,20 @@ def test_weights_of_no_run_are_reported_where_asked(
 ) -> None:
     file, data = tmp_path / "w.safetensors", str(data_of(load_trained(run), None).root)
     file.write_bytes((run / "best.safetensors").read_bytes())
-    assert evaluate(str(file), data=data, workers=0) == 0
+    assert evaluate(str(file), data=data, inference=InferenceOptions(workers=0)) == 0
     assert "for a report, name a folder with --out" in capsys.readouterr().out
     asked = data_of(load_trained(run), None).splits["train"].paths[0]
     out = tmp_path / "report"
-    assert evaluate(str(file), data=data, workers=0, out=str(out), gradcam_images=(asked,), tta="hflip") == 0
+    assert (
+        evaluate(
+            str(file),
+            data=data,
+            out=str(out),
+            gradcam_images=(asked,),
+            inference=InferenceOptions(workers=0, tta="hflip"),
+        )
+        == 0
+    )
     page = (out / "report.html").read_text()
     assert "the images that were asked for" in page
     assert "mean over views (hflip)" in page
@@ -121,10 +131,14 @@ def test_one_sentence_each(run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for message, status, options in (
         ("--worst -1 must be 0 or more", 2, {"worst": -1}),
-        ("--workers -1 must be 0 or more", 2, {"workers": -1}),
+        ("--workers -1 must be 0 or more", 2, {"inference": InferenceOptions(workers=-1)}),
         (r"no report can be written to .*file/r", 1, {"out": str(tmp_path / "file" / "r")}),
         (r"--gradcam-images .*file cannot be read \(empty file\)", 2, {"gradcam_images": (str(tmp_path / "file"),)}),
-        ("--tta five cuts its views", 2, {"tta": "five", "crop_fraction": 1.0}),
+        (
+            "--tta five cuts its views",
+            2,
+            {"inference": InferenceOptions(tta="five"), "weights": WeightsOptions(crop_fraction=1.0)},
+        ),
     ):
         with pytest.raises(UserError, match=message) as caught:
             evaluate(str(run), **options)
@@ -147,18 +161,20 @@ def test_a_run_reports_what_evaluate_says_of_it_from_any_folder(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     run = tmp_path / "run"
-    assert evaluate(str(run), report=False, expect_reported=True, workers=0, device="cpu") == 0
+    assert (
+        evaluate(str(run), report=False, expect_reported=True, inference=InferenceOptions(workers=0, device="cpu")) == 0
+    )
     assert "(48 images)" in capsys.readouterr().out
     for given in ([], ["--data", str(tmp_path / "photos")]):
         assert parse_arguments(["--resume", str(run), *given]).data.data == str(tmp_path / "photos")
     monkeypatch.setattr(checkpoint, "notes_of", lambda path: {"top1": 90.0, "loss": 0.3})
     with pytest.raises(UserError, match=r"the run reported top-1 90.00 % and loss 0.3000 of .*, not"):
-        evaluate(str(run), report=False, expect_reported=True, workers=0, device="cpu")
+        evaluate(str(run), report=False, expect_reported=True, inference=InferenceOptions(workers=0, device="cpu"))
 
 
 def test_weights_that_tell_no_result_cannot_be_compared(run: Path) -> None:
     with pytest.raises(UserError, match="does not tell what its run reported"):
-        evaluate(str(run), report=False, expect_reported=True, workers=0)
+        evaluate(str(run), report=False, expect_reported=True, inference=InferenceOptions(workers=0))
 
 
 @pytest.mark.parametrize("command", ["evaluate", "export", "predict", "serve", "summary"])

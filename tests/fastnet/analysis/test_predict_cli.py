@@ -16,6 +16,7 @@ from PIL import Image
 from data_pipeline.dataset.formats import WORDS
 from fastnet.errors import UserError
 from fastnet.evaluate import evaluate_run
+from fastnet.loading.options import InferenceOptions
 from fastnet.loading.trained import Trained, data_of, load_trained
 from fastnet.predict import expand, predict, predict_files
 from tests.runs import CLASSES, make_pictures, make_run
@@ -132,7 +133,7 @@ def test_refused_before_any_work(trained: Trained, tmp_path: Path) -> None:
     for message, options in (
         ("name at least one image", {}),
         ("--top 0 must be 1 or more", {"top": 0}),
-        ("--batch-size 0 must be 1 or more", {"batch_size": 0}),
+        ("--batch-size 0 must be 1 or more", {"inference": InferenceOptions(batch_size=0)}),
         ("--gradcam-stages must be numbers from 1", {"gradcam_stages": (12,)}),
     ):
         with pytest.raises(UserError, match=message) as caught:
@@ -140,6 +141,6 @@ def test_refused_before_any_work(trained: Trained, tmp_path: Path) -> None:
         assert caught.value.exit_status == 2
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="--device cuda is impossible because"):
-            predict(run, ("a.jpg",), device="cuda")
+            predict(run, ("a.jpg",), inference=InferenceOptions(device="cuda"))
     with pytest.raises(UserError, match="holds no image"):
         expand([str(tmp_path)])

@@ -13,6 +13,7 @@ from fastnet.analysis.predictions import Predictions
 from fastnet.analysis.suspects import find_suspects, write_suspects
 from fastnet.errors import UserError
 from fastnet.evaluate import evaluate
+from fastnet.loading.options import InferenceOptions
 from fastnet.loading.trained import data_of, load_trained
 from tests.runs import CLASSES, make_pictures, make_run
 
@@ -62,7 +63,7 @@ def test_nothing_is_suspected_where_the_model_agrees() -> None:
 
 
 def test_the_command_ranks_the_training_split(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate(str(run), split="train", suspects=True, report=False, workers=0) == 0
+    assert evaluate(str(run), split="train", suspects=True, report=False, inference=InferenceOptions(workers=0)) == 0
     assert "of 12 labels are suspected" in capsys.readouterr().out
     with open(run / "report-train" / "suspects.csv", newline="") as file:
         listed = [row["path"] for row in csv.DictReader(file)]

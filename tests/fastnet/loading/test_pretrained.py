@@ -18,6 +18,7 @@ from fastnet.config import FOOD101
 from fastnet.create import create_model
 from fastnet.errors import UserError
 from fastnet.loading import pretrained
+from fastnet.loading.options import WeightsOptions
 from fastnet.loading.pretrained import imagenet_file, pretrained_file, published
 from fastnet.loading.trained import load_trained
 from fastnet.loading.weights import _module_names, load_weights
@@ -144,5 +145,5 @@ def test_lite_is_read_from_its_package_for_imagenets_pixels(tmp_path: Path, monk
         # But for the border, where their padding is another gray.
         ours, theirs = model.stem((pixels - mean) / std), source.stem((pixels - 0.5) / 0.5)
         torch.testing.assert_close(ours[:, :, :-1, :-1], theirs[:, :, :-1, :-1], rtol=1e-4, atol=1e-4)
-    trained = load_trained("imagenet", variant="lite0")
+    trained = load_trained("imagenet", WeightsOptions(variant="lite0"))
     assert (trained.resolution, trained.crop_fraction, trained.class_name(7)) == (224, 0.875, "cock")

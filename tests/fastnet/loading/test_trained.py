@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 from data_pipeline import build_index
 from fastnet.config_file import read_config
 from fastnet.errors import UserError
+from fastnet.loading.options import WeightsOptions
 from fastnet.loading.trained import data_of, load_trained
 from fastnet.loading.weights import save_weights
 from fastnet.model import efficientnet
@@ -38,7 +40,7 @@ def test_a_run_brings_its_view_its_classes_and_its_data(run: Path, data: Path) -
     assert (trained.resolution, trained.crop_fraction, trained.classes) == (48, 0.875, CLASSES)
     assert not trained.model.training
     assert data_of(trained, None).root == data
-    alone = load_trained(run / "best.safetensors", resolution=96, crop_fraction=1.0)
+    alone = load_trained(run / "best.safetensors", WeightsOptions(resolution=96, crop_fraction=1.0))
     assert (alone.run, alone.resolution, alone.crop_fraction) == (run, 96, 1.0)
 
 
@@ -61,13 +63,13 @@ def test_a_run_is_judged_on_the_photos_that_it_was_not_trained_on(run: Path, dat
 
 def test_a_file_of_torchvision_brings_the_published_view(tmp_path: Path) -> None:
     torch.save(torchvision.models.efficientnet_b1().state_dict(), tmp_path / "b1.pth")
-    trained = load_trained(tmp_path / "b1.pth", variant="b1")
+    trained = load_trained(tmp_path / "b1.pth", WeightsOptions(variant="b1"))
     # B1's published weights are evaluated at 240 of 255 pixels.
     assert (trained.resolution, trained.crop_fraction, trained.run) == (240, 240 / 255, None)
     assert trained.classes is not None
     assert trained.class_name(0) == "tench"
     with pytest.raises(UserError, match="holds a b1: leave out --variant b3"):
-        load_trained(tmp_path / "b1.pth", variant="b3")
+        load_trained(tmp_path / "b1.pth", WeightsOptions(variant="b3"))
 
 
 def test_a_file_without_names_numbers_its_classes(tmp_path: Path) -> None:
@@ -77,14 +79,14 @@ def test_a_file_without_names_numbers_its_classes(tmp_path: Path) -> None:
 
 
 def test_one_sentence_each(run: Path, data: Path, tmp_path: Path) -> None:
-    def refused(message: str, *arguments: object, **options: object) -> None:
+    def refused(message: str, target: str | Path, **options: Any) -> None:
         with pytest.raises(UserError, match=message) as caught:
-            load_trained(*arguments, **options)  # type: ignore[arg-type]
+            load_trained(target, WeightsOptions(**options))
         assert "\n" not in str(caught.value)
 
     refused("absent does not exist: name a run's folder or a weights file", tmp_path / "absent")
     refused("holds no best.safetensors or last.safetensors", tmp_path)
-    refused("holds no last.safetensors", run, which="last")
+    refused("holds no last.safetensors", run, checkpoint="last")
     refused("imagenet needs --variant", "imagenet")
     (tmp_path / "noise.pth").write_bytes(b"noise")
     refused("cannot be read as a file of plain tensors", tmp_path / "noise.pth")

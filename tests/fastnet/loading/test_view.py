@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastnet.analysis.predictions import index_files, load_views
 from fastnet.config import FINETUNE, ModelOptions, TrainConfig
 from fastnet.config_file import config_from_dict
+from fastnet.loading.options import WeightsOptions
 from fastnet.loading.trained import load_trained
 from fastnet.loading.view import View, timm_view
 from fastnet.loading.weights import load_weights, save_weights
@@ -158,7 +159,7 @@ def test_a_saved_file_keeps_its_view(tmp_path: Path) -> None:
     loaded = load_weights(tmp_path / "w.safetensors")
     assert loaded.view == view
     assert loaded.resolution == 96
-    trained = load_trained(tmp_path / "w.safetensors", mean=(0.1, 0.1, 0.1))
+    trained = load_trained(tmp_path / "w.safetensors", WeightsOptions(mean=(0.1, 0.1, 0.1)))
     assert trained.view == View(96, 0.9, "bicubic", (0.1, 0.1, 0.1), (0.2, 0.3, 0.4))
 
 

@@ -21,6 +21,7 @@ from fastnet.config import TrainConfig
 from fastnet.errors import UserError
 from fastnet.evaluate import evaluate
 from fastnet.loading.checkpoint import write_atomically
+from fastnet.loading.options import InferenceOptions
 from fastnet.predict import predict
 from fastnet.training.run_folder import LOCK, check_new, locked
 from fastnet.training.tuning.kept import KeptResults
@@ -210,7 +211,12 @@ def test_pictures_of_grad_cam_replace_no_photo(run: Path, tmp_path: Path) -> Non
 def test_a_report_elsewhere_leaves_the_run_alone(run: Path, tmp_path: Path, capsys: Any) -> None:
     (run / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0, "lr": 0.1}\n{"kind": "tr')
     before = contents(run)
-    assert evaluate(str(run), out=str(tmp_path / "report"), workers=0, worst=1, gradcam_stages=(9,)) == 0
+    assert (
+        evaluate(
+            str(run), out=str(tmp_path / "report"), worst=1, gradcam_stages=(9,), inference=InferenceOptions(workers=0)
+        )
+        == 0
+    )
     assert contents(run) == before
     check_folder(tmp_path / "report")  # a report of ours may be replaced
     (tmp_path / "photos").mkdir()
