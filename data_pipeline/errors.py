@@ -16,7 +16,7 @@ class BadFiles(Exception):
     """Raised by a loader's `_produce`: images that could be decoded when they were indexed, and can't now; or none,
     where what failed may have passed.
 
-    `Loader.batches` quarantines them and calls it again; it reaches nobody else.
+    `Loader.batches` quarantines them and calls it again; it goes no further.
     """
 
     def __init__(self, reasons: dict[int, str]) -> None:

@@ -23,7 +23,7 @@ def create_model(
     in_chans: int = 3,
     *,
     weights_style: Style | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> EfficientNet:
     """An EfficientNet in training mode: `images [B, in_chans, R, R] -> logits [B, num_classes]`.
@@ -31,7 +31,7 @@ def create_model(
     variant: "b0", "B0", "efficientnet_b0", "lite4" and so on, or an Architecture. pretrained: True or "imagenet" for
     the published weights of the variant, or a file of fastnet, torchvision or timm, of which `weights_style` says whose
     where the file does not; padding and batch norm's constants are then the file's. A classifier for another number of
-    classes is new, which is told to `say`; for other than three channels the stem's weights are summed (one channel) or
+    classes is new, which is told to `log`; for other than three channels the stem's weights are summed (one channel) or
     repeated. options: those of `efficientnet`.
 
     Raises ValueError for what is unknown, out of range or no such file, UserError where weights cannot be fetched or
@@ -55,7 +55,7 @@ def create_model(
     model = efficientnet(variant, num_classes=num_classes, in_chans=in_chans, **options | own)
     state = dict(loaded.state_dict)
     if source.num_classes != num_classes:
-        say(f"new classifier: {named} knows {source.num_classes} classes, the data has {num_classes}")
+        log(f"new classifier: {named} knows {source.num_classes} classes, the data has {num_classes}")
         # Zeros: a loss of log(classes), whose gradients leave the pretrained layers as good as they are. Drawn as for a
         # training from scratch, logits of ten classes have a deviation of several units and the loss begins at 8.
         fresh = {k: v for k, v in model.state_dict().items() if k.startswith("classifier.")}

@@ -25,8 +25,8 @@ def tell(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def pick_device(name: str, say: Callable[[str], None] = tell) -> torch.device:
-    """The device that --device means. Where "auto" takes the CPU although a GPU is there, `say` is told why; UserError
+def pick_device(name: str, log: Callable[[str], None] = tell) -> torch.device:
+    """The device that --device means. Where "auto" takes the CPU although a GPU is there, `log` is told why; UserError
     where "cuda" is impossible."""
     if name == "cpu":
         return torch.device("cpu")
@@ -37,7 +37,7 @@ def pick_device(name: str, say: Callable[[str], None] = tell) -> torch.device:
         reason = reason or "there is no NVIDIA GPU here: leave it out to use the CPU"
         raise UserError(f"--device cuda is impossible because {reason}.")
     if reason is not None:
-        say(f"using the CPU because {reason}.")
+        log(f"using the CPU because {reason}.")
     return torch.device("cpu")
 
 
@@ -57,31 +57,31 @@ def pick_amp(name: str, device: torch.device) -> Amp:
 
 
 def check_kernels(
-    kernels: Kernels, device: torch.device, say: Callable[[str], None] = tell, *, variant: str = "b0"
+    kernels: Kernels, device: torch.device, log: Callable[[str], None] = tell, *, variant: str = "b0"
 ) -> None:
-    """Tells `say` where "auto" leaves a device, or any choice a variant, to PyTorch; UserError where Triton is
+    """Tells `log` where "auto" leaves a device, or any choice a variant, to PyTorch; UserError where Triton is
     asked for and cannot run, or the C++ kernels, which are compiled here if they have not been."""
     if not family(variant).has_kernels:
         if kernels != "torch" and (kernels != "auto" or is_gpu(device)):
-            say(f"computing {variant} with PyTorch alone: the kernels are for SiLU with squeeze-and-excitation.")
+            log(f"computing {variant} with PyTorch alone: the kernels are for SiLU with squeeze-and-excitation.")
         return
     if kernels == "native":
         try:
             resolve_block("native", torch.empty(0, device=device))
-            library(say)
+            library(log)
         except RuntimeError as error:
             raise UserError(f"--kernels native does not work here: {error}.", exit_status=2) from error
         return
     if kernels == "auto" and not is_gpu(device):
-        if (missing := unavailable(say)) is not None:
-            say(f"computing with PyTorch alone because {missing}.")
+        if (missing := unavailable(log)) is not None:
+            log(f"computing with PyTorch alone because {missing}.")
         return
     reason = unsupported(device)
     if reason is None or kernels == "torch":
         return
     if kernels == "auto":
         if is_gpu(device):
-            say(f"computing with PyTorch alone because {reason}.")
+            log(f"computing with PyTorch alone because {reason}.")
     elif is_gpu(device) or not launch.INTERPRETED:
         raise UserError(f"--kernels {kernels} is impossible because {reason}: leave it out.", exit_status=2)
 

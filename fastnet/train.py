@@ -29,8 +29,6 @@ RUNS = Path("runs")
 
 def parse_arguments(arguments: list[str]) -> TrainConfig:
     """The configuration that a command line means: a recipe's or a continued run's, with the given flags on top."""
-    import tyro
-
     arguments = translated(arguments, flag_types())
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--recipe", default="food101")
@@ -48,7 +46,6 @@ def parse_arguments(arguments: list[str]) -> TrainConfig:
         description="Train EfficientNet on Food-101, on a folder of images, or on a generated sample.",
         args=arguments,
         default=default,
-        config=(tyro.conf.OmitArgPrefixes,),
     )
     config = _absolute(config)
     typed = {word.partition("=")[0] for word in arguments}
@@ -169,7 +166,7 @@ def train() -> int:
     from fastnet.training.trainer import Trainer
 
     torch.set_flush_denormal(True)  # arithmetic on denormals is many times slower on a CPU
-    keep_memory(pick_device(config.run.device, say=lambda text: None))  # the trainer says it
+    keep_memory(pick_device(config.run.device, log=lambda text: None))  # the trainer says it
     console = Console()
     with Heartbeat(lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)) as doing:
         return Trainer(config, folder, console, doing=doing).run()
@@ -185,16 +182,16 @@ def _train_together() -> int:
     from fastnet.allocator import keep_memory
     from fastnet.device import pick_device
     from fastnet.training.console import Heartbeat
-    from fastnet.training.distributed import join
+    from fastnet.training.distributed import init_process_group
     from fastnet.training.trainer import Trainer
 
-    ranks = join()
+    ranks = init_process_group()
     if not ranks.is_main:
         logging.getLogger("data_pipeline").setLevel(logging.ERROR)
     torch.set_flush_denormal(True)
     with ranks.one_report():
         config, folder = ranks.broadcast_from_main(resolve_config)
-        keep_memory(pick_device(config.run.device, say=lambda text: None))
+        keep_memory(pick_device(config.run.device, log=lambda text: None))
         console = Console(quiet=not ranks.is_main)
         with Heartbeat(lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)) as doing:
             return Trainer(config, folder, console, ranks, doing).run()

@@ -171,3 +171,23 @@ class Other(Ranks):
 
     def all_gather_object(self, value: Any) -> list[Any]:
         return [value, self.theirs(value)]
+
+
+def prepare(measured: Tuner, kernels: str = "auto", **options: Any) -> list[Form]:
+    """The forms of the three blocks of the small model in training."""
+    model = small_model(kernels)
+    measured.prepare(model, RESOLUTION, IMAGES, **{"training": True} | options)
+    return block_forms(model)
+
+
+# --- what is right --------------------------------------------------------------------------------------------------
+
+
+def in_output(channels: int, form: Form, y: Tensor) -> Tensor:
+    return y + 1e-3 * y.detach().abs().max() if (channels, form) == (16, "triton") else y
+
+
+def raises(channels: int, form: Form, y: Tensor) -> Tensor:
+    if (channels, form) == (16, "triton"):
+        raise ArithmeticError("the kernel's bounds")
+    return y

@@ -3,8 +3,8 @@ and a simulated time. A prediction, not a measurement.
 
 A kernel is compiled for the card and disassembled; loops run as often as the launch's arguments say
 (`bench.limits.loops`); each instruction takes its pipe for some cycles of a scheduler, of which a multiprocessor has
-four; and `bench/limits/simulate.cpp` issues the warps that are resident together, with the stalls and scoreboards that
-the code states.
+four; and `bench/limits/simulator/simulate.cpp` issues the warps that are resident together, with the stalls and
+scoreboards that the code states.
 
 How far to believe it: on an H100 it was 7 to 27 % faster than public figures for matrix products and attention, and
 copies were exact. Bank conflicts, instruction cache misses and skew between schedulers are not in it, small images in

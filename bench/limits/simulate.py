@@ -1,17 +1,16 @@
-"""`bench/limits/simulate.cpp`, compiled at first use."""
+"""`bench/limits/simulator/simulate.cpp`, compiled at first use."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import subprocess
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from kernels.cpu.build import cache_folder, compiler
+from kernels.cpu.build import build
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCES = Path(__file__).with_name("simulator")
 Pipe = IntEnum("Pipe", "FMA HEAVY ALU XU LSU UNIFORM CONTROL TENSOR", start=0)
 Kind = IntEnum(
     "Kind",
@@ -42,13 +41,7 @@ class Result(ctypes.Structure):
 
 @functools.cache
 def _library() -> Any:
-    library = cache_folder().parent / "bench" / "simulate.so"
-    if not library.exists() or library.stat().st_mtime < SOURCE.stat().st_mtime:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        fresh = library.with_suffix(".new")
-        subprocess.run([compiler(), "-std=c++17", "-O2", "-shared", "-fPIC", "-o", fresh, SOURCE], check=True)
-        fresh.replace(library)
-    loaded = ctypes.CDLL(str(library))
+    loaded = ctypes.CDLL(str(build("plain", sources=SOURCES)))
     integers = [ctypes.c_int] * 4
     loaded.simulate.argtypes = [ctypes.c_void_p, *integers, ctypes.POINTER(Machine), ctypes.POINTER(Result)]
     loaded.simulate.restype = None

@@ -289,7 +289,7 @@ class DaliLoader(Loader):
             if bad := bad or self._refused(failed):
                 raise BadFiles(bad) from None
             self._failures += 1
-            if self._failures < _TRIES:  # a read error, say, that has passed
+            if self._failures < _TRIES:  # a read error, perhaps, that has passed
                 raise BadFiles({}) from None
             reason = _one_line(error)
             raise DataError(f"DALI stopped ({reason}): use --loader torch, which names the file.") from error

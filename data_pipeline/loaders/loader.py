@@ -68,20 +68,21 @@ class Shard(NamedTuple):
 
     rank: int = 0
     ranks: int = 1
-    parts: int = 1
+    micro_batches: int = 1
     """How often each process divides its share again, to go through the model."""
 
     def rows(self, count: int) -> NDArray[np.int64]:
         """This process's rows of a batch of `count`, in order.
 
         Where the batch can be divided evenly, each row i comes with its opposite, count - 1 - i, which mixing pairs it
-        with; and the n-th parts of all processes make up the n-th part of one process that divides the whole batch.
+        with; and the n-th micro-batches of all processes make up the n-th of one process that divides the whole
+        batch.
         """
-        rank, ranks, parts = self
-        if count % (2 * ranks * parts):
+        rank, ranks, micro_batches = self
+        if count % (2 * ranks * micro_batches):
             return np.array_split(np.arange(count), ranks)[rank]
-        whole, middle = np.split(np.arange(count // 2), [parts // 2 * (count // parts)])
-        mine = whole.reshape(-1, ranks, count // parts // ranks)[:, rank].ravel()
+        whole, middle = np.split(np.arange(count // 2), [micro_batches // 2 * (count // micro_batches)])
+        mine = whole.reshape(-1, ranks, count // micro_batches // ranks)[:, rank].ravel()
         front = np.concatenate([mine, middle.reshape(ranks, -1)[rank]])
         return np.concatenate([front, count - 1 - front[::-1]])
 

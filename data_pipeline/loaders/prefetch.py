@@ -1,6 +1,6 @@
 """How a batch reaches a GPU while the step before it runs: from pinned memory, on a stream of its own.
 
-A copy waits for nobody when its source is pinned and it is asked not to block. What a batch needs beside its pixels is
+A copy is non-blocking when its source is pinned and it is asked to be. What a batch needs beside its pixels is
 packed, so that it is one such copy. All loaders of a device share one stream, so that what one of them put there (a
 cache's pixels) is there for the next; the consumer's stream waits for the batch, and its memory is not used again
 before the consumer's work with it is done.

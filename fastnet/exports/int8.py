@@ -64,7 +64,7 @@ def search(
     judge: Callable[[Compute], tuple[float, float, float]],
     reference: float,
     folder: Path,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     max_loss: float = MAX_LOSS,
 ) -> Attempt:
     """The first attempt whose top-1 is at most `max_loss` points below `reference`, else the best of all.
@@ -79,7 +79,7 @@ def search(
         quantizer.write(kept, path)
         found = Attempt(words, *judge(quantizer.run(path)), path)
         tried.append(found)
-        say(f"int8, {words} in fp32: top-1 {found.top1:.2f} %, {found.agreement:.1f} % of the answers the same")
+        log(f"int8, {words} in fp32: top-1 {found.top1:.2f} %, {found.agreement:.1f} % of the answers the same")
         return found
 
     gates = frozenset(layer.name for layer in quantizer.layers if layer.kind == "gate")

@@ -28,7 +28,7 @@ from fastnet.loading.trained import Trained
 JUDGED = 1000
 """Validation photos that a form is judged on, at most."""
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class Judged:
@@ -73,12 +73,12 @@ def require_int8(to: str) -> None:
         raise UserError(f"--to openvino --int8 quantises with NNCF: pip install '{DISTRIBUTION}[int8]'.")
 
 
-def write_int8(judged: Judged, to: str, source: Path, path: Path, facts: Mapping[str, Any], say: Say) -> Attempt:
+def write_int8(judged: Judged, to: str, source: Path, path: Path, facts: Mapping[str, Any], log: Log) -> Attempt:
     """Quantise the fp32 file `source` into `path`, on training photos, as `fastnet.exports.int8.search` finds."""
     calibration = views(judged.trained, judged.index, "train", CALIBRATION)
     quantizer = (OnnxQuantizer if to == "onnx" else OpenvinoQuantizer)(source, calibration)
     with tempfile.TemporaryDirectory(prefix=".int8-", dir=path.parent) as folder:
-        best = search(quantizer, judged.judge, judged.top1, Path(folder), say)
+        best = search(quantizer, judged.judge, judged.top1, Path(folder), log)
         noted = dict(facts) | {"precision": f"int8, {best.kept} in fp32"}
         if to == "onnx":
             import onnx  # type: ignore[import-not-found,unused-ignore]

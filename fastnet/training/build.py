@@ -131,7 +131,7 @@ def build_loaders(
             train=False,
             augmentation=None,
             batch_size=config.optimizer.batch_size * ranks.size,
-            shard=batch_layout.shard._replace(parts=1),
+            shard=batch_layout.shard._replace(micro_batches=1),
             **common,
         )
         return train, val
@@ -175,21 +175,21 @@ def share_quarantine(ranks: Ranks, *loaders: Loader) -> None:
 
 
 def build_model(
-    config: TrainConfig, classes: int, device: torch.device, saved: ModelConfig | None, say: Callable[[str], None]
+    config: TrainConfig, classes: int, device: torch.device, saved: ModelConfig | None, log: Callable[[str], None]
 ) -> EfficientNet:
     """The model to train, on `device`, with its first stages frozen if so asked.
 
     saved: what a continued run's checkpoint holds, which will fill the weights; --pretrained is then not read again.
     """
     options = config.model
-    check_kernels(options.kernels, device, say, variant=options.variant)
+    check_kernels(options.kernels, device, log, variant=options.variant)
     torch.manual_seed(config.run.seed)
-    model = EfficientNet(saved) if saved is not None else _created(config, classes, say)
+    model = EfficientNet(saved) if saved is not None else _created(config, classes, log)
     freeze_stages(model, config.optimizer.freeze_stages)
     return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _created(config: TrainConfig, classes: int, say: Callable[[str], None]) -> EfficientNet:
+def _created(config: TrainConfig, classes: int, log: Callable[[str], None]) -> EfficientNet:
     options = config.model
     try:
         return create_model(
@@ -197,7 +197,7 @@ def _created(config: TrainConfig, classes: int, say: Callable[[str], None]) -> E
             options.pretrained,
             num_classes=classes,
             weights_style=options.weights_style,
-            say=say,
+            log=log,
             scaling=options.scaling,
             dropout=options.dropout,
             drop_connect_rate=options.drop_connect_rate,
@@ -240,7 +240,7 @@ def build_step(
         class_weights=class_weights(config, index) if index else None,
         clip_grad_norm=config.optimizer.clip_grad_norm,
         ema=ema,
-        grad_accum_steps=batch_layout.parts,
+        grad_accum_steps=batch_layout.micro_batches,
         capturable=capturable,
         images=batch_layout.images,
         **together,

@@ -56,9 +56,9 @@ class Display:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=f"epoch {epoch}", status=text)
         else:
-            self.say(f"step {step}/{self._total}  epoch {epoch}  {text}  eta {format_seconds(eta_seconds)}")
+            self.log(f"step {step}/{self._total}  epoch {epoch}  {text}  eta {format_seconds(eta_seconds)}")
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -102,8 +102,8 @@ class Heartbeat:
     """Until the first step: a line every ten seconds that says what a run is at. A context; it is called with what
     begins, and with "" where there is nothing to wait for any more."""
 
-    def __init__(self, say: Callable[[str], None], seconds: float = 10.0) -> None:
-        self._say, self._seconds, self._words = say, seconds, ""
+    def __init__(self, log: Callable[[str], None], seconds: float = 10.0) -> None:
+        self._log, self._seconds, self._words = log, seconds, ""
         self._ended = Event()
         self._begun = time.monotonic()
         self._thread = Thread(target=self._beat, daemon=True)
@@ -125,18 +125,18 @@ class Heartbeat:
     def _beat(self) -> None:
         while not self._ended.wait(self._seconds):
             if words := self._words:
-                self._say(f"{words}: {format_seconds(time.monotonic() - self._begun)} so far")
+                self._log(f"{words}: {format_seconds(time.monotonic() - self._begun)} so far")
 
 
 class Lines:
     """The same in lines, where something begins and where it ends: also beside a bar that is shown already."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say, self._words = say, ""
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self._log, self._words = log, ""
 
     def __call__(self, words: str, done: int, total: int) -> None:
         if words != self._words or done == total:
-            self._say(f"{words}: {done} of {total}")
+            self._log(f"{words}: {done} of {total}")
         self._words = "" if done == total else words
 
 

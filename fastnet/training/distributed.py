@@ -240,7 +240,7 @@ class Ranks:
 ALONE = Ranks()
 
 
-def join() -> Ranks:
+def init_process_group() -> Ranks:
     """Meet the other processes that torchrun started."""
     if processes() == 1:
         return ALONE
@@ -257,7 +257,7 @@ def join() -> Ranks:
         raise UserError(
             f"WORLD_SIZE is {processes()}, and its processes cannot meet ({reason}): start with torchrun, or unset it."
         ) from error
-    # torchrun's store outlives the processes that it starts again, and still holds the addresses of the former ones.
+    # torchrun's store outlives the processes that it starts again, and still holds the addresses of the previous ones.
     attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} of {size}"
     dist.init_process_group(
         backend, store=dist.PrefixStore(attempt, store), rank=rank, world_size=size, timeout=PATIENCE
@@ -272,30 +272,30 @@ def join() -> Ranks:
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How the images of a step are divided: among ranks, and by each rank into parts that go through the model."""
+    """How the images of a step are divided: among ranks, and by each rank into micro-batches for the model."""
 
     images: int
     ranks: Ranks
-    parts: int
+    micro_batches: int
 
     @property
     def shard(self) -> Shard:
-        return Shard(self.ranks.rank, self.ranks.size, self.parts)
+        return Shard(self.ranks.rank, self.ranks.size, self.micro_batches)
 
 
 def divide(images: int, ranks: Ranks, batch_size: int, grad_accum_steps: int) -> BatchLayout:
-    """The batch_layout of a step's `images` as the flags say; for a run that goes on with other ranks, into the fewest
-    parts that hold at most batch_size images. UserError where a part would have fewer than two."""
-    parts = grad_accum_steps
+    """How a step's `images` are divided as the flags say; for a run that goes on with other ranks, into the fewest
+    micro-batches of at most batch_size images. UserError where one would have fewer than two."""
+    micro_batches = grad_accum_steps
     if batch_size * grad_accum_steps * ranks.size != images:
         share = -(-images // ranks.size)
-        parts = -(-share // batch_size)
-    if images // ranks.size // parts < 2:
+        micro_batches = -(-share // batch_size)
+    if images // ranks.size // micro_batches < 2:
         raise UserError(
             f"a step of this run has {images} images, too few for {ranks.size} ranks: start fewer processes.",
             exit_status=2,
         )
-    return BatchLayout(images, ranks, parts)
+    return BatchLayout(images, ranks, micro_batches)
 
 
 def sync_batch_norm(model: nn.Module) -> None:

@@ -59,7 +59,7 @@ def finish_epoch(trainer: Training) -> None:
             add=ranks.all_reduce_sum_,
             **common,
         )
-        trainer.display.say(
+        trainer.display.log(
             f"epoch {progress.epoch}{' averaged weights' if name == 'ema' else ''}: top-1 {result.top1:.2f} %  "
             f"top-5 {result.top5:.2f} %  loss {result.loss:.4f}  macro-F1 {result.macro_f1:.2f} %  "
             f"balanced accuracy {result.balanced_accuracy:.2f} %{note}"

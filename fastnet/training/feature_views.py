@@ -94,12 +94,12 @@ class FeatureViews(Loader):
         compute: Callable[[Tensor], Tensor],
         views: int,
         file: Callable[[], Path],
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         stop: Callable[[], bool],
     ) -> None:
         super().__init__(plan, source.device, 0)
         self.source, self.views = source, views
-        self._compute, self._file, self._say, self._stop = compute, file, say, stop
+        self._compute, self._file, self._log, self._stop = compute, file, log, stop
         self._features: Features | None = None
 
     def _produce(self, epoch: int, numbers: Sequence[int]) -> Iterator[Batch]:
@@ -143,7 +143,7 @@ class FeatureViews(Loader):
             file.parent.mkdir(parents=True, exist_ok=True)
             values: NDArray[Any] | None = None
             for view in range(self.views):
-                self._say(f"computing features of {len(plan.split)} {what} photos, view {view + 1} of {self.views}")
+                self._log(f"computing features of {len(plan.split)} {what} photos, view {view + 1} of {self.views}")
                 for at, made in self._computed(view):
                     if values is None:
                         shape = (self.views, len(plan.split), *made.shape[1:])
@@ -191,7 +191,7 @@ def on_features(
     index: Index,
     model: EfficientNet,
     amp: Amp,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     stop: Callable[[], bool],
 ) -> tuple[Loader, Loader]:
     """The loaders' features in place of their pictures, for the model, which from here on takes these.
@@ -220,7 +220,7 @@ def on_features(
             folder = hashlib.sha256(os.fsencode(index.root)).hexdigest()[:24]
             return user_cache_folder() / "features" / f"{folder}-{split}" / _key(model, index, source, amp, views)
 
-        made.append(FeatureViews(source, own, compute, views, file, say, stop))
+        made.append(FeatureViews(source, own, compute, views, file, log, stop))
     model.trunk = MethodType(_features_as_they_are, model)  # type: ignore[method-assign]
     return made[0], made[1]
 

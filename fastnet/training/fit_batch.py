@@ -37,7 +37,7 @@ def fitted(
     device: torch.device,
     amp: Amp,
     ranks: Ranks,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> TrainConfig:
     """The configuration of a new run with its batch: --batch-size, or with auto what fits in every rank, lowered until
     an epoch has --min-steps. All ranks call it together. say: is told what was found.
@@ -64,7 +64,7 @@ def fitted(
     if found == most:
         steps = config.optimizer.min_steps
         limit = f"; more would leave an epoch fewer than {steps} steps" if steps > 1 else "; the data set has no more"
-    say(f"--batch-size auto: {found} images{each}, {how}{limit}")
+    log(f"--batch-size auto: {found} images{each}, {how}{limit}")
     return with_batch(config, found)
 
 

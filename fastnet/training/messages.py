@@ -48,41 +48,41 @@ class Run(Protocol):
     clock: Clock
     excluded: list[tuple[str, str]]
 
-    def say(self, text: str) -> None: ...
+    def log(self, text: str) -> None: ...
 
 
 def log_start(trainer: Run, resumed: bool) -> None:
     """What is trained, on what, where."""
     config, index = trainer.config, trainer.index
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    trainer.say(
+    trainer.log(
         f"{'continuing' if resumed else 'training'} efficientnet_{config.model.variant} "
         f"({parameters / 1e6:.1f} M parameters) at {trainer.resolution} px on {trainer.device}, amp {trainer.amp}, "
         f"compile {config.run.compile}, kernels {trainer.model.config.kernels}, "
         f"loader {trainer.train_loader.description}"
     )
-    trainer.say(
+    trainer.log(
         f"data {index.root}: {len(index.classes)} classes, {trainer.train_loader.num_images} training and "
         f"{trainer.val_loader.num_images} validation images"
     )
-    trainer.say(f"images a class: {class_counts(index)}")
+    trainer.log(f"images a class: {class_counts(index)}")
     batch = config.optimizer.batch_size
-    trainer.say(f"batch {batch}, {trainer.train_loader.steps_per_epoch} steps an epoch")
+    trainer.log(f"batch {batch}, {trainer.train_loader.steps_per_epoch} steps an epoch")
     for note in index.notes:
-        trainer.say(f"data: {note}")
+        trainer.log(f"data: {note}")
     if trainer.ranks.size > 1:
         norm = "over all" if config.run.sync_bn else "over its own"
-        trainer.say(
+        trainer.log(
             f"{trainer.ranks.size} processes, {trainer.batch_layout.images} images a step; "
             f"batch norm in each {norm} images"
         )
     if words := feature_views.hint(config, trainer.ranks.size):
-        trainer.say(words)
+        trainer.log(words)
     if config.data.cache != "none":
-        trainer.say(f"cache {trainer.train_loader.cache_note}")
+        trainer.log(f"cache {trainer.train_loader.cache_note}")
     if kept := kept_memory():
-        trainer.say(f"memory: {kept}")
-    trainer.say(f"run {trainer.folder}")
+        trainer.log(f"memory: {kept}")
+    trainer.log(f"run {trainer.folder}")
     say_excluded(trainer.console, index.excluded, trainer.folder / "excluded.txt")
 
 
@@ -129,12 +129,12 @@ def what_is_kept(trainer: Run) -> str:
 
 def out_of_memory_words(trainer: Run) -> str:
     """The sentence that names a batch to try."""
-    batch, parts = trainer.config.optimizer.batch_size, trainer.config.optimizer.grad_accum_steps
+    batch, micro_batches = trainer.config.optimizer.batch_size, trainer.config.optimizer.grad_accum_steps
     if batch < 4:
         return f"out of memory on {trainer.device}: lower --resolution or choose a smaller --variant."
     return (
         f"out of memory on {trainer.device} with --batch-size {batch}: try --batch-size {batch // 2} "
-        f"--grad-accum-steps {2 * parts}, which updates the weights as often."
+        f"--grad-accum-steps {2 * micro_batches}, which updates the weights as often."
     )
 
 
@@ -156,10 +156,10 @@ def log_summary(trainer: Run) -> None:
         "excluded files": str(len(trainer.excluded)),
     }
     show_table(trainer.console, f"efficientnet_{trainer.config.model.variant} at {trainer.resolution} px", rows)
-    trainer.say(f"learning curves: {draw_curves(trainer.folder)}")
-    trainer.say(f"evaluate: python -m fastnet.evaluate {trainer.folder}")
+    trainer.log(f"learning curves: {draw_curves(trainer.folder)}")
+    trainer.log(f"evaluate: python -m fastnet.evaluate {trainer.folder}")
     if trainer.config.optimizer.sched == "cosine":  # which has ended: more epochs would begin with a jump
-        trainer.say(f"train on: {fresh_run_command(trainer.config, trainer.folder)}")
+        trainer.log(f"train on: {fresh_run_command(trainer.config, trainer.folder)}")
     else:
         epochs = f"--epochs {2 * trainer.config.optimizer.epochs}"
-        trainer.say(f"train on: {resume_command(trainer, epochs)}")
+        trainer.log(f"train on: {resume_command(trainer, epochs)}")

@@ -26,8 +26,8 @@ apart."""
 class StepProfiler:
     """Records one stretch of steps of a run; `step` is called behind each."""
 
-    def __init__(self, folder: Path, device: torch.device, console: Console, say: Callable[[str], None]) -> None:
-        self.file, self.device, self.console, self.say = folder / "profile.json.gz", device, console, say
+    def __init__(self, folder: Path, device: torch.device, console: Console, log: Callable[[str], None]) -> None:
+        self.file, self.device, self.console, self.log = folder / "profile.json.gz", device, console, log
         self._profile: profile | None = None
         self._left = 0
         self._steps = self._recorded = 0
@@ -90,7 +90,7 @@ class StepProfiler:
         for name, total in own.most_common(KERNELS):
             row(name if len(name) <= 60 else f"{name[:59]}…", total)
         self.console.print(table)
-        self.say(f"trace: {self.file} (open it in ui.perfetto.dev)")
+        self.log(f"trace: {self.file} (open it in ui.perfetto.dev)")
 
 
 def times(trace: dict[str, Any], gpu: bool) -> tuple[Counter[str], Counter[str]]:

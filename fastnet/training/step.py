@@ -54,7 +54,7 @@ class TrainStep:
     Args:
         class_weights: [classes], by which the loss of each image is multiplied.
         ema: moved towards the model after each update.
-        grad_accum_steps: the batch goes through the model in so many parts, equal ones where they divide it.
+        grad_accum_steps: the batch goes through the model in so many micro-batches, equal ones where they divide it.
         capturable: nothing waits for the device (default: on CUDA). The optimizer and `ema` must be so too.
         all_reduce: entered around the last part's backward pass, after which gradients are the sums over all ranks
             (`fastnet.training.gradients.GradientAllReduce`).
@@ -133,11 +133,11 @@ class TrainStep:
     ) -> tuple[Tensor, Tensor]:
         """The step as a function of tensors: drop_scales [blocks, B] (None: drawn by the model), mix [7] as in `Mix`.
 
-        Raises ValueError where the batch has fewer images than parts.
+        Raises ValueError where the batch has fewer images than micro-batches.
         """
-        parts = self.grad_accum_steps
-        if len(images) < parts:
-            raise ValueError(f"a batch of {len(images)} can't go through the model in {parts} parts.")
+        micro_batches = self.grad_accum_steps
+        if len(images) < micro_batches:
+            raise ValueError(f"a batch of {len(images)} can't go through the model in {micro_batches} parts.")
         with torch.no_grad():
             if self._statistics:
                 torch._foreach_copy_(self._before, self._statistics)
@@ -147,23 +147,23 @@ class TrainStep:
         share = None if mix is None else mix[-1]
         self.optimizer.zero_grad(set_to_none=True)
         losses, hits = [], []
-        scales = drop_scales.tensor_split(parts, 1) if drop_scales is not None else (None,) * parts
-        batches = zip(*(t.tensor_split(parts) for t in (images, labels, opposite)), scales, strict=True)
+        scales = drop_scales.tensor_split(micro_batches, 1) if drop_scales is not None else (None,) * micro_batches
+        batches = zip(*(t.tensor_split(micro_batches) for t in (images, labels, opposite)), scales, strict=True)
         for i, (some, right, other, scale) in enumerate(batches):
             with record_function("forward"):
                 with autocast(self.device, self.amp):
                     logits = self.model(some, scale)
                 loss, correct = self._loss(logits.float(), right, other, share)
-            with record_function("backward"), self._all_reduce() if i == parts - 1 else nullcontext():
+            with record_function("backward"), self._all_reduce() if i == micro_batches - 1 else nullcontext():
                 self._scaled(loss, len(some), len(images)).backward()
-            weight = len(some) * parts / len(images)
+            weight = len(some) * micro_batches / len(images)
             losses.append(loss.detach() if weight == 1 else loss.detach() * weight)
             hits.append(correct)
-        loss = losses[0] if parts == 1 else torch.stack(losses).mean()
+        loss = losses[0] if micro_batches == 1 else torch.stack(losses).mean()
         with record_function("update"):
             self._align()
             self._update(loss)
-        return loss, hits[0] if parts == 1 else torch.stack(hits).sum()
+        return loss, hits[0] if micro_batches == 1 else torch.stack(hits).sum()
 
     def _loss(self, logits: Tensor, labels: Tensor, other: Tensor, share: Tensor | None) -> tuple[Tensor, Tensor]:
         """(mean loss, right answers); a mixed image's answers count by their shares."""

@@ -83,10 +83,10 @@ class Trainer:
         self.doing = doing
         feature_views.check(config, ranks.size)
         self.config, self.folder, self.console, self.ranks = config, folder, console, ranks
-        self.device = ranks.device(pick_device(config.run.device, self.say))
+        self.device = ranks.device(pick_device(config.run.device, self.log))
         with ranks.local_main_first():  # the others of a machine find what it measured
             model = config.model
-            amp = pick_precision(config.run.amp, self.device, model.kernels, model.variant, self.say, config.run.tune)
+            amp = pick_precision(config.run.amp, self.device, model.kernels, model.variant, self.log, config.run.tune)
         self.amp = ranks.broadcast(amp) if self.device.type == "cpu" else amp
         self.graphed = pick_cuda_graph(config.run.cuda_graph, self.device, recordable=ranks.recordable)
         if config.run.deterministic:
@@ -107,7 +107,7 @@ class Trainer:
         check_same_data(ranks, self.index)
         check_classes(config, self.index)
         if not saved:
-            config = self.config = fitted(config, self.index, self.resolution, self.device, self.amp, ranks, self.say)
+            config = self.config = fitted(config, self.index, self.resolution, self.device, self.amp, ranks, self.log)
         self.batch_layout = divide(
             saved.get("images_per_step", config.images_per_step * (1 if saved else ranks.size)),
             ranks,
@@ -123,16 +123,16 @@ class Trainer:
             self.train_loader, self.val_loader = build_loaders(
                 config, self.index, cache, self.view, self.device, self.batch_layout
             )
-            self.model = build_model(config, len(self.index.classes), self.device, saved_model, self.say)
+            self.model = build_model(config, len(self.index.classes), self.device, saved_model, self.log)
         self.stop = StopRequest(kept=lambda: what_is_kept(self))
         if config.data.feature_views:
             loaders = self.train_loader, self.val_loader
             self.train_loader, self.val_loader = feature_views.on_features(
-                config, loaders, self.index, self.model, self.amp, self._say_beside, self.stop
+                config, loaders, self.index, self.model, self.amp, self._log_beside, self.stop
             )
         self.step = build_step(config, self.model, self.device, self.amp, self.batch_layout, self.index)
         self.tuner = make_tuner(
-            config.run, self.model.config.kernels, self.device, self.amp, self.say, ranks, self.folder / "kernels.txt"
+            config.run, self.model.config.kernels, self.device, self.amp, self.log, ranks, self.folder / "kernels.txt"
         )
         self.known = pack_known(self.index)
         # An earlier version's is its folder's name.
@@ -142,7 +142,7 @@ class Trainer:
         self.sums = RunningMetrics(self.device, ranks.all_reduce_sum_)
         self.clock = Clock()
         profiled = config.run.profile and ranks.is_main
-        self.profiler = StepProfiler(folder, self.device, console, self.say) if profiled else None
+        self.profiler = StepProfiler(folder, self.device, console, self.log) if profiled else None
         self.metrics_lines: int | None = None  # of metrics.jsonl, as the checkpoint knows it
         self.stopped_by = 0  # the signal that all ranks agreed to stop for
 
@@ -150,12 +150,12 @@ class Trainer:
     def last(self) -> Path:
         return self.folder / "last.safetensors"
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def _say_beside(self, text: str) -> None:
+    def _log_beside(self, text: str) -> None:
         """Where progress is displayed."""
-        self.display.say(text)
+        self.display.log(text)
 
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -192,7 +192,7 @@ class Trainer:
             ) from error
         except (RuntimeError, MemoryError) as error:
             if self.stop.signal:  # which ends the compilers that this process has started
-                self.say(f"stopped: {what_is_kept(self)}")
+                self.log(f"stopped: {what_is_kept(self)}")
                 return 128 + self.stop.signal
             if not out_of_memory(error):
                 raise
@@ -236,7 +236,7 @@ class Trainer:
             if self.ranks.is_main:
                 self.metrics.close()
         if self.stopped_by:
-            self.say(f"stopped at step {progress.step}; {best_so_far(self)}continue with: {resume_command(self)}")
+            self.log(f"stopped at step {progress.step}; {best_so_far(self)}continue with: {resume_command(self)}")
             return 128 + self.stopped_by
         if self.ranks.is_main:
             log_summary(self)
@@ -291,7 +291,7 @@ class Trainer:
         reason = str(error).strip().partition("\n")[0]
         if self.config.run.cuda_graph == "on":
             raise UserError(f"--cuda-graph on is impossible here ({reason}): leave it out.") from error
-        self.display.say(f"this step can't be recorded as a CUDA graph ({reason}); training goes on without")
+        self.display.log(f"this step can't be recorded as a CUDA graph ({reason}); training goes on without")
 
     def _train_epoch(self, total: int) -> None:
         """The steps that are left of the epoch; leaves early, between two steps, when a stop was asked for."""
@@ -302,7 +302,7 @@ class Trainer:
         share_quarantine(self.ranks, self.train_loader, self.val_loader)
         self.model.train()
         with self.ranks.peers.patient():
-            self._tune(Lines(self.display.say))
+            self._tune(Lines(self.display.log))
         self.resize.resolution = self._resolution_now()
         batches = self.train_loader.batches(progress.epoch, progress.step_in_epoch)
         if self.profiler is not None:
@@ -351,7 +351,7 @@ class Trainer:
         if self.tuner is None:
             return
         self.model.train()
-        share = -(-self.batch_layout.images // (self.ranks.size * self.batch_layout.parts))
+        share = -(-self.batch_layout.images // (self.ranks.size * self.batch_layout.micro_batches))
         if not self.config.data.feature_views:
             self.tuner.prepare(self.model, self._resolution_now(), share, training=True, report=report)
         batch = self.config.optimizer.batch_size

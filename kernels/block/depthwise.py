@@ -36,26 +36,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import aot, configs
+from kernels import aot
 from kernels import launch as L
 from kernels.batch_norm import bn_vectors, locate, sigmoid, store_channels
 from kernels.block.depthwise_backward import NO_INPUT_VECTORS
 from kernels.block.strips import (
+    FORWARD,
     NUM_WARPS,
     Geometry,
-    Plan,
-    Strips,
     empty_nhwc,
+    forward_plan,
     inside,
     load_weights,
-    make_plan,
     pack_weight,
-    strip_candidates,
     strip_specs,
-    strips_site,
     weight_bytes,
 )
-from kernels.configs import Site
 from kernels.device import REFERENCE, Gpu
 from kernels.launch import tl
 from kernels.vectors import NO_NORM, Norm
@@ -279,35 +275,6 @@ def _merge_counted_stats_kernel(
     store_channels(var_ptr, tl.sum(m2, axis=0) / total, c0, channels, BLOCK_C)
 
 
-# Predicted by a model of the machine code, not measured, by kernel size and stride. First strips so narrow that three
-# or four programs are resident and hide what one waits for. The last are wider: they load and activate an element less
-# often, where that counts for more.
-CANDIDATES = {
-    (3, 1): (Strips(4, 12, 128), Strips(6, 12, 168), Strips(8, 8)),
-    (3, 2): (Strips(3, 12, 128), Strips(3, 12, 168), Strips(4, 8)),
-    (5, 1): (Strips(4, 12, 168), Strips(2, 12, 168), Strips(4, 8)),
-    (5, 2): (Strips(2, 12, 168), Strips(3, 8)),
-}  # fmt: skip
-
-
-@configs.candidates_of("depthwise")
-def _candidates(site: Site, gpu: Gpu) -> tuple[Strips, ...]:
-    return strip_candidates(site, CANDIDATES)
-
-
-def forward_plan(
-    shape: tuple[int, ...], dtype: torch.dtype, g: Geometry, *, norm: bool, stats: bool, gpu: Gpu = REFERENCE
-) -> tuple[Plan, int]:
-    """The plan for x of `shape`, and the input rows (times the stride) that a program walks down a band."""
-    site = strips_site("depthwise", shape, g, dtype, norm, stats)
-    config: Strips = configs.choose(site, gpu)
-    programs = config.programs * gpu.multiprocessors
-    plan = make_plan(site, config, shape, g.out_height, g.out_width, g.lines, programs)
-    if plan.bands > 1:
-        return plan, plan.band_rows + g.lines - 1
-    return plan, (g.height - 1 + g.pad_top) // g.stride - g.pad_top // g.stride + 1
-
-
 def depthwise(
     x: Tensor, weight: Tensor, g: Geometry, norm: Norm = NO_NORM, *, stats: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -349,7 +316,7 @@ def aot_specs() -> Iterator[aot.KernelSpec]:
     alone = {"STATS": False, "partial_ptr": None, "counts_ptr": None}
     norm = {"NORM": True}
     modes = (norm | {"STATS": True}, NO_INPUT_VECTORS | {"STATS": True}, norm | alone, NO_INPUT_VECTORS | alone)
-    yield from strip_specs(_depthwise_kernel, ["x_ptr", "y_ptr"], modes, CANDIDATES, "STATS")
+    yield from strip_specs(_depthwise_kernel, ["x_ptr", "y_ptr"], modes, FORWARD, "STATS")
     yield aot.spec(_merge_counted_stats_kernel, "small", "fp32", dict(MERGE), num_warps=NUM_WARPS)
 
 

@@ -40,7 +40,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels import aot, configs
+from kernels import aot
 from kernels import launch as L
 from kernels.batch_norm import (
     bn_vectors,
@@ -53,21 +53,17 @@ from kernels.batch_norm import (
     sum_traffic,
 )
 from kernels.block.strips import (
+    BACKWARD,
     NUM_WARPS,
     Geometry,
-    Plan,
-    Strips,
+    backward_plan,
     empty_nhwc,
     inside,
     load_weights,
-    make_plan,
     pack_weight,
-    strip_candidates,
     strip_specs,
-    strips_site,
     weight_bytes,
 )
-from kernels.configs import Site
 from kernels.device import REFERENCE, Gpu
 from kernels.launch import tl
 from kernels.ops.squeeze_excite import NORM_VECTORS, scale_backward, scale_backward_traffic
@@ -292,37 +288,6 @@ def _depthwise_backward_kernel(
         store_channels(partial_ptr + part * channels, tl.sum(sum_dz_centred * rstd, axis=0), c0, channels, BLOCK_C)
 
 
-# Predicted by a model of the machine code, not measured, by kernel size and stride. At k 3 first strips so narrow that
-# three programs are resident and hide what one waits for, in two rounds, as each writes k² + 2 sums a channel. At k 5
-# first dy made once, which neighbouring strips otherwise make again. The others move fewer bytes, or load and activate
-# an element less often; the last spills in no type.
-CANDIDATES = {
-    (3, 1): (Strips(3, 6, 168), Strips(2, 8, 128), Strips(4, 4)),
-    (3, 2): (Strips(2, 6, 168), Strips(3, 4)),
-    (5, 1): (Strips(4, 4, separate=True), Strips(2, 4)),
-    (5, 2): (Strips(2, 6, 168, separate=True), Strips(2, 4)),
-}  # fmt: skip
-
-
-@configs.candidates_of("depthwise_backward")
-def _candidates(site: Site, gpu: Gpu) -> tuple[Strips, ...]:
-    return strip_candidates(site, CANDIDATES)
-
-
-def backward_plan(
-    shape: tuple[int, ...], dtype: torch.dtype, g: Geometry, *, norm: bool, out_norm: bool, gpu: Gpu = REFERENCE
-) -> tuple[Plan, int]:
-    """The plan for x of `shape`, and the rows of dy that a program loads before its band's first row of x."""
-    site = strips_site("depthwise_backward", shape, g, dtype, norm, out_norm)
-    config: Strips = configs.choose(site, gpu)
-    rows, columns = (
-        (size - 1 + pad) // g.stride - pad // g.stride + 1
-        for size, pad in ((g.height, g.pad_top), (g.width, g.pad_left))
-    )
-    plan = make_plan(site, config, shape, rows, columns, g.lines, config.programs * gpu.multiprocessors)
-    return plan, g.lines - 1 if plan.bands > 1 else g.pad_top // g.stride
-
-
 def depthwise_backward(
     dy: Tensor, x: Tensor, weight: Tensor, g: Geometry, norm: Norm = NO_NORM, out: OutNorm = NO_OUT_NORM
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -376,7 +341,7 @@ def aot_specs() -> Iterator[aot.KernelSpec]:
         {**NO_INPUT_VECTORS, "OUT_NORM": True},
         NO_INPUT_VECTORS | NO_OUT_VECTORS,
     )
-    yield from strip_specs(_depthwise_backward_kernel, IMAGES, modes, CANDIDATES, "OUT_NORM", NO_OUT_VECTORS)
+    yield from strip_specs(_depthwise_backward_kernel, IMAGES, modes, BACKWARD, "OUT_NORM", NO_OUT_VECTORS)
 
 
 def traffic(

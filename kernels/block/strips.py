@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import aot
+from kernels import aot, configs
 from kernels import launch as L
 from kernels.configs import Site
+from kernels.device import REFERENCE, Gpu
 from kernels.launch import tl
 
 Padding = Literal["symmetric", "same"]
@@ -152,6 +153,66 @@ def make_plan(
     walk = L.cdiv(groups, max(programs // blocks, 1))
     partials = L.cdiv(groups, walk)
     return Plan(site, config, strips, bands, band_rows, images * strips, units, groups, blocks, partials)
+
+
+# Predicted by a model of the machine code, not measured, by kernel size and stride. First strips so narrow that three
+# or four programs are resident and hide what one waits for. The last are wider: they load and activate an element less
+# often, where that counts for more.
+FORWARD = {
+    (3, 1): (Strips(4, 12, 128), Strips(6, 12, 168), Strips(8, 8)),
+    (3, 2): (Strips(3, 12, 128), Strips(3, 12, 168), Strips(4, 8)),
+    (5, 1): (Strips(4, 12, 168), Strips(2, 12, 168), Strips(4, 8)),
+    (5, 2): (Strips(2, 12, 168), Strips(3, 8)),
+}  # fmt: skip
+
+
+@configs.candidates_of("depthwise")
+def _forward_candidates(site: Site, gpu: Gpu) -> tuple[Strips, ...]:
+    return strip_candidates(site, FORWARD)
+
+
+def forward_plan(
+    shape: tuple[int, ...], dtype: torch.dtype, g: Geometry, *, norm: bool, stats: bool, gpu: Gpu = REFERENCE
+) -> tuple[Plan, int]:
+    """The plan for x of `shape`, and the input rows (times the stride) that a program walks down a band."""
+    site = strips_site("depthwise", shape, g, dtype, norm, stats)
+    config: Strips = configs.choose(site, gpu)
+    programs = config.programs * gpu.multiprocessors
+    plan = make_plan(site, config, shape, g.out_height, g.out_width, g.lines, programs)
+    if plan.bands > 1:
+        return plan, plan.band_rows + g.lines - 1
+    return plan, (g.height - 1 + g.pad_top) // g.stride - g.pad_top // g.stride + 1
+
+
+# Predicted by a model of the machine code, not measured, by kernel size and stride. At k 3 first strips so narrow that
+# three programs are resident and hide what one waits for, in two rounds, as each writes k² + 2 sums a channel. At k 5
+# first dy made once, which neighbouring strips otherwise make again. The others move fewer bytes, or load and activate
+# an element less often; the last spills in no type.
+BACKWARD = {
+    (3, 1): (Strips(3, 6, 168), Strips(2, 8, 128), Strips(4, 4)),
+    (3, 2): (Strips(2, 6, 168), Strips(3, 4)),
+    (5, 1): (Strips(4, 4, separate=True), Strips(2, 4)),
+    (5, 2): (Strips(2, 6, 168, separate=True), Strips(2, 4)),
+}  # fmt: skip
+
+
+@configs.candidates_of("depthwise_backward")
+def _backward_candidates(site: Site, gpu: Gpu) -> tuple[Strips, ...]:
+    return strip_candidates(site, BACKWARD)
+
+
+def backward_plan(
+    shape: tuple[int, ...], dtype: torch.dtype, g: Geometry, *, norm: bool, out_norm: bool, gpu: Gpu = REFERENCE
+) -> tuple[Plan, int]:
+    """The plan for x of `shape`, and the rows of dy that a program loads before its band's first row of x."""
+    site = strips_site("depthwise_backward", shape, g, dtype, norm, out_norm)
+    config: Strips = configs.choose(site, gpu)
+    rows, columns = (
+        (size - 1 + pad) // g.stride - pad // g.stride + 1
+        for size, pad in ((g.height, g.pad_top), (g.width, g.pad_left))
+    )
+    plan = make_plan(site, config, shape, rows, columns, g.lines, config.programs * gpu.multiprocessors)
+    return plan, g.lines - 1 if plan.bands > 1 else g.pad_top // g.stride
 
 
 def pack_weight(weight: Tensor) -> Tensor:

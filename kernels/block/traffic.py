@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kernels.batch_norm import partial_plan, sum_traffic
-from kernels.block import depthwise, depthwise_backward
+from kernels.block import depthwise, depthwise_backward, strips
 from kernels.block.pointwise import expansion_backward_traffic
 from kernels.block.pointwise_blocks import plan
 from kernels.block.pointwise_gemm import gemm_traffic
@@ -85,7 +85,7 @@ def _depthwise(shape: Shape, dtype: torch.dtype, g: Geometry, norm: bool, from_m
     moved = depthwise.traffic(shape, dtype, g, norm=norm, stats=True, again=not from_memory, gpu=gpu)
     if from_memory:  # vectors and weights once a launch; means and counts, which the merge reads twice, once
         c = shape[1]
-        plan = depthwise.forward_plan(shape, dtype, g, norm=norm, stats=True, gpu=gpu)[0]
+        plan = strips.forward_plan(shape, dtype, g, norm=norm, stats=True, gpu=gpu)[0]
         vectors = 4 * plan.blocks * g.kernel_size**2 * BLOCK_C + (16 * c if norm else 0)
         moved["_depthwise_kernel"] -= (plan.partials - 1) * vectors
         moved["_merge_counted_stats_kernel"] = 4 * plan.partials * (2 * c + 1) + 4 * 2 * c
@@ -98,7 +98,7 @@ def _depthwise_backward(
     moved = depthwise_backward.traffic(shape, dtype, g, norm=norm, out_norm=True, again=not from_memory, gpu=gpu)
     if from_memory:  # vectors and weights once a launch
         b, c, _, _ = shape
-        plan = depthwise_backward.backward_plan(shape, dtype, g, norm=norm, out_norm=True, gpu=gpu)[0]
+        plan = strips.backward_plan(shape, dtype, g, norm=norm, out_norm=True, gpu=gpu)[0]
         area, separate = g.kernel_size**2, plan.config.separate
         images = 2 * _image(shape, dtype) + (1 if separate else 2) * _image((b, c, g.out_height, g.out_width), dtype)
         vectors = c * (4 * norm + (0 if separate else 6 + 2 * b)) + plan.blocks * area * BLOCK_C

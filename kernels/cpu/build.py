@@ -180,12 +180,12 @@ def find(level: Level | None = None, extra: tuple[str, ...] = (), sources: Path 
 def build(
     level: Level | None = None,
     extra: tuple[str, ...] = (),
-    announce: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
     sources: Path | None = None,
 ) -> Path:
     """The library for `level` (default: this CPU's), compiled where the cache has none.
 
-    extra: flags of the compiler and linker, as a sanitizer's. announce: gets one line before a compilation. sources:
+    extra: flags of the compiler and linker, as a sanitizer's. log: gets one line before a compilation. sources:
     their folder; default: the blocks'.
     Raises BuildError.
     """
@@ -197,7 +197,7 @@ def build(
         with _locked(folder / f"{recipe.prefix}.lock"):
             if found := _found(folder, recipe.prefix):
                 return found
-            announce(f"compiling {recipe.prefix} with {recipe.compiler}, once, to be kept in {folder}")
+            log(f"compiling {recipe.prefix} with {recipe.compiler}, once, to be kept in {folder}")
             return _compile(recipe, folder)
     except OSError as error:
         raise BuildError(

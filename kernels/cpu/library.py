@@ -51,23 +51,23 @@ _forced: Library | None = None
 _failures: dict[tuple[str | None, ...], str] = {}
 
 
-def library(announce: Callable[[str], None] = lambda line: None) -> Library:
-    """This CPU's library, compiled where it is not yet, of which `announce` gets a line. Raises BuildError."""
+def library(log: Callable[[str], None] = lambda line: None) -> Library:
+    """This CPU's library, compiled where it is not yet, of which `log` gets a line. Raises BuildError."""
     global _own
     if _forced is not None:
         return _forced
     if _own is None:
-        _own = Library(build(announce=announce))
+        _own = Library(build(log=log))
     return _own
 
 
-def unavailable(announce: Callable[[str], None] = lambda line: None) -> str | None:
+def unavailable(log: Callable[[str], None] = lambda line: None) -> str | None:
     """Why this CPU's library can't be had; None where it can. What has failed is not tried again in this process, but
     where compiler or cache are others."""
     where = tuple(os.environ.get(name) for name in ("CXX", "PATH", "XDG_CACHE_HOME"))
     if where not in _failures:
         try:
-            library(announce)
+            library(log)
         except BuildError as error:
             _failures[where] = str(error)
     return _failures.get(where)

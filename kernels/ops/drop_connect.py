@@ -278,11 +278,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     (drop_scale,) = ctx.saved_tensors
-    return (
-        dy if drop_scale is None else drop_connect_backward_op(dy, drop_scale),
-        dy if ctx.needs_input_grad[1] else None,
-        None,
-    )
+    dx = dy if drop_scale is None else drop_connect_backward_op(dy, drop_scale)
+    return dx, dy if ctx.needs_input_grad[1] else None, None
 
 
 def _bn_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -101,7 +101,7 @@ sys.meta_path.insert(0, Refuse())
 """
 
 
-def say(code: str, folder: Path) -> str:
+def printed(code: str, folder: Path) -> str:
     """What `code` prints in `folder` where this project cannot be imported."""
     assert len(code.splitlines()) == 3
     command = [sys.executable, "-I", "-c", STRANGER + code]
@@ -130,7 +130,7 @@ def test_a_program_and_its_three_lines(
     assert (facts["mean"], facts["interpolation"], facts["crop_fraction"]) == ([0.5, 0.4, 0.3], "bicubic", 0.875)
     (tmp_path / "photo.jpg").write_bytes(photo.read_bytes())
     lines = three_lines(to, Path(path.name), facts, tiny.model.config, preprocessing=preprocessing)
-    assert say(lines, tmp_path) == LoadedModel(tiny).predict(photo)[0]["class"]
+    assert printed(lines, tmp_path) == LoadedModel(tiny).predict(photo)[0]["class"]
 
 
 @pytest.mark.slow
@@ -148,7 +148,7 @@ def test_the_command_writes_verifies_and_says_how_to_use_it(
     photo = sorted((run.parent / "data" / "val").rglob("*.jpg"))[0]
     Image.open(photo).save(tmp_path / "photo.jpg", quality=95)
     trained = LoadedModel(load_trained(run))
-    assert say("\n".join(lines[-3:]), tmp_path) == trained.predict(tmp_path / "photo.jpg")[0]["class"]
+    assert printed("\n".join(lines[-3:]), tmp_path) == trained.predict(tmp_path / "photo.jpg")[0]["class"]
     again = load_trained(path)  # as others' files are read
     assert again.classes == trained.classes
     # timm resizes to whole pixels, before it crops.

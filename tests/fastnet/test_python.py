@@ -47,7 +47,7 @@ def test_weights_survive_a_new_classifier_and_other_channels(tmp_path: Path) -> 
     source = efficientnet(THREE_BLOCKS, num_classes=5, padding="same", bn_eps=1e-5)
     save_weights(tmp_path / "w.safetensors", source)
     said: list[str] = []
-    gray = fastnet.create_model(THREE_BLOCKS, tmp_path / "w.safetensors", num_classes=2, in_chans=1, say=said.append)
+    gray = fastnet.create_model(THREE_BLOCKS, tmp_path / "w.safetensors", num_classes=2, in_chans=1, log=said.append)
     assert said == [f"new classifier: {tmp_path / 'w.safetensors'} knows 5 classes, the data has 2"]
     assert (gray.config.padding, gray.config.bn_eps, gray.config.in_chans) == ("same", 1e-5, 1)
     x = torch.randn(2, 1, 16, 16)

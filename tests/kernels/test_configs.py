@@ -11,7 +11,7 @@ import torch
 
 from bench.shapes import model_blocks
 from kernels import configs, device
-from kernels.block import depthwise, depthwise_backward, expand_backward, pointwise_blocks, pointwise_wgrad  # fmt: skip
+from kernels.block import expand_backward, pointwise_blocks, pointwise_wgrad, strips  # fmt: skip
 from kernels.block.pointwise_operand import span_for, vector_width
 from kernels.block.strips import geometry
 from kernels.block.traffic import Block
@@ -108,8 +108,8 @@ def test_programs_follow_the_multiprocessors() -> None:
     for card in (REFERENCE, AMPERE):
         product = pointwise_blocks.plan(shape, 96, 24, "bn_silu_gate", "statistics", torch.bfloat16, card)
         gradient = pointwise_wgrad.split_plan(wide, 40, "bn_silu_gate", "bn_grad", torch.bfloat16, card)
-        forward, _ = depthwise.forward_plan(shape, torch.bfloat16, g, norm=True, stats=True, gpu=card)
-        backward, _ = depthwise_backward.backward_plan(shape, torch.bfloat16, g, norm=True, out_norm=True, gpu=card)
+        forward, _ = strips.forward_plan(shape, torch.bfloat16, g, norm=True, stats=True, gpu=card)
+        backward, _ = strips.backward_plan(shape, torch.bfloat16, g, norm=True, out_norm=True, gpu=card)
         grids.append([
             (product.column_blocks * product.parts, product.blocks.programs),
             (gradient.outputs * gradient.splits, gradient.blocks.programs),

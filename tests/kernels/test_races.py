@@ -28,7 +28,7 @@ from kernels.block.strips import CONFIGURATIONS
 from kernels.device import Gpu
 from tests import parity, races
 from tests.kernels import test_augment as test_augment_kernel
-from tests.kernels.block import test_depthwise, test_mbconv, test_pointwise
+from tests.kernels.block import test_depthwise, test_mbconv, test_pointwise, test_pointwise_conv2d
 from tests.kernels.conv2d import pointwise_conv2d
 from tests.mutations import ROOT, Mutation
 from tests.parity import ARGUMENTS, NAMES, SHAPES, WALK, kernel_device
@@ -118,7 +118,7 @@ def multiply(case: test_pointwise.Case) -> dict[str, Tensor]:
 
 def multiply_alone(case: test_pointwise.Case) -> dict[str, Tensor]:
     """The convolution as an operation: from `entry` channels to `out`."""
-    x, weight = test_pointwise.arguments(case.dtype, (case.batch, case.entry, *case.maps), case.out)
+    x, weight = test_pointwise_conv2d.arguments(case.dtype, (case.batch, case.entry, *case.maps), case.out)
     with parity.nan_allocations(), parity.few_programs(4 if case.walk else None):
         y = pointwise_conv2d(x, weight, impl="triton")
         dx, dweight = torch.autograd.grad(y, [x, weight], torch.randn(y.shape).to(y.dtype))

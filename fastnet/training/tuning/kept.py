@@ -68,8 +68,8 @@ def _sources() -> str:
 class KeptResults:
     """Entries by name for one environment. Whatever is wrong with the file costs a sentence and no more."""
 
-    def __init__(self, where: dict[str, str], say: Callable[[str], None], folder: Path | None = None) -> None:
-        self.environment, self._say = where, say
+    def __init__(self, where: dict[str, str], log: Callable[[str], None], folder: Path | None = None) -> None:
+        self.environment, self._log = where, log
         digest = hashlib.sha256(json.dumps(where, sort_keys=True).encode()).hexdigest()[:12]
         name = re.sub(r"[^a-z0-9]+", "-", where["gpu"].lower()).strip("-")
         self.path = (user_cache_folder() / "tuning" if folder is None else folder) / f"{name}-{digest}.json"
@@ -95,7 +95,7 @@ class KeptResults:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"{error.strerror}" if isinstance(error, OSError) else f"{error}" or type(error).__name__
             if not quietly:
-                self._say(f"{self.path} can't be used ({reason}): it is measured again.")
+                self._log(f"{self.path} can't be used ({reason}): it is measured again.")
             return {}
 
     def add(self, entries: Entries, *, replace: bool = False) -> Entries:
@@ -120,7 +120,7 @@ class KeptResults:
                         raise
             return merged
         except OSError as error:
-            self._say(
+            self._log(
                 f"what was measured can't be kept in {self.path.parent} ({error.strerror}), so the next run measures "
                 "again: make room there, or name another folder in XDG_CACHE_HOME."
             )

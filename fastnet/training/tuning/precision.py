@@ -31,20 +31,20 @@ CPU = torch.device("cpu")
 
 
 def pick_precision(
-    name: str, device: torch.device, kernels: Kernels, variant: str, say: Callable[[str], None], tune: Tune = "on"
+    name: str, device: torch.device, kernels: Kernels, variant: str, log: Callable[[str], None], tune: Tune = "on"
 ) -> Amp:
-    """The precision that --amp means with a choice of kernels; UserError where the device has no bf16. `say` is told of
+    """The precision that --amp means with a choice of kernels; UserError where the device has no bf16. `log` is told of
     a compilation."""
     ours = kernels in ("auto", "native") and family(variant).has_kernels
-    if name != "auto" or is_gpu(device) or not ours or unavailable(say) is not None:
+    if name != "auto" or is_gpu(device) or not ours or unavailable(log) is not None:
         return pick_amp(name, device)
-    return _faster(tune, say)
+    return _faster(tune, log)
 
 
-def _faster(tune: Tune, say: Callable[[str], None]) -> Amp:
+def _faster(tune: Tune, log: Callable[[str], None]) -> Amp:
     """For the blocks in C++, which must be there: as kept, or measured. As predicted where `tune` says so, and where
     nothing can be kept: two runs would choose each for itself."""
-    kept = KeptResults(environment(CPU), say)
+    kept = KeptResults(environment(CPU), log)
     seconds = None if tune in ("off", "again") else kept.read().get(ENTRY)
     if not isinstance(seconds, dict) or not {"off", "bf16"} <= seconds.keys():
         if tune not in ("on", "again") or not kept.writable():

@@ -73,7 +73,7 @@ def make_tuner(
     kernels: Kernels,
     device: torch.device,
     amp: Amp,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     ranks: Ranks = ALONE,
     table: Path | None = None,
 ) -> Tuner | None:
@@ -82,7 +82,7 @@ def make_tuner(
     if timer is None:
         return None
     return Tuner(
-        device, amp, timer, say, tune=options.tune, compiled=options.compile != "off",
+        device, amp, timer, log, tune=options.tune, compiled=options.compile != "off",
         deterministic=options.deterministic, ranks=ranks, table=table,
     )  # fmt: skip
 
@@ -112,7 +112,7 @@ class Tuner:
         device: torch.device,
         amp: Amp,
         timer: Timer,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         *,
         tune: Tune = "on",
         compiled: bool = False,
@@ -120,11 +120,11 @@ class Tuner:
         ranks: Ranks = ALONE,
         table: Path | None = None,
     ) -> None:
-        self.device, self.amp, self.timer, self.say = device, amp, timer, say
+        self.device, self.amp, self.timer, self.log = device, amp, timer, log
         self.compiled, self.ranks, self.table = compiled, ranks, table
-        self.kept = KeptResults(environment(device), say)
+        self.kept = KeptResults(environment(device), log)
         if deterministic and tune in MEASURING and not self.kept.writable():
-            say(
+            log(
                 f"--deterministic wants one choice a machine, and none can be kept in {self.kept.path.parent}: "
                 "predictions are believed, as with --tune off"
             )
@@ -158,7 +158,7 @@ class Tuner:
         if not todo:
             return
         if training and kernels == "triton" and (count := unfused(model)):
-            self.say(
+            self.log(
                 f"{count} blocks run as with --kernels triton-ops: their batch norms are frozen while gradients flow "
                 "through them"
             )
@@ -297,7 +297,7 @@ class Tuner:
                 self._said.add(reason)
                 others = f" and {len(names) - 1} more are" if len(names) > 1 else " is"
                 left_to = "PyTorch" if form == "torch" else "PyTorch's convolutions and our single operations"
-                self.say(f"{names[0]}{others} not fused, since {reason}; left to {left_to}.")
+                self.log(f"{names[0]}{others} not fused, since {reason}; left to {left_to}.")
         for subject, occurrences in todo.items():
             self._rows[subject.name] = _row(subject, occurrences, results[subject], chosen[subject])
         if self.table is not None and self.ranks.is_main:

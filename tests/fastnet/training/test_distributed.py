@@ -242,10 +242,10 @@ def test_two_agents_compare_their_data(data: Path, tmp_path: Path, wrong: str) -
 
 
 def test_divisions() -> None:
-    assert divide(64, ALONE, 32, 2).parts == 2
-    assert divide(64, Ranks(0, 2), 32, 1).parts == 1
-    assert divide(64, Ranks(1, 3), 32, 1).parts == 1
-    assert divide(64, ALONE, 20, 1).parts == 4
+    assert divide(64, ALONE, 32, 2).micro_batches == 2
+    assert divide(64, Ranks(0, 2), 32, 1).micro_batches == 1
+    assert divide(64, Ranks(1, 3), 32, 1).micro_batches == 1
+    assert divide(64, ALONE, 20, 1).micro_batches == 4
     assert sum(len(divide(65, Ranks(rank, 3), 16, 1).shard.rows(65)) for rank in range(3)) == 65
     with pytest.raises(UserError, match="has 6 images, too few for 4 ranks"):
         divide(6, Ranks(0, 4), 6, 1)
@@ -253,7 +253,7 @@ def test_divisions() -> None:
 
 def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert distributed.join() == ALONE
+    assert distributed.init_process_group() == ALONE
     assert ALONE.all_gather_object(3) == [3]
     assert ALONE.all_reduce_max(2) == ALONE.previous_max(2) == 2
     assert ALONE.first_failure("no") == "no"

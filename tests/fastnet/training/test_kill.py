@@ -166,7 +166,7 @@ def test_a_run_keeps_the_images_of_its_steps(config: TrainConfig, tmp_path: Path
     before_step(trainer, 0, lambda: setattr(trainer.stop, "signal", 2))
     assert trainer.run() == 130
     halves = replace(config, optimizer=replace(config.optimizer, batch_size=2))
-    assert trainer_of(halves, tmp_path / "run").batch_layout.parts == 2
+    assert trainer_of(halves, tmp_path / "run").batch_layout.micro_batches == 2
     assert trainer_of(halves, tmp_path / "run").peak_lr == trainer.peak_lr
 
 

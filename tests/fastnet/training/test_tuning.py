@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -18,33 +17,34 @@ from torch import Tensor
 from fastnet import forms, layers
 from fastnet import train as train_file
 from fastnet.arch import Stage
-from fastnet.config import RunOptions
-from fastnet.errors import UserError, run_command
+from fastnet.errors import run_command
 from fastnet.forms import Form
 from fastnet.model import EfficientNet, ModelConfig
 from fastnet.training.optim import freeze_stages
-from fastnet.training.tuning import make_tuner, prepare_inference, trial, tuner
-from fastnet.training.tuning.kept import KeptResults
+from fastnet.training.tuning import trial, tuner
 from fastnet.training.tuning.measure import NO_MEMORY, Bench, Result, pick, within_memory
 from fastnet.training.tuning.subjects import Context, Occurrences, Subject, subjects
 from fastnet.training.tuning.timers import HostTimer
-from fastnet.training.tuning.tuner import Tuner
 from kernels import configs, launch
 from kernels.block import mbconv_ops
 from kernels.mbconv import PendingResidual
 from tests.networks import THREE_BLOCKS, variant
 from tests.runs import make_pictures
-from tests.tuning import IMAGES, RESOLUTION, A, B, C, Machine, Other, block_forms, machine, small_model
+from tests.tuning import (
+    IMAGES,
+    RESOLUTION,
+    A,
+    B,
+    C,
+    Machine,
+    block_forms,
+    machine,
+    prepare,
+    small_model,
+)
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="stands in for a GPU on a CPU")
 __all__ = ["machine"]
-
-
-def prepare(measured: Tuner, kernels: str = "auto", **options: Any) -> list[Form]:
-    """The forms of the three blocks of the small model in training."""
-    model = small_model(kernels)
-    measured.prepare(model, RESOLUTION, IMAGES, **{"training": True} | options)
-    return block_forms(model)
 
 
 # --- what is fastest ------------------------------------------------------------------------------------------------
@@ -160,293 +160,6 @@ def test_compiled_forms_are_compared_where_the_model_is_compiled(
     machine.tuner(compiled=True).prepare(model, RESOLUTION, IMAGES, training=True)
     assert len(copied) == before + 2
     assert block_forms(model, compiled=True)[0] == "torch"
-
-
-# --- what is right --------------------------------------------------------------------------------------------------
-
-
-def in_output(channels: int, form: Form, y: Tensor) -> Tensor:
-    return y + 1e-3 * y.detach().abs().max() if (channels, form) == (16, "triton") else y
-
-
-class _WrongGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor) -> Tensor:
-        return y.clone()
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        dy = dy.clone()
-        dy[-1] *= 1.01
-        return dy
-
-
-def in_gradient(channels: int, form: Form, y: Tensor) -> Tensor:
-    return _WrongGradient.apply(y) if (channels, form) == (16, "triton") else y
-
-
-def raises(channels: int, form: Form, y: Tensor) -> Tensor:
-    if (channels, form) == (16, "triton"):
-        raise ArithmeticError("the kernel's bounds")
-    return y
-
-
-def no_memory(channels: int, form: Form, y: Tensor) -> Tensor:
-    if (channels, form) == (16, "triton"):
-        raise torch.OutOfMemoryError
-    return y
-
-
-@pytest.mark.parametrize(
-    ("fault", "sentence"),
-    [
-        (in_output, "its result is wrong here (y: "),
-        (in_gradient, "its result is wrong here (d"),
-        (raises, "it fails here with ArithmeticError: the kernel's bounds"),
-        (no_memory, NO_MEMORY),
-    ],
-)
-@pytest.mark.parametrize("tune", ["on", "off"])
-def test_a_fault_of_one_block_costs_that_block_alone_and_is_said_once(
-    fault: Any, sentence: str, tune: Any, machine: Machine
-) -> None:
-    machine.fault = fault
-    finds = tune == "on" or fault in (raises, no_memory)
-    tuner = machine.tuner(tune=tune)
-    assert prepare(tuner) == (["triton-ops"] if finds else ["triton"]) + ["triton"] * 2
-    assert len(machine.said) == finds
-    if finds:
-        assert machine.said[0].startswith("block 16→16→8 k3 s1 at 4, batch 4, fp32, training is not fused, since ")
-        assert sentence in machine.said[0]
-        assert machine.said[0].endswith("left to PyTorch's convolutions and our single operations.")
-    prepare(tuner)
-    prepare(tuner, training=False)
-    assert sum("training is not fused" in text for text in machine.said) == finds
-
-
-def test_a_wrong_configuration_costs_the_choice_and_not_the_block(machine: Machine) -> None:
-    machine.configs, machine.operations = {A: 3.0, B: 1.0, C: 3.0}, 60.0
-
-    def fault(channels: int, form: Form, y: Tensor) -> Tensor:
-        return y * 1.01 if form == "triton" and machine.launched[-1:] == [B] else y
-
-    machine.fault = fault
-    assert prepare(machine.tuner()) == ["triton"] * 3
-    assert not configs._choices
-
-
-def test_a_configuration_that_does_not_fit_is_left_out(machine: Machine) -> None:
-    machine.configs = {A: 3.0, B: 1.0, C: 2.0}
-    machine.broken = {B}
-    assert prepare(machine.tuner()) == ["triton"] * 3
-    assert set(configs._choices.values()) == {C}
-    configs.forget()
-    machine.broken = {A}  # the predicted one
-    assert prepare(machine.tuner(tune="again")) == ["triton"] * 3
-    assert set(configs._choices.values()) == {B}
-
-
-@pytest.mark.parametrize("tune", ["on", "off"])
-def test_where_no_configuration_fits_the_block_falls_back(tune: Any, machine: Machine) -> None:
-    machine.broken = {A, B, C}
-    assert prepare(machine.tuner(tune=tune)) == ["triton-ops"] * 3
-    assert len(machine.said) == 1
-    assert " and 2 more are not fused, since " in machine.said[0]
-    assert "needs too much shared memory" in machine.said[0]
-    assert "impl=" not in machine.said[0]
-
-
-@pytest.mark.parametrize("tune", ["on", "off"])
-def test_kernels_asked_for_by_name_never_fall_back(tune: Any, machine: Machine) -> None:
-    machine.fault = raises
-    with pytest.raises(UserError, match=r"--kernels triton can't run block 16→16→8 .*bounds.*: use --kernels auto"):
-        prepare(machine.tuner(tune=tune), "triton")
-
-
-def test_wrong_kernels_asked_for_by_name_are_refused(machine: Machine) -> None:
-    machine.fault = in_output
-    with pytest.raises(UserError, match="wrong here"):
-        prepare(machine.tuner(), "triton")
-
-
-def test_triton_says_which_blocks_it_cannot_fuse(machine: Machine) -> None:
-    model = small_model("triton")
-    model.blocks[1].eval()
-    machine.tuner().prepare(model, RESOLUTION, IMAGES, training=True)
-    assert "1 blocks run as with --kernels triton-ops" in machine.said[0]
-
-
-def test_nothing_is_measured_where_pytorch_computes_everything(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def made(kernels: Any) -> Tuner | None:
-        return make_tuner(RunOptions(), kernels, torch.device("cpu"), "off", machine.said.append)
-
-    assert made("auto") is not None
-    assert made("torch") is None
-    monkeypatch.setattr(layers, "resolve", lambda impl, x: "torch")  # as on a GPU that the kernels don't support
-    monkeypatch.setattr(tuner, "unavailable", lambda: "there is no compiler")
-    assert made("auto") is None
-    prepare_inference(small_model(), RESOLUTION, IMAGES, "off")
-    assert machine.now == 0
-
-
-def test_a_lost_gpu_is_remembered(machine: Machine) -> None:
-    """A kernel that has written out of bounds takes the process with it, once."""
-
-    def fault(channels: int, form: Form, y: Tensor) -> Tensor:
-        if (channels, form) == (16, "triton") and launch._recorded is None:
-            machine.lost = True
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        return y
-
-    machine.fault = fault
-    with pytest.raises(UserError, match="left the GPU unusable: start again"):
-        prepare(machine.tuner())
-    machine.lost = False  # a new process
-    assert prepare(machine.tuner())[0] != "triton"
-
-
-# --- what is kept ---------------------------------------------------------------------------------------------------
-
-
-def refuse(*args: Any, **options: Any) -> Any:
-    raise AssertionError("measured again")
-
-
-def test_a_second_run_reads_what_the_first_measured(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine.configs, machine.fault = {A: 3.0, B: 1.0, C: 2.0}, in_output
-    first = machine.tuner()
-    chosen = prepare(first)
-    content = json.loads(first.kept.path.read_text())
-    assert content["environment"]["torch"] == torch.__version__
-    assert len(content["entries"]) == 5  # stem, three blocks, head
-    forms.forget()
-    configs.forget()
-    with monkeypatch.context() as patched:
-        patched.setattr(Bench, "measure", refuse)
-        assert prepare(machine.tuner()) == chosen == ["triton-ops", "triton", "triton"]
-    assert set(configs._choices.values()) == {B}
-    machine.fault = lambda channels, form, y: y
-    assert prepare(machine.tuner(tune="again")) == ["triton"] * 3
-    assert prepare(machine.tuner()) == ["triton"] * 3
-
-
-def test_other_shapes_and_modes_are_measured_for_themselves(machine: Machine) -> None:
-    tuner, model = machine.tuner(), small_model()
-    for images, training in ((IMAGES, True), (2 * IMAGES, True), (IMAGES, False)):
-        before = machine.now
-        tuner.prepare(model, RESOLUTION, images, training=training)
-        assert machine.now > before
-        after = machine.now
-        tuner.prepare(model, RESOLUTION, images, training=training)
-        assert machine.now == after
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"environment": {}, "entries": {}}', "\udcff"])
-def test_a_damaged_or_foreign_file_costs_a_sentence(content: str, machine: Machine) -> None:
-    tuner = machine.tuner()
-    tuner.kept.path.parent.mkdir(parents=True)
-    tuner.kept.path.write_bytes(content.encode("utf-8", "surrogateescape"))
-    prepare(tuner)
-    assert len(machine.said) == 1
-    assert str(tuner.kept.path) in machine.said[0]
-    assert json.loads(tuner.kept.path.read_text())["entries"]
-
-
-def test_a_damaged_entry_is_measured_again(machine: Machine) -> None:
-    tuner = machine.tuner()
-    prepare(tuner)
-    content = json.loads(tuner.kept.path.read_text())
-    name = next(name for name in content["entries"] if name.startswith("block"))
-    content["entries"][name] = {"eager": 3}
-    tuner.kept.path.write_text(json.dumps(content))
-    before = machine.now
-    prepare(machine.tuner())
-    assert machine.now > before
-
-
-def test_a_configuration_that_is_no_candidate_any_more_is_forgotten(machine: Machine) -> None:
-    machine.configs = {A: 3.0, B: 1.0, C: 2.0}
-    tuner = machine.tuner()
-    prepare(tuner)
-    tuner.kept.path.write_text(tuner.kept.path.read_text().replace('"letter": "B"', '"letter": "Z"'))
-    configs.forget()
-    assert prepare(machine.tuner()) == ["triton"] * 3
-    assert not configs._choices
-
-
-def test_of_two_processes_that_measured_at_once_the_first_counts(tmp_path: Path) -> None:
-    said: list[str] = []
-    where = {"gpu": "A B", "torch": "1"}
-    first, second = (KeptResults(where, said.append, tmp_path) for _ in range(2))
-    mine = {"block": {"eager": {"torch": 1.0}, "compiled": {}}}
-    assert first.add(mine) == mine
-    late = {"block": {"eager": {"torch": 2.0}, "compiled": {"torch": 3.0}}, "other": {"eager": {}}}
-    expected = {"block": {"eager": {"torch": 1.0}, "compiled": {"torch": 3.0}}, "other": {"eager": {}}}
-    assert second.add(late) == first.read() == expected
-    assert second.add(late, replace=True) == first.read() == late
-    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".lock"]
-    assert not said
-    assert KeptResults({"gpu": "A B", "torch": "2"}, said.append, tmp_path).read() == {}
-
-
-def test_a_cache_that_cannot_be_written_costs_a_sentence_and_determinism_believes_predictions(
-    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    machine.torch = 0.5
-    assert prepare(machine.tuner()) == ["torch"] * 3
-    assert len(machine.said) == 1
-    assert "can't be kept in" in machine.said[0]
-    forms.forget()
-    machine.said.clear()
-    assert prepare(machine.tuner(deterministic=True)) == ["triton"] * 3
-    assert "--deterministic wants one choice a machine" in machine.said[0]
-
-
-def test_an_evaluation_takes_what_is_kept_and_measures_nothing(machine: Machine, capsys: Any) -> None:
-    model = small_model().eval()
-    machine.fault = raises
-    prepare_inference(model, RESOLUTION, IMAGES, "off")
-    assert block_forms(model, training=False) == ["triton-ops", "triton", "triton"]
-    assert "inference is not fused, since it fails here" in capsys.readouterr().err
-    forms.forget()
-    machine.fault, machine.torch = lambda channels, form, y: y, 0.5
-    machine.tuner().prepare(model, RESOLUTION, IMAGES, training=False)
-    forms.forget()
-    machine.torch = 10.0
-    prepare_inference(model, RESOLUTION, IMAGES, "off")
-    assert block_forms(model, training=False) == ["torch"] * 3
-
-
-def test_predictions_are_believed_where_asked_and_nothing_is_kept(machine: Machine) -> None:
-    machine.torch = 0.5
-    tuner = machine.tuner(tune="off")
-    assert prepare(tuner) == ["triton"] * 3
-    assert not tuner.kept.path.exists()
-    assert not configs._choices
-
-
-# --- several ranks --------------------------------------------------------------------------------------------------
-
-
-def test_ranks_with_the_same_gpu_share_the_result_of_the_first(machine: Machine) -> None:
-    machine.torch = 0.5
-    other = Other(lambda mine: mine if isinstance(mine, dict) and "gpu" in mine else None)
-    assert prepare(machine.tuner(ranks=other)) == ["torch"] * 3
-
-
-def test_another_kind_of_gpu_has_its_say(machine: Machine) -> None:
-    machine.torch = 0.5
-
-    def theirs(mine: Any) -> Any:
-        if "gpu" in mine:
-            return mine | {"gpu": "another"}
-        return {subject: Result(eager={"triton": 9.0, "triton-ops": 20.0, "torch": 20.0}) for subject in mine}
-
-    assert prepare(machine.tuner(ranks=Other(theirs))) == ["triton"] * 3
 
 
 # --- what there is to measure ---------------------------------------------------------------------------------------

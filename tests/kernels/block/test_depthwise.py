@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import configs, device, reference
-from kernels.block import depthwise, depthwise_backward
+from kernels.block import depthwise, depthwise_backward, strips
 from kernels.block.depthwise import merge_stats
 from kernels.block.strips import CONFIGURATIONS, Geometry, Padding, Strips, geometry
 from kernels.tolerance import approximated
@@ -219,8 +219,8 @@ def test_cases_walk_several_tiles_and_cut_bands() -> None:
             card = device.gpu(torch.device("cpu"))
             shape, g = (case.shape, case.dtype), case.geometry
             return [
-                depthwise.forward_plan(*shape, g, norm=True, stats=True, gpu=card)[0],
-                depthwise_backward.backward_plan(*shape, g, norm=True, out_norm=True, gpu=card)[0],
+                strips.forward_plan(*shape, g, norm=True, stats=True, gpu=card)[0],
+                strips.backward_plan(*shape, g, norm=True, out_norm=True, gpu=card)[0],
             ]
 
     assert all(p.partials < p.groups and p.partials > 1 for p in plans(SLOW[0]))

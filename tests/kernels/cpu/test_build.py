@@ -45,7 +45,7 @@ SOURCES = len(list(builds.SOURCES.glob("*.cpp")))
 
 def test_the_second_build_is_found(fake: Path) -> None:
     lines: list[str] = []
-    first, second = build("plain", announce=lines.append), build("plain", announce=lines.append)
+    first, second = build("plain", log=lines.append), build("plain", log=lines.append)
     assert first == second
     assert calls(fake) == SOURCES + 1
     assert len(lines) == 1

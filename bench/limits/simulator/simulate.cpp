@@ -1,7 +1,7 @@
 // One of a multiprocessor's four schedulers: the warps of `resident` programs issue a listing of machine code in order,
 // one instruction a cycle; a new program starts where one ends. Fixed latencies are the stalls that the code states,
 // the others come with each instruction. Memory beyond the first-level cache is two queues, each with a rate and a
-// latency. Built and called by bench/simulate.py.
+// latency. Built and called by bench/limits/simulate.py.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -40,8 +40,8 @@ double nth_last(const std::vector<double>& ends, int left) {
 }
 }  // namespace
 
-extern "C" void simulate(const Op* ops, int count, int warps, int resident, int programs, const Machine* m,
-                         Result* result) {
+extern "C" __attribute__((visibility("default"))) void simulate(const Op* ops, int count, int warps, int resident,
+                                                                int programs, const Machine* m, Result* result) {
   std::vector<Warp> all(warps * resident);
   std::vector<int> arrived(resident, 0), alive(resident, 0);
   double busy[PIPES] = {}, lite = 0, dram = 0, l2 = 0, now = 0, end = 0, issued = 0;
