@@ -147,7 +147,7 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-def say_excluded(console: Console, excluded: Sequence[tuple[str, str]], listed_in: Path) -> None:
+def log_excluded(console: Console, excluded: Sequence[tuple[str, str]], listed_in: Path) -> None:
     """Name (path, reason) of files that were left out; of many for one reason one, and their number."""
     by_reason: dict[str, list[str]] = {}
     for path, reason in excluded:

@@ -1,4 +1,4 @@
-"""The end of an epoch: the weights and their average are evaluated, and the better are kept."""
+"""What an epoch's steps log, and its end: the weights and their average are evaluated, and the better are kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from data_pipeline import Loader
 from fastnet.device import Amp
 from fastnet.model import EfficientNet
 from fastnet.training.console import Display
+from fastnet.training.metrics import Clock, peak_memory_gb
+from fastnet.training.resize import DynamicResize
 from fastnet.training.saved import Run, keep_best
+from fastnet.training.schedule import learning_rate
 from fastnet.training.selection import best_of
 from fastnet.training.step import StepHealth
 from fastnet.training.stop import StopRequest
@@ -27,8 +30,37 @@ class Training(Run, Protocol):
     stop: StopRequest
     train_loader: Loader
     val_loader: Loader
+    peak_lr: float
+    resize: DynamicResize
+    clock: Clock
 
     def check_health(self) -> StepHealth: ...
+
+
+def log_step(trainer: Training, total: int) -> None:
+    """Loss, accuracy and speed since the last time, of `total` steps of the run. Waits for the device."""
+    progress, config = trainer.progress, trainer.config
+    health = trainer.check_health()
+    loss, top1 = trainer.sums.read()
+    if not trainer.ranks.is_main:
+        return
+    rate, waiting = trainer.clock.rates()
+    memory = peak_memory_gb(trainer.device)
+    values: dict[str, Any] = dict(
+        step=progress.step,
+        epoch=progress.epoch,
+        loss=round(loss, 6),
+        top1=round(top1, 4),
+        lr=learning_rate(progress.step - 1, trainer.train_loader.steps_per_epoch, trainer.peak_lr, config.optimizer),
+        resolution=trainer.resize.resolution,
+    )
+    text = f"loss {loss:.3f}  top-1 {top1:.1f} %  {rate:.0f} images/s  waiting {waiting:.0f} %  {memory:.1f} GB"
+    if trainer.amp == "fp16":
+        values |= dict(skipped=health.skipped, loss_scale=health.loss_scale)
+        text += f"  skipped {health.skipped}"
+    trainer.metrics.write("train", **values, images_per_s=round(rate, 2), data_wait=round(waiting, 2), memory_gb=memory)
+    left = (total - progress.step) * trainer.batch_layout.images / rate if rate else 0.0
+    trainer.display.status(progress.step, progress.epoch, text, left)
 
 
 def finish_epoch(trainer: Training) -> None:

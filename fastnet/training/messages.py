@@ -17,7 +17,7 @@ from fastnet.device import Amp
 from fastnet.loading.checkpoint import Progress
 from fastnet.model import EfficientNet
 from fastnet.training import feature_views
-from fastnet.training.console import format_seconds, say_excluded, show_table
+from fastnet.training.console import format_seconds, log_excluded, show_table
 from fastnet.training.continuation import fresh_run_command
 from fastnet.training.curves import draw_curves
 from fastnet.training.distributed import BatchLayout, Ranks
@@ -83,7 +83,7 @@ def log_start(trainer: Run, resumed: bool) -> None:
     if kept := kept_memory():
         trainer.log(f"memory: {kept}")
     trainer.log(f"run {trainer.folder}")
-    say_excluded(trainer.console, index.excluded, trainer.folder / "excluded.txt")
+    log_excluded(trainer.console, index.excluded, trainer.folder / "excluded.txt")
 
 
 def class_counts(index: Index) -> str:

@@ -34,7 +34,7 @@ from fastnet.training.build import (
 from fastnet.training.console import Display, Lines, Preparation, Report
 from fastnet.training.cuda_graph import CudaRecorder, pick_cuda_graph
 from fastnet.training.distributed import ALONE, Ranks, divide
-from fastnet.training.epoch import finish_epoch
+from fastnet.training.epoch import finish_epoch, log_step
 from fastnet.training.fit_batch import fitted
 from fastnet.training.messages import (
     best_so_far,
@@ -44,7 +44,7 @@ from fastnet.training.messages import (
     resume_command,
     what_is_kept,
 )
-from fastnet.training.metrics import Clock, MetricsFile, RunningMetrics, peak_memory_gb
+from fastnet.training.metrics import Clock, MetricsFile, RunningMetrics
 from fastnet.training.mixup import draw_mix
 from fastnet.training.optim import set_learning_rate
 from fastnet.training.peers import check_same_data
@@ -321,7 +321,7 @@ class Trainer:
             progress.step_in_epoch += 1
             progress.images_seen += self.batch_layout.images
             if progress.step % config.run.log_every == 0 or progress.step == total:
-                self._log(total)  # waits for the device, so that the clock below is true on average
+                log_step(self, total)  # waits for the device, so that the clock below is true on average
             self.doing("")
             self.ranks.peers.start()  # a first step may take any time
             self.clock.step(time.perf_counter() - asked, waited, self.batch_layout.images)
@@ -374,32 +374,6 @@ class Trainer:
             return None
         drawn = draw_mix(self.config.mix, self.resize.resolution, self.config.run.seed, self.progress.step)
         return sent([torch.tensor(drawn)], self.device)[0]
-
-    def _log(self, total: int) -> None:
-        progress = self.progress
-        health = self.check_health()
-        loss, top1 = self.sums.read()
-        if not self.ranks.is_main:
-            return
-        rate, waiting = self.clock.rates()
-        memory = peak_memory_gb(self.device)
-        values: dict[str, Any] = dict(
-            step=progress.step,
-            epoch=progress.epoch,
-            loss=round(loss, 6),
-            top1=round(top1, 4),
-            lr=learning_rate(progress.step - 1, self.train_loader.steps_per_epoch, self.peak_lr, self.config.optimizer),
-            resolution=self.resize.resolution,
-        )
-        text = f"loss {loss:.3f}  top-1 {top1:.1f} %  {rate:.0f} images/s  waiting {waiting:.0f} %  {memory:.1f} GB"
-        if self.amp == "fp16":
-            values |= dict(skipped=health.skipped, loss_scale=health.loss_scale)
-            text += f"  skipped {health.skipped}"
-        self.metrics.write(
-            "train", **values, images_per_s=round(rate, 2), data_wait=round(waiting, 2), memory_gb=memory
-        )
-        left = (total - progress.step) * self.batch_layout.images / rate if rate else 0.0
-        self.display.status(progress.step, progress.epoch, text, left)
 
     def check_health(self) -> StepHealth:
         """Waits for the device. UserError where the loss or a gradient was not finite and that is not fp16's range."""

@@ -20,7 +20,7 @@ from data_pipeline import Index, build_index, choose_cache, make_loader
 from data_pipeline.dataset.verify import show, verify
 from data_pipeline.loaders.decode import decode_photo
 from data_pipeline.loaders.torch_loader import upright
-from fastnet.training.console import say_excluded
+from fastnet.training.console import log_excluded
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 30), channels: int = 3) -> Image.Image:
@@ -180,7 +180,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path, capsys: pytest.Ca
     assert ".txt" in reasons["notes.txt"]
     assert "class" in reasons["stray.jpg"]
     assert "8 bits" in reasons["deep.tif"]
-    say_excluded(Console(width=200), index.excluded, Path("excluded.txt"))
+    log_excluded(Console(width=200), index.excluded, Path("excluded.txt"))
     said = capsys.readouterr().out
     assert "left out 8 files like" in said
     assert "excluded.txt" in said

@@ -94,7 +94,7 @@ def test_a_third_epoch_sees_the_first_view_again_and_a_damaged_file_is_computed_
     trainer = Trainer(configured(feature_views=2), tmp_path / "run", Console(file=StringIO()))
     loader = trainer.train_loader
     assert isinstance(loader, feature_views.FeatureViews)
-    loader._say = lambda text: None
+    loader._log = lambda text: None
 
     def seen(epoch: int) -> dict[int, torch.Tensor]:
         batches = list(loader.batches(epoch))
