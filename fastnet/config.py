@@ -14,7 +14,7 @@ from typing import Any, Literal, get_type_hints
 
 from data_pipeline.dataset.folds import Folds
 from data_pipeline.loaders.augment import Augmentation
-from data_pipeline.loaders.dali_options import DaliOptions
+from data_pipeline.loaders.dali_options import Backend, DaliOptions
 from fastnet.arch import EFFICIENTNET, Kernels, Padding, Scaling, Style, Variant
 from fastnet.errors import UserError
 
@@ -84,7 +84,7 @@ class DataOptions:
     ImageNet's."""
     std: tuple[float, float, float] | None = None
     """What they are then divided by. Default: as for --mean."""
-    loader: Literal["auto", "dali", "torch"] = option("auto", changeable=True)
+    loader: Backend = option("auto", changeable=True)
     """Input pipeline: NVIDIA DALI (decodes on the GPU where there is one) or torchvision v2 on a DataLoader."""
     workers: int | None = option(None, 0, 1024, changeable=True)
     """Worker threads (DALI, cache) or processes (torch). Default: the cores, at most 16; on a CPU half of them."""

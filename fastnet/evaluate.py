@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from data_pipeline.loaders.dali_options import Backend
 from fastnet.commands import parse
 from fastnet.errors import UserError, run_command
 from fastnet.loading.options import InferenceOptions, WeightsOptions
@@ -31,7 +32,7 @@ def evaluate_run(
     tta: Tta = "off",
     amp: Amp = "off",
     batch_size: int = 64,
-    loader: Literal["auto", "dali", "torch"] = "auto",
+    loader: Backend = "auto",
     workers: int = 0,
 ) -> tuple[Predictions, Scores]:
     """Predict the validation split of `index` once and score it; the images are streamed."""
@@ -59,7 +60,7 @@ def evaluate(
     worst: int = 20,
     gradcam_stages: tuple[int, ...] = (4, 6, 9),
     gradcam_images: tuple[str, ...] = (),
-    loader: Literal["auto", "dali", "torch"] = "auto",
+    loader: Backend = "auto",
     weights: WeightsOptions = WeightsOptions(),
     inference: InferenceOptions = InferenceOptions(),
 ) -> int:

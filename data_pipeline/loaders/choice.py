@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -11,7 +11,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.loaders import loader
 from data_pipeline.loaders.augment import CROP_FRACTION, IMAGENET, Augmentation, Interpolation, Normalization
 from data_pipeline.loaders.cache import PixelCache
-from data_pipeline.loaders.dali_options import DaliOptions
+from data_pipeline.loaders.dali_options import Backend, DaliOptions
 from data_pipeline.loaders.loader import WHOLE, Loader, Plan, Shard
 
 
@@ -19,7 +19,7 @@ def make_loader(
     index: Index,
     split: Literal["train", "val"],
     *,
-    backend: Literal["auto", "dali", "torch"] = "auto",
+    backend: Backend = "auto",
     resolution: int,
     batch_size: int,
     seed: int,
@@ -60,7 +60,7 @@ def make_loader(
         )
     if not 0 < crop_fraction <= 1:
         raise ValueError(f"crop_fraction must be more than 0 and at most 1, got {crop_fraction}")
-    if backend not in ("auto", "dali", "torch"):
+    if backend not in get_args(Backend):
         raise ValueError(f'backend must be "auto", "dali" or "torch", got "{backend}"')
     device = torch.device(device)
     if backend == "auto":

@@ -1,7 +1,10 @@
-"""How DALI decodes; the command line is built from it. Without torch and without DALI."""
+"""Which loader, and how DALI decodes; the command line is built from it. Without torch and without DALI."""
 
 from dataclasses import dataclass
 from typing import Literal
+
+Backend = Literal["auto", "dali", "torch"]
+"""DALI, torchvision in processes, or what this machine and data suggest."""
 
 
 @dataclass(frozen=True)
