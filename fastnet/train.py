@@ -162,7 +162,7 @@ def train() -> int:
 
     from fastnet.allocator import keep_memory
     from fastnet.device import pick_device
-    from fastnet.training.console import Heartbeat
+    from fastnet.training.reporting.console import Heartbeat
     from fastnet.training.trainer import Trainer
 
     torch.set_flush_denormal(True)  # arithmetic on denormals is many times slower on a CPU
@@ -181,8 +181,8 @@ def _train_together() -> int:
 
     from fastnet.allocator import keep_memory
     from fastnet.device import pick_device
-    from fastnet.training.console import Heartbeat
     from fastnet.training.distributed import init_process_group
+    from fastnet.training.reporting.console import Heartbeat
     from fastnet.training.trainer import Trainer
 
     ranks = init_process_group()

@@ -131,8 +131,8 @@ def run(case: Case, data: Path, out: Path, cache: Path, seen: Seen, kill: Kill |
     """The body of a child."""
     from rich.console import Console
 
-    from fastnet.training import messages as words
     from fastnet.training import trainer
+    from fastnet.training.reporting import messages as words
 
     os.environ["XDG_CACHE_HOME"] = str(cache)
     words.draw_curves = lambda folder: folder  # of the metrics, which are compared

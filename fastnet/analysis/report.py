@@ -22,7 +22,7 @@ from fastnet.config import RECIPES, TrainConfig
 from fastnet.errors import UserError
 from fastnet.loading.checkpoint import notes_of, write_atomically
 from fastnet.loading.trained import Trained
-from fastnet.training.curves import CURVES, best_of, curve, read_metrics
+from fastnet.training.reporting.curves import CURVES, best_of, curve, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,8 +10,8 @@ import torch
 from data_pipeline import Loader
 from fastnet.device import Amp
 from fastnet.model import EfficientNet
-from fastnet.training.console import Display
-from fastnet.training.metrics import Clock, peak_memory_gb
+from fastnet.training.reporting.console import Display
+from fastnet.training.reporting.metrics import Clock, peak_memory_gb
 from fastnet.training.resize import DynamicResize
 from fastnet.training.saved import Run, keep_best
 from fastnet.training.schedule import learning_rate

@@ -19,8 +19,8 @@ from fastnet.loading.view import View
 from fastnet.loading.weights import refuse_nan, save_weights
 from fastnet.model import EfficientNet, ModelConfig
 from fastnet.training.distributed import BatchLayout, Ranks
-from fastnet.training.metrics import MetricsFile, RunningMetrics
 from fastnet.training.optim import load_optimizer_tensors, optimizer_tensors
+from fastnet.training.reporting.metrics import MetricsFile, RunningMetrics
 from fastnet.training.selection import best_of, merit
 from fastnet.training.step import TrainStep
 from fastnet.typed import checked_fields, fits

@@ -31,12 +31,15 @@ from fastnet.training.build import (
     share_quarantine,
     view_of,
 )
-from fastnet.training.console import Display, Lines, Preparation, Report
 from fastnet.training.cuda_graph import CudaRecorder, pick_cuda_graph
 from fastnet.training.distributed import ALONE, Ranks, divide
 from fastnet.training.epoch import finish_epoch, log_step
 from fastnet.training.fit_batch import fitted
-from fastnet.training.messages import (
+from fastnet.training.mixup import draw_mix
+from fastnet.training.optim import set_learning_rate
+from fastnet.training.peers import check_same_data
+from fastnet.training.reporting.console import Display, Lines, Preparation, Report
+from fastnet.training.reporting.messages import (
     best_so_far,
     log_start,
     log_summary,
@@ -44,11 +47,9 @@ from fastnet.training.messages import (
     resume_command,
     what_is_kept,
 )
-from fastnet.training.metrics import Clock, MetricsFile, RunningMetrics
-from fastnet.training.mixup import draw_mix
-from fastnet.training.optim import set_learning_rate
-from fastnet.training.peers import check_same_data
-from fastnet.training.profile import StepProfiler
+from fastnet.training.reporting.metrics import Clock, MetricsFile, RunningMetrics
+from fastnet.training.reporting.profile import StepProfiler
+from fastnet.training.reporting.trackers import make_trackers
 from fastnet.training.resize import DynamicResize
 from fastnet.training.run_folder import locked, stamp_of
 from fastnet.training.saved import excluded_text, pack_known, read_run, restore_run, save_run
@@ -56,7 +57,6 @@ from fastnet.training.schedule import learning_rate, progressive_resolution, ste
 from fastnet.training.selection import out_of_patience
 from fastnet.training.step import StepHealth
 from fastnet.training.stop import WISH_TO_SAVE, StopRequest
-from fastnet.training.trackers import make_trackers
 from fastnet.training.tuning import make_tuner, pick_precision, words_for
 from fastnet.training.validate import Interrupted
 from kernels.launch import KernelError

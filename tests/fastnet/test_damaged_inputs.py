@@ -20,8 +20,8 @@ from fastnet.errors import UserError
 from fastnet.loading.checkpoint import load_checkpoint
 from fastnet.loading.weights import load_weights, save_weights
 from fastnet.model import EfficientNet, ModelConfig
-from fastnet.training.curves import read_metrics
-from fastnet.training.metrics import MetricsFile
+from fastnet.training.reporting.curves import read_metrics
+from fastnet.training.reporting.metrics import MetricsFile
 from fastnet.training.saved import excluded_text, read_run
 from tests.sentences import Said, one_sentence, photo
 

@@ -23,7 +23,7 @@ from fastnet.analysis.lettering import families, legible
 from fastnet.config import FOOD101, processes
 from fastnet.errors import Lenient, UserError, run_command
 from fastnet.training.build import cache_memory
-from fastnet.training.metrics import MetricsFile
+from fastnet.training.reporting.metrics import MetricsFile
 from tests.sentences import Said, one_sentence, photo
 
 # --- what the operating system refuses ------------------------------------------------------------------------------

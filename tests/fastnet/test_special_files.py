@@ -27,8 +27,8 @@ from fastnet.loading.checkpoint import files_of, load_checkpoint, notes_of
 from fastnet.loading.weights import load_weights
 from fastnet.train import _images_per_step
 from fastnet.training.continuation import check_epochs
-from fastnet.training.curves import read_metrics
-from fastnet.training.metrics import MetricsFile
+from fastnet.training.reporting.curves import read_metrics
+from fastnet.training.reporting.metrics import MetricsFile
 from fastnet.training.tuning.kept import KeptResults
 from tests.runs import make_pictures, make_run
 

@@ -14,7 +14,7 @@ import torch
 from fastnet.device import Amp
 from fastnet.forms import Form
 from fastnet.model import ModelConfig
-from fastnet.training.console import Report
+from fastnet.training.reporting.console import Report
 from fastnet.training.tuning.subjects import Context, Occurrences, Subject
 from fastnet.training.tuning.timers import Timer
 from fastnet.training.tuning.trial import Trial, checked_alone, distinct_images

@@ -16,8 +16,8 @@ from fastnet.device import Amp
 from fastnet.errors import UserError
 from fastnet.forms import Form
 from fastnet.model import EfficientNet
-from fastnet.training.console import Report
 from fastnet.training.distributed import ALONE, Ranks
+from fastnet.training.reporting.console import Report
 from fastnet.training.step import AMP_DTYPES
 from fastnet.training.tuning.kept import Entries, KeptResults, Tune, environment
 from fastnet.training.tuning.measure import NO_MEMORY, Bench, DeviceLost, Result, pick, within_memory

@@ -20,7 +20,7 @@ from data_pipeline import Index, build_index, choose_cache, make_loader
 from data_pipeline.dataset.verify import show, verify
 from data_pipeline.loaders.decode import decode_photo
 from data_pipeline.loaders.torch_loader import upright
-from fastnet.training.console import log_excluded
+from fastnet.training.reporting.console import log_excluded
 
 
 def picture(seed: int, size: tuple[int, int] = (40, 30), channels: int = 3) -> Image.Image:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from html import escape
 from pathlib import Path
 
@@ -185,3 +186,6 @@ def test_help_needs_no_torch(command: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert f"python -m fastnet.{command}" in done.stdout
+    if command != "summary":  # which model, in the same words everywhere
+        shared = ["--" + field.name.replace("_", "-") for field in fields(WeightsOptions)]
+        assert [flag for flag in shared if flag not in done.stdout] == []

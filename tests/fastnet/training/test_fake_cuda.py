@@ -20,9 +20,9 @@ from fastnet.errors import UserError
 from fastnet.model import EfficientNet
 from fastnet.training.build import build_model, build_step
 from fastnet.training.distributed import ALONE, divide
-from fastnet.training.metrics import RunningMetrics
 from fastnet.training.mixup import draw_mix
 from fastnet.training.optim import set_learning_rate
+from fastnet.training.reporting.metrics import RunningMetrics
 from fastnet.training.resize import DynamicResize
 from fastnet.training.step import AMP_DTYPES, TrainStep
 from fastnet.training.validate import evaluate_model, reestimate_batch_norm

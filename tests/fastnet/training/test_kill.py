@@ -112,7 +112,7 @@ def test_a_disk_that_fills_up_or_turns_read_only_costs_one_sentence(
             raise OSError(number, os.strerror(number), str(path))
         return real_open(path, mode, *args, **options)
 
-    from fastnet.training import metrics
+    from fastnet.training.reporting import metrics
 
     for module in (checkpoint, metrics):
         monkeypatch.setattr(module, "open", refuse, raising=False)

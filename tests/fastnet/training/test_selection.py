@@ -25,7 +25,7 @@ from fastnet.config import FINETUNE, FOOD101, BestBy, TrainConfig
 from fastnet.errors import UserError
 from fastnet.train import parse_arguments
 from fastnet.training.build import class_weights, lower_batch
-from fastnet.training.console import Heartbeat
+from fastnet.training.reporting.console import Heartbeat
 from fastnet.training.selection import best_of, out_of_patience
 from fastnet.training.step import TrainStep
 from fastnet.training.trainer import Trainer

@@ -17,7 +17,7 @@ from torch import Tensor
 from data_pipeline.files import read_text
 from fastnet.errors import UserError
 from fastnet.loading.checkpoint import one_line, write_atomically, write_failure
-from fastnet.training.trackers import Tracker
+from fastnet.training.reporting.trackers import Tracker
 
 _log = logging.getLogger("fastnet")
 

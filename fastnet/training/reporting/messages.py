@@ -17,11 +17,11 @@ from fastnet.device import Amp
 from fastnet.loading.checkpoint import Progress
 from fastnet.model import EfficientNet
 from fastnet.training import feature_views
-from fastnet.training.console import format_seconds, log_excluded, show_table
 from fastnet.training.continuation import fresh_run_command
-from fastnet.training.curves import draw_curves
 from fastnet.training.distributed import BatchLayout, Ranks
-from fastnet.training.metrics import Clock, peak_memory_gb
+from fastnet.training.reporting.console import format_seconds, log_excluded, show_table
+from fastnet.training.reporting.curves import draw_curves
+from fastnet.training.reporting.metrics import Clock, peak_memory_gb
 from fastnet.training.selection import best_of
 from fastnet.typed import read_object
 

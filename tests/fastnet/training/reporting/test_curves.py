@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastnet.training.curves import best_of, curve, draw_curves
+from fastnet.training.reporting.curves import best_of, curve, draw_curves
 
 
 def test_every_curve_is_drawn(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastnet.training.profile import StepProfiler, times
+from fastnet.training.reporting.profile import StepProfiler, times
 from tests.forked import Server
 from tests.kill_trials import make_data
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastnet.training.console import format_seconds
-from fastnet.training.metrics import Clock, RunningMetrics
+from fastnet.training.reporting.console import format_seconds
+from fastnet.training.reporting.metrics import Clock, RunningMetrics
 
 
 def test_sums_weigh_by_images() -> None:
@@ -38,7 +38,7 @@ def test_the_clock_counts_no_wait_for_the_device_as_one_for_data(monkeypatch: py
             now, held = now + 7, held + 5
             yield number
 
-    monkeypatch.setattr("fastnet.training.metrics.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr("fastnet.training.reporting.metrics.time", SimpleNamespace(perf_counter=lambda: now))
     found = list(Clock().batches(batches(), lambda: held))
     assert found == [(0, 0.0, 2.0), (1, 7.0, 2.0), (2, 14.0, 2.0)]
     now = held = 0.0

@@ -12,8 +12,8 @@ import pytest
 
 from fastnet.config import FOOD101
 from fastnet.errors import UserError
-from fastnet.training.metrics import MetricsFile
-from fastnet.training.trackers import make_trackers
+from fastnet.training.reporting.metrics import MetricsFile
+from fastnet.training.reporting.trackers import make_trackers
 
 
 def write_two(path: Path, trackers: Any) -> None:
