@@ -21,7 +21,10 @@ def config_from_dict(values: dict[str, Any], source: Path) -> TrainConfig:
 def read_config(path: Path) -> TrainConfig:
     """The configuration that a run was started with; UserError where it can't be read."""
     try:
-        return config_from_dict(read_object(path), path)
+        config = config_from_dict(read_object(path), path)
+        if config.optimizer.batch_size == 0:  # auto, of which a run keeps what it came to
+            raise ValueError("batch_size cannot be 0")
+        return config
     except FileNotFoundError:
         raise UserError(f"{path.parent} is not the folder of a run (no {path.name}): name one with --resume.") from None
     except OSError as error:

@@ -73,7 +73,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_failure(path: Path, error: OSError) -> str:
     """The sentence for a file of a run that could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left to write {path}: free some and continue with --resume {path.parent}."
+        on = f"continue with --resume {path.parent}" if (path.parent / "last.safetensors").exists() else "start again"
+        return f"no space left to write {path}: free some and {on}."
     if error.errno == errno.ENAMETOOLONG:
         return f"the name {path} is too long to be written: choose a shorter --out."
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

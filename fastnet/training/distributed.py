@@ -244,6 +244,11 @@ def init_process_group() -> Ranks:
     """Meet the other processes that torchrun started."""
     if processes() == 1:
         return ALONE
+    names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
+    for name in names:
+        said = os.environ.get(name, "0")
+        if not (said.isascii() and said.isdigit()):
+            raise UserError(f"{name} is {said!r}, and torchrun sets a number: start with torchrun, or unset it.")
     said = os.environ.get("RANK", "")
     if said.isascii() and said.isdigit() and int(said[:9]) >= processes():  # it would wait for others for an hour
         raise UserError(
@@ -262,7 +267,6 @@ def init_process_group() -> Ranks:
     dist.init_process_group(
         backend, store=dist.PrefixStore(attempt, store), rank=rank, world_size=size, timeout=PATIENCE
     )
-    names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
     local_rank, local_size, nodes = (int(os.environ.get(name, "0")) for name in names)
     ranks = Ranks(rank, size, local_rank, max(1, local_size), max(1, nodes))
     mine, here = ranks.rank - ranks.local_rank, ranks.all_gather_object(os.getpid())

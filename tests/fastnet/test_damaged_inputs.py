@@ -142,6 +142,7 @@ def test_a_damaged_checkpoint_of_a_run(weights: Path, tmp_path: Path) -> None:
         b"", b"[]", b"7", b"\xff\xfe", b"{" * 100_000, b'{"model": []}', b'{"model": {"variant": 3}}',
         b'{"optimizer": {"epochs": "many"}}', b'{"optimizer": {"betas": [0.9]}}', b'{"run": {"seed": 1.5}}',
         b'{"run": {"deterministic": 1}}', b'{"recipe": null}', b'{"optimizer": {"lr": NaN}}',
+        b'{"optimizer": {"batch_size": 0}}',
     ],
 )  # fmt: skip
 def test_a_damaged_configuration(tmp_path: Path, content: bytes) -> None:

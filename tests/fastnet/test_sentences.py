@@ -106,6 +106,16 @@ def test_a_rank_beyond_the_last_one_waits_for_nobody(monkeypatch: pytest.MonkeyP
         init_process_group()
 
 
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"])
+def test_a_place_among_the_processes_that_is_no_number(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    from fastnet.training.distributed import init_process_group
+
+    for known, value in (("WORLD_SIZE", "2"), ("RANK", "0"), (name, "one")):
+        monkeypatch.setenv(known, value)
+    with pytest.raises(UserError, match=rf"{name} is 'one', and torchrun sets a number: start with torchrun"):
+        init_process_group()
+
+
 @pytest.mark.parametrize("missing", ["MASTER_ADDR", "RANK"])
 def test_processes_that_cannot_meet(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     from fastnet.training.distributed import init_process_group
