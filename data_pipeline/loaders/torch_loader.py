@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing.queues import Queue
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
@@ -162,6 +163,7 @@ def _start_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     sys.excepthook = _report_in_worker
+    Queue._on_queue_feeder_error = staticmethod(_give_up)  # type: ignore[attr-defined]
     threading.Thread(target=_end_for, args=(os.getppid(),), daemon=True).start()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -172,6 +174,14 @@ def _report_in_worker(kind: type[BaseException], error: BaseException, trace: Tr
     of a worker like any other."""
     if not issubclass(kind, EOFError | ConnectionError):
         sys.__excepthook__(kind, error, trace)
+
+
+def _give_up(error: Exception, _: Any) -> None:
+    """End this process where a batch cannot be handed over, as where /dev/shm is full: Python would print a traceback
+    and drop it, and the trainer would wait for it for ever."""
+    if not isinstance(error, EOFError | ConnectionError):
+        sys.stderr.write(f"a data loading worker cannot hand over a batch ({reason_of(error)})\n")
+    os._exit(1)
 
 
 def _end_for(parent: int) -> None:

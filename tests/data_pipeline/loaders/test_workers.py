@@ -96,6 +96,35 @@ def test_the_workers_of_both_loaders_are_killed(index: Index, tmp_path: Path) ->
     assert "Traceback" not in errors
 
 
+FULL = """
+import os, sys
+from multiprocessing.reduction import ForkingPickler
+import torch
+from data_pipeline import DataError, build_index, make_loader
+index = build_index(sys.argv[1], cache_dir=sys.argv[2])
+loader = make_loader(index, "train", backend="torch", resolution=24, batch_size=2, seed=0, train=True,
+                     augmentation=None, workers=1)
+def full(storage):
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+ForkingPickler.register(torch.UntypedStorage, full)
+try:
+    list(loader.batches(0))
+except DataError as error:
+    print(error)
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_shared_memory_that_is_full_is_said_and_not_waited_for(index: Index, tmp_path: Path) -> None:
+    said, errors = run(FULL, index.root, tmp_path)
+    assert said.startswith("A data loading worker died ("), said + errors
+    assert "/dev/shm" in said
+    assert errors.count("cannot hand over a batch (unable to allocate shared memory(shm)") == 3
+    assert "Traceback" not in errors
+
+
 INHERITED = """
 import gc, os, signal, sys
 gc.disable()
