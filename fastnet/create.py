@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ def create_model(
     in_chans: int = 3,
     *,
     weights_style: Style | None = None,
+    classes: Sequence[str] = (),
     log: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> EfficientNet:
@@ -32,7 +33,8 @@ def create_model(
     the published weights of the variant, or a file of fastnet, torchvision or timm, of which `weights_style` says whose
     where the file does not; padding and batch norm's constants are then the file's. A classifier for another number of
     classes is new, which is told to `log`; for other than three channels the stem's weights are summed (one channel) or
-    repeated. options: those of `efficientnet`.
+    repeated. classes: their names, if known; of a run's classifier those are taken that it has by name. options: those
+    of `efficientnet`.
 
     Raises ValueError for what is unknown, out of range or no such file, UserError where weights cannot be fetched or
     are another variant's.
@@ -54,8 +56,17 @@ def create_model(
     own = {"padding": source.padding, "bn_eps": source.bn_eps, "bn_momentum": source.bn_momentum}
     model = efficientnet(variant, num_classes=num_classes, in_chans=in_chans, **options | own)
     state = dict(loaded.state_dict)
-    if source.num_classes != num_classes:
-        log(f"new classifier: {named} knows {source.num_classes} classes, the data has {num_classes}")
+    known = loaded.classes if loaded.style == "fastnet" else None
+    if known and classes and known != tuple(classes) and (shared := set(known) & set(classes)):
+        new = f", {len(classes) - len(shared)} of them new" if shared != set(classes) else ""
+        log(f"classifier: {named} knows {len(shared)} of the {len(classes)} classes by name{new}")
+        for key in ("classifier.weight", "classifier.bias"):
+            zero = torch.zeros_like(state[key][0])
+            rows = [state[key][known.index(one)] if one in shared else zero for one in classes]
+            state[key] = torch.stack(rows)
+    elif source.num_classes != num_classes or (known and classes and known != tuple(classes)):
+        other = "other " if source.num_classes == num_classes else ""
+        log(f"new classifier: {named} knows {source.num_classes} {other}classes, the data has {num_classes}")
         # Zeros: a loss of log(classes), whose gradients leave the pretrained layers as good as they are. Drawn as for a
         # training from scratch, logits of ten classes have a deviation of several units and the loss begins at 8.
         fresh = {k: v for k, v in model.state_dict().items() if k.startswith("classifier.")}

@@ -240,7 +240,11 @@ def _measure(
         best = write_int8(judged, to, path, quantised, facts, print)
         print(f"wrote {quantised}")
         if judged.top1 - best.top1 > MAX_LOSS:
-            print(f"int8 loses {judged.top1 - best.top1:.2f} points, more than {MAX_LOSS}: nothing tried loses less.")
+            photos = len(judged.images)
+            print(
+                f"int8 loses {judged.top1 - best.top1:.2f} points ({(judged.top1 - best.top1) * photos / 100:.0f} of "
+                f"{photos} photos), more than {MAX_LOSS}: nothing tried loses less."
+            )
     files = programs(to, path, quantised)
     forms = judged.forms(files)
     print(f"on {machine()}; {len(judged.images)} validation photos, speed one photo at a time:\n")

@@ -26,6 +26,8 @@ from fastnet.loading.checkpoint import write_atomically
 from fastnet.loading.trained import Trained
 
 SHOWN = 60
+SHOWN_CERTAIN = 8
+"""Where none is suspected."""
 FILES = ("suspects.html", "suspects.csv")
 
 
@@ -81,10 +83,11 @@ def write_suspects(
         )
         for place, row in enumerate(rows)
     ]
-    shown = rows[: max(1, min(SHOWN, suspects.flagged))]
+    shown = rows[: min(SHOWN, suspects.flagged or SHOWN_CERTAIN)]
+    which = f"{len(shown)} shown, the most doubtful first" if suspects.flagged else "shown are the least certain ones"
     described = (
         f"{suspects.flagged} of {len(rows)} labels of {index.root} ({split}) are suspected by {trained.path}; "
-        f"{len(shown)} shown, the most doubtful first: label → what the model says."
+        f"{which}: label → what the model says."
     )
     parts = [
         f"<p>{escape(described)}</p><p>All of them: <a href='suspects.csv'>suspects.csv</a></p>",

@@ -10,6 +10,7 @@ taken, or the best.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,8 +20,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastnet.errors import UserError
 from fastnet.exports.formats import run_onnx
-from fastnet.exports.openvino import run_openvino
+from fastnet.exports.openvino import crash_of, run_openvino
 from fastnet.exports.program import Compute
 
 MAX_LOSS = 0.5
@@ -45,6 +47,9 @@ class Quantizer(Protocol):
     def write(self, kept: frozenset[str], path: Path) -> None:
         """Quantise all layers but these."""
 
+    def crash(self, path: Path) -> str | None:
+        """What ends a process that runs a file; None where it lives."""
+
     def run(self, path: Path) -> Compute: ...
 
 
@@ -67,16 +72,21 @@ def search(
     log: Callable[[str], None],
     max_loss: float = MAX_LOSS,
 ) -> Attempt:
-    """The first attempt whose top-1 is at most `max_loss` points below `reference`, else the best of all.
+    """The first attempt whose top-1 is at most `max_loss` points below `reference`, else the best of all, of equals the
+    one that keeps least.
 
     judge: what a program computes -> (top-1 and agreement with the original in percent, mean squared error of a logit).
-    say: told each attempt.
+    log: told each attempt. Raises UserError where no attempt can be run.
     """
     tried: list[Attempt] = []
 
     def attempt(words: str, kept: frozenset[str]) -> Attempt:
         path = folder / f"attempt-{len(tried)}.model"
         quantizer.write(kept, path)
+        if (ended := quantizer.crash(path)) is not None:
+            log(f"int8, {words} in fp32: the library that runs it crashes ({ended}), so it is left out")
+            tried.append(Attempt(words, -math.inf, 0.0, math.inf, path))
+            return tried[-1]
         found = Attempt(words, *judge(quantizer.run(path)), path)
         tried.append(found)
         log(f"int8, {words} in fp32: top-1 {found.top1:.2f} %, {found.agreement:.1f} % of the answers the same")
@@ -104,7 +114,10 @@ def search(
         words = f"{prefix}parts {', '.join(str(i + 1) for i in chosen)} of {len(parts)}"
         if reference - attempt(words, already.union(*(parts[i] for i in chosen))).top1 <= max_loss:
             return tried[-1]
-    return max(tried, key=lambda one: (one.top1, -one.error))
+    best = max(tried, key=lambda one: one.top1)
+    if best.error == math.inf:
+        raise UserError("the library that runs int8 files crashes with each that was tried: export without --int8.")
+    return best
 
 
 def _parts(layers: Sequence[Layer]) -> Iterator[frozenset[str]]:
@@ -147,6 +160,9 @@ class OnnxQuantizer:
             calibrate_method=CalibrationMethod.MinMax,
             extra_options={"CalibMovingAverage": True, "CalibMovingAverageConstant": 0.05},
         )
+
+    def crash(self, path: Path) -> str | None:
+        return None
 
     def run(self, path: Path) -> Compute:
         return run_onnx(path)
@@ -200,6 +216,8 @@ class OpenvinoQuantizer:
         )
 
     def write(self, kept: frozenset[str], path: Path) -> None:
+        # It looks for CUDA's compiler, which is not needed, and warns.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         import nncf
         import openvino
 
@@ -212,6 +230,9 @@ class OpenvinoQuantizer:
             ignored_scope=nncf.IgnoredScope(names=sorted(kept)) if kept else None,
         )
         openvino.save_model(made, path.with_suffix(".xml"), compress_to_fp16=False)
+
+    def crash(self, path: Path) -> str | None:
+        return crash_of(path.with_suffix(".xml"), self.calibration.shape[-1])
 
     def run(self, path: Path) -> Compute:
         return run_openvino(path.with_suffix(".xml"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 import warnings
 from collections.abc import Mapping
@@ -49,6 +51,28 @@ def facts_in(path: Path) -> dict[str, Any]:
 
     info = openvino.Core().read_model(path).get_rt_info("model_info").astype(dict)
     return from_text({name: value.astype(str) for name, value in info.items()})
+
+
+def crash_of(path: Path, side: int) -> str | None:
+    """What ends a process that runs the file on one and on two images of `side` pixels; None where it lives.
+
+    OpenVINO's kernels for 8 bits have been seen to end it (2026.4: depthwise convolutions of few channels, one image at
+    a time, where the CPU multiplies matrices of 8 bits), which no exception tells.
+    """
+    done = subprocess.run([sys.executable, "-c", _RUN, str(path), str(side)], capture_output=True)
+    if done.returncode < 0:
+        return signal.Signals(-done.returncode).name
+    return f"exit status {done.returncode}" if done.returncode else None
+
+
+_RUN = """
+import sys
+sys.modules["openvino_telemetry"] = None
+import numpy, openvino
+model = openvino.compile_model(sys.argv[1], "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+for count in (1, 1, 2, 1):
+    model(numpy.zeros((count, 3, int(sys.argv[2]), int(sys.argv[2])), "float32"))
+"""
 
 
 def run_openvino(path: Path, precision: Precision = "f32", threads: int | None = None) -> Compute:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -175,11 +175,16 @@ def share_quarantine(ranks: Ranks, *loaders: Loader) -> None:
 
 
 def build_model(
-    config: TrainConfig, classes: int, device: torch.device, saved: ModelConfig | None, log: Callable[[str], None]
+    config: TrainConfig,
+    classes: int | Sequence[str],
+    device: torch.device,
+    saved: ModelConfig | None,
+    log: Callable[[str], None],
 ) -> EfficientNet:
     """The model to train, on `device`, with its first stages frozen if so asked.
 
-    saved: what a continued run's checkpoint holds, which will fill the weights; --pretrained is then not read again.
+    classes: their number, or their names, by which those of a run at --pretrained are found again. saved: what a
+    continued run's checkpoint holds, which will fill the weights; --pretrained is then not read again.
     """
     options = config.model
     check_kernels(options.kernels, device, log, variant=options.variant)
@@ -189,13 +194,14 @@ def build_model(
     return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _created(config: TrainConfig, classes: int, log: Callable[[str], None]) -> EfficientNet:
-    options = config.model
+def _created(config: TrainConfig, classes: int | Sequence[str], log: Callable[[str], None]) -> EfficientNet:
+    options, names = config.model, () if isinstance(classes, int) else classes
     try:
         return create_model(
             options.variant,
             options.pretrained,
-            num_classes=classes,
+            num_classes=classes if isinstance(classes, int) else len(classes),
+            classes=names,
             weights_style=options.weights_style,
             log=log,
             scaling=options.scaling,

@@ -40,7 +40,7 @@ def fitted(
     log: Callable[[str], None],
 ) -> TrainConfig:
     """The configuration of a new run with its batch: --batch-size, or with auto what fits in every rank, lowered until
-    an epoch has --min-steps. All ranks call it together. say: is told what was found.
+    an epoch has --min-steps. All ranks call it together. log: is told what was found.
 
     Raises UserError where not even a batch of two fits.
     """

@@ -123,7 +123,7 @@ class Trainer:
             self.train_loader, self.val_loader = build_loaders(
                 config, self.index, cache, self.view, self.device, self.batch_layout
             )
-            self.model = build_model(config, len(self.index.classes), self.device, saved_model, self.log)
+            self.model = build_model(config, self.index.classes, self.device, saved_model, self.log)
         self.stop = StopRequest(kept=lambda: what_is_kept(self))
         if config.data.feature_views:
             loaders = self.train_loader, self.val_loader

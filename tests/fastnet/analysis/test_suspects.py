@@ -53,6 +53,11 @@ def test_planted_labels_come_first_and_are_shown(run: Path, tmp_path: Path) -> N
     shown = page.read_text()
     assert shown.count("<figure>") == 2
     assert "bread → apple &lt;pie&gt; 90 %" in shown
+    page, count = write_suspects(trained, index, predictions({}), tmp_path, split="train")
+    shown = page.read_text()
+    assert (count, shown.count("<figure>")) == (0, 8)
+    assert f"0 of 12 labels of {index.root} (train) are suspected" in shown
+    assert "shown are the least certain ones" in shown
 
 
 def test_nothing_is_suspected_where_the_model_agrees() -> None:

@@ -10,10 +10,11 @@ import torch
 from data_pipeline import build_index
 from fastnet.errors import UserError
 from fastnet.export import generated_photos
+from fastnet.exports import openvino
 from fastnet.exports.compare import Form, recommended, table_of
 from fastnet.exports.facts import facts_of
 from fastnet.exports.formats import ENDINGS, WRITERS, Target, read_program
-from fastnet.exports.int8 import Layer, OnnxQuantizer, OpenvinoQuantizer, search
+from fastnet.exports.int8 import Attempt, Layer, OnnxQuantizer, OpenvinoQuantizer, search
 from fastnet.exports.measured import Judged, programs, require_int8, write_int8
 from fastnet.exports.program import Compute
 from fastnet.loaded import LoadedModel
@@ -25,13 +26,16 @@ from tests.runs import CLASSES, make_pictures, settle
 class Costs:
     """A quantizer in which each layer that is not kept costs points; a program computes the sum."""
 
-    def __init__(self, costs: dict[str, float], kinds: dict[str, str]) -> None:
-        self.costs = costs
+    def __init__(self, costs: dict[str, float], kinds: dict[str, str], crashing: tuple[float, ...] = ()) -> None:
+        self.costs, self.crashing = costs, crashing
         self.layers = [Layer(name, kinds.get(name, "other")) for name in costs]
         self.written: dict[Path, float] = {}
 
     def write(self, kept: frozenset[str], path: Path) -> None:
         self.written[path] = sum(cost for name, cost in self.costs.items() if name not in kept)
+
+    def crash(self, path: Path) -> str | None:
+        return "SIGSEGV" if self.written[path] in self.crashing else None
 
     def run(self, path: Path) -> Compute:
         return lambda x: x + self.written[path]
@@ -67,6 +71,41 @@ def test_the_best_is_taken_where_nothing_suffices(tmp_path: Path) -> None:
     kept, top1, _ = searched({f"conv{i}": 9.0 for i in range(16)}, {}, tmp_path)
     assert kept.endswith("of 8")
     assert top1 == pytest.approx(80 - 2 * 9)  # all parts but one
+
+
+def test_of_equals_the_one_that_keeps_least(tmp_path: Path) -> None:
+    """One answer of few is lost whatever stays in fp32, but for the whole."""
+    found = search(
+        Costs({f"conv{i}": 1.0 for i in range(16)}, {"conv1": "depthwise"}),
+        lambda compute: (80.0 if compute(torch.zeros(())) == 0 else 75.0, 90.0, compute(torch.zeros(())).item()),
+        80,
+        tmp_path,
+        lambda text: None,
+    )
+    assert (found.kept, found.top1) == ("nothing", 75.0)
+
+
+def test_an_attempt_that_crashes_is_said_and_left_out(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def found(crashing: tuple[float, ...]) -> Attempt:
+        costs = Costs({"conv": 0.25, "deep": 0.125}, {"deep": "depthwise"}, crashing)
+        return search(costs, lambda compute: (80 - compute(torch.zeros(())).item(), 100, 0), 80, tmp_path, said.append)
+
+    assert found((0.375,)).kept == "depthwise convolutions"
+    assert said[0] == "int8, nothing in fp32: the library that runs it crashes (SIGSEGV), so it is left out"
+    with pytest.raises(UserError, match="crashes with each that was tried: export without --int8"):
+        found((0.375, 0.25, 0.125, 0.0))
+
+
+def test_a_process_that_ends_is_told_by_its_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for code, words in (
+        ("import os; os.kill(os.getpid(), 11)", "SIGSEGV"),
+        ("raise SystemExit(3)", "exit status 3"),
+        ("import sys; assert sys.argv[1:] == ['m.xml', '64']", None),
+    ):
+        monkeypatch.setattr(openvino, "_RUN", code)
+        assert openvino.crash_of(Path("m.xml"), 64) == words
 
 
 @pytest.mark.slow

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
 
 import pytest
+import timm
 import torch
 import torchvision
 from rich.console import Console
 
 from data_pipeline.loaders.augment import IMAGENET_MEAN, IMAGENET_STD
-from fastnet.config import FOOD101
+from fastnet.config import FINETUNE, FOOD101
 from fastnet.create import create_model
 from fastnet.errors import UserError
 from fastnet.loading import pretrained
@@ -22,8 +24,10 @@ from fastnet.loading.options import WeightsOptions
 from fastnet.loading.pretrained import imagenet_file, pretrained_file, published
 from fastnet.loading.trained import load_trained
 from fastnet.loading.weights import _module_names, load_weights
-from fastnet.model import efficientnet
+from fastnet.model import EfficientNet, efficientnet
 from fastnet.scaling import SCALED
+from fastnet.training.build import build_model, view_of
+from tests.runs import CLASSES, make_run
 
 
 @pytest.fixture
@@ -95,7 +99,6 @@ def test_offline_says_which_file_to_put_where(hub: Path, monkeypatch: pytest.Mon
 def test_training_starts_from_it_with_a_new_head(
     hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photos: Path
 ) -> None:
-    from dataclasses import replace
 
     from fastnet.training.trainer import Trainer
 
@@ -117,6 +120,47 @@ def test_training_starts_from_it_with_a_new_head(
     # Logits of zero: the loss begins at log(10), not at that of random logits.
     assert not trainer.model.classifier.weight.any()
     assert not trainer.model.classifier.bias.any()
+
+
+def test_a_runs_weights_begin_another_run(tmp_path: Path) -> None:
+    """--pretrained RUN: its view, its layers, and of its classifier the classes that the data has by name."""
+    run = make_run(tmp_path / "run", tmp_path)
+    before = load_weights(run).state_dict
+    config = replace(FINETUNE, model=replace(FINETUNE.model, pretrained=str(run)))
+    assert view_of(config, None) == load_weights(run).view.changed({"resolution": 48})
+
+    def began(classes: tuple[str, ...]) -> tuple[EfficientNet, str]:
+        said: list[str] = []
+        model = build_model(config, classes, torch.device("cpu"), None, said.append)
+        assert torch.equal(model.stem.conv.weight, before["stem.conv.weight"])
+        return model, " ".join(said)
+
+    model, said = began(CLASSES)
+    assert "classifier" not in said
+    assert torch.equal(model.classifier.weight, before["classifier.weight"])
+    model, said = began(("aioli", "soup", CLASSES[0], "bread"))
+    assert "knows 3 of the 4 classes by name, 1 of them new" in said
+    assert torch.equal(model.classifier.weight[1:], before["classifier.weight"][[2, 0, 1]])
+    assert torch.equal(model.classifier.bias[1:], before["classifier.bias"][[2, 0, 1]])
+    assert not model.classifier.weight[0].any()
+    model, said = began(("a", "b", "c"))
+    assert "knows 3 other classes, the data has 3" in said
+    assert not model.classifier.weight.any()
+
+
+@pytest.mark.parametrize(
+    ("arch", "padding"), [("tf_efficientnet_b0.ap_in1k", "same"), ("efficientnet_b0", "symmetric")]
+)
+def test_a_checkpoint_with_arch_alone_tells_its_model(tmp_path: Path, arch: str, padding: str) -> None:
+    source = timm.create_model(arch)
+    torch.save({"arch": arch, "state_dict": source.state_dict(), "epoch": 3}, tmp_path / "last.pth.tar")
+    loaded = load_weights(tmp_path / "last.pth.tar")
+    assert (loaded.config.variant, loaded.config.padding) == ("b0", padding)
+    assert loaded.view.mean == source.pretrained_cfg["mean"]
+    model = create_model("b0", tmp_path / "last.pth.tar").eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), source.eval()(images), rtol=1e-4, atol=1e-4)
 
 
 def test_lite_is_read_from_its_package_for_imagenets_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
