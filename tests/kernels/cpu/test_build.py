@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +142,23 @@ def test_what_a_cpu_can_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert cpu_level(tmp_path / "nothing") == "plain"
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert cpu_level(info) == "neon"
+
+
+@pytest.mark.slow
+def test_the_source_compiles_for_arm_to_its_vectors(tmp_path: Path) -> None:
+    """By a cross compiler, where there is one; nothing is run."""
+    cross = shutil.which("aarch64-linux-gnu-g++")
+    if cross is None and importlib.util.find_spec("ziglang") is None:
+        pytest.skip("no aarch64-linux-gnu-g++ and no ziglang, which compiles for other machines: pip install ziglang")
+    command = [cross] if cross else [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-gnu"]
+    where = [builds.compiler(), "-print-file-name=include/omp.h"]
+    header = Path(subprocess.run(where, capture_output=True, text=True, check=True).stdout.strip())
+    shutil.copy(header, tmp_path)
+    for source in sorted(builds.SOURCES.glob("*.cpp")):
+        out = tmp_path / f"{source.stem}.s"
+        flags = [*builds.FLAGS, *builds.LEVELS["neon"], "-w", f"-I{tmp_path}", "-S", str(source), "-o", str(out)]
+        subprocess.run([*command, *flags], check=True)
+        assert re.search(r"fmla\s+v\d+\.4s", out.read_text()), source
 
 
 SANITIZED = """
