@@ -23,7 +23,7 @@ CARDS = tuple(
     for arch, multiprocessors in ((80, 108), (86, 28), (89, 128), (90, 132), (100, 148), (120, 170))
 )
 AMPERE = CARDS[1]
-JOIN = Site("pointwise", (128, 14, 14, 112, 672, "residual_add", "statistics", "bfloat16"))
+RESIDUAL_ADD = Site("pointwise", (128, 14, 14, 112, 672, "residual_add", "statistics", "bfloat16"))
 NARROW = Site("pointwise", (128, 56, 56, 24, 144, "residual_add", "statistics", "bfloat16"))
 
 
@@ -87,17 +87,21 @@ def test_every_candidate_fits_the_card(variant: str, card: Gpu) -> None:
 
 
 def test_a_product_too_large_for_a_card_is_cut_smaller_there_alone() -> None:
-    large = max(configs.candidates(JOIN, REFERENCE), key=lambda blocks: need(JOIN, blocks, REFERENCE))
+    large = max(configs.candidates(RESIDUAL_ADD, REFERENCE), key=lambda blocks: need(RESIDUAL_ADD, blocks, REFERENCE))
     assert large.single
-    assert large not in configs.candidates(JOIN, AMPERE)
-    assert need(JOIN, large, AMPERE) > AMPERE.shared_memory >= need(JOIN, configs.choose(JOIN, AMPERE), AMPERE)
+    assert large not in configs.candidates(RESIDUAL_ADD, AMPERE)
+    assert (
+        need(RESIDUAL_ADD, large, AMPERE)
+        > AMPERE.shared_memory
+        >= need(RESIDUAL_ADD, configs.choose(RESIDUAL_ADD, AMPERE), AMPERE)
+    )
 
 
 def test_where_nothing_fits_the_smallest_is_launched_and_says_so() -> None:
     tiny = Gpu("tiny", (9, 0), 1, 1024)
-    (smallest,) = configs.candidates(JOIN, tiny)
-    assert need(JOIN, smallest, tiny) == min(
-        need(JOIN, blocks, tiny) for blocks in configs.candidates(JOIN, REFERENCE)
+    (smallest,) = configs.candidates(RESIDUAL_ADD, tiny)
+    assert need(RESIDUAL_ADD, smallest, tiny) == min(
+        need(RESIDUAL_ADD, blocks, tiny) for blocks in configs.candidates(RESIDUAL_ADD, REFERENCE)
     )  # fmt: skip
 
 
@@ -133,10 +137,10 @@ def test_a_measured_choice_is_launched_until_it_is_forgotten() -> None:
 
 
 def test_a_choice_that_this_card_cannot_run_is_not_made() -> None:
-    large = max(configs.candidates(JOIN, REFERENCE), key=lambda blocks: need(JOIN, blocks, REFERENCE))
-    configs.use({JOIN: large})
-    assert configs.choose(JOIN, REFERENCE) == large
-    assert configs.choose(JOIN, AMPERE) == configs.candidates(JOIN, AMPERE)[0] != large
+    large = max(configs.candidates(RESIDUAL_ADD, REFERENCE), key=lambda blocks: need(RESIDUAL_ADD, blocks, REFERENCE))
+    configs.use({RESIDUAL_ADD: large})
+    assert configs.choose(RESIDUAL_ADD, REFERENCE) == large
+    assert configs.choose(RESIDUAL_ADD, AMPERE) == configs.candidates(RESIDUAL_ADD, AMPERE)[0] != large
 
 
 def test_choices_survive_json_and_what_no_longer_exists_is_not_found() -> None:

@@ -134,7 +134,7 @@ def test_a_fused_block_moves_the_bytes_that_its_schedule_states(block: Block) ->
 
 @pytest.mark.wide
 def test_a_join_that_is_left_to_the_next_block_moves_the_bytes_that_are_stated() -> None:
-    """Two blocks with a residual: the second makes the first one's output, its own residual, and joins it."""
+    """Two blocks with a residual: the second makes the first one's output, its own residual, and adds it."""
     block = Block(3, 8, 144, 8, 2, 7, 9, 3, 1, residual=True, scaled=True)
     options = {"stride": 1, "padding": "symmetric", "residual": True, "momentum": 0.1, "eps": 1e-3, "group": ""}
     x = torch.randn(3, 8, 7, 9).to(torch.bfloat16, memory_format=torch.channels_last)
