@@ -28,6 +28,8 @@ from kernels.configs import Site
 from kernels.device import REFERENCE
 from kernels.tolerance import Errors
 
+pytestmark = pytest.mark.slow
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 WRONG, GROSS = Errors(3e-6, 5e-7, 1e-7, 0.0, 1.0), Errors(0.5, 5e-7, 1e-7, 0.0, 1.0)
 SUITE = Suite("test_depthwise.py")
@@ -253,7 +255,6 @@ def test_every_candidate_of_every_launch_is_timed_and_the_fastest_named(monkeypa
     assert "13000.000 ms as predicted, 5000.000 ms by the fastest of each" in table
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not proof_candidates.INTERPRETED, reason="on a GPU the proof itself runs this")
 def test_candidates_of_a_real_block_are_timed() -> None:
     context = Context(CPU, time.monotonic() + 600, {})

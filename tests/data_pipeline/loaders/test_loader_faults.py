@@ -23,6 +23,8 @@ from data_pipeline.loaders.loader import Plan
 from tests.batches import same
 from tests.loaders import BACKENDS, everything, make, two_folders
 
+pytestmark = pytest.mark.slow
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "gone": lambda path: path.unlink(),
     "garbage": lambda path: path.write_bytes(b"x" * 999),
@@ -112,7 +114,6 @@ def test_quarantine_changes_no_other_row(n: int, size: int, epoch: int, bad: set
     assert seen == order.tolist()
 
 
-@pytest.mark.slow
 def test_a_worker_that_dies_is_reported(index: Index) -> None:
     # In a process of its own: a fork of this one would inherit the threads of every backend that ran in it.
     code = f"""if True:
@@ -152,7 +153,6 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.slow
 def test_ctrl_c_leaves_no_tracebacks_of_workers(index: Index, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", INTERRUPTED, str(index.root), str(tmp_path)],
@@ -181,7 +181,6 @@ os._exit(0)
 """
 
 
-@pytest.mark.slow
 def test_a_worker_that_dies_between_two_passes_is_replaced(index: Index, tmp_path: Path) -> None:
     command = [sys.executable, "-c", BETWEEN, str(index.root), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -220,7 +219,6 @@ if sys.argv[4] == "storm":
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("what", ["storm", "dies"])
 def test_workers_outlive_signals_to_the_whole_job_and_not_their_parent(index: Index, tmp_path: Path, what: str) -> None:
     """What systemd and Slurm send to every process of a job does not take the workers from the trainer; a worker that

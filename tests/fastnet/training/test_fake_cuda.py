@@ -31,7 +31,7 @@ from tests.batches import write_photos
 from tests.fake_cuda import CUDA, Witness, fake_cuda, to_cuda
 from tests.networks import KINDS, variant
 
-pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")]
 
 FORMS = ("torch", "triton", "triton-ops", "auto")
 FUSED = {"_pointwise_kernel", "_pointwise_wgrad_kernel", "_depthwise_kernel", "_depthwise_backward_kernel"}
@@ -76,7 +76,6 @@ def train(config: TrainConfig, model: EfficientNet, amp: Amp, seen: Witness) -> 
     return step
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
 @pytest.mark.parametrize("kernels", FORMS)
 def test_a_step_stays_on_the_gpu(kernels: str, amp: Amp) -> None:
@@ -99,7 +98,6 @@ def test_a_step_stays_on_the_gpu(kernels: str, amp: Amp) -> None:
         assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kernels", FORMS)
 def test_evaluation_and_reestimation_stay_on_the_gpu(kernels: str) -> None:
     model = made(settings(kernels))

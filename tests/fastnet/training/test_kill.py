@@ -26,8 +26,9 @@ from fastnet.training.trainer import Trainer
 from tests.forked import ROOT, fork, wait
 from tests.kill_trials import Case, digests, make_data
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_twenty_runs_killed_at_random_moments() -> None:
     """Of the 200 that `python -m tests.kill_trials --trials 200` makes by hand, which also damages files and kills
     workers."""

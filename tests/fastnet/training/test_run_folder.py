@@ -30,6 +30,8 @@ from tests.forked import fork, wait
 from tests.kill_trials import digests
 from tests.runs import make_pictures, make_run
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["config"]  # the fixture
 
 
@@ -207,7 +209,6 @@ def test_pictures_of_grad_cam_replace_no_photo(run: Path, tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photo-2.png", "photo-3.png", "photo.png"]
 
 
-@pytest.mark.slow
 def test_a_report_elsewhere_leaves_the_run_alone(run: Path, tmp_path: Path, capsys: Any) -> None:
     (run / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0, "lr": 0.1}\n{"kind": "tr')
     before = contents(run)
