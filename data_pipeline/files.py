@@ -104,9 +104,9 @@ def refuse_special(path: str | Path) -> None:
     """For a file, of any size, that a library opens.
 
     Raises:
-        OSError: there is none, or no regular file.
+        OSError: there is none, no regular file, or it may not be read.
     """
-    check_regular(os.stat(path), path, math.inf)
+    os.close(open_regular(str(path), math.inf)[0])
 
 
 def read_text(path: str | Path, errors: str = "strict") -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -183,6 +185,8 @@ def _report_folder(trained: Trained, out: str | None, split: str) -> Path | None
         folder.mkdir(parents=True, exist_ok=True)
         check_folder(folder)
         check_free(folder)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(f"no report can be written to {folder} ({error.strerror}): name another --out.") from error
     return folder

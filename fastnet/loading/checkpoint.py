@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from data_pipeline.dataset.known import Known
-from data_pipeline.files import refuse_special
+from data_pipeline.files import refuse_special, words_of
 from fastnet.errors import UserError
 from fastnet.typed import fits, parse_object
 
@@ -168,7 +168,9 @@ def read_metadata(text: str, path: Path) -> dict[str, Any]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of a library says, without its newlines."""
+    """What an error of a library or of the system says, without its newlines."""
+    if isinstance(error, OSError) and error.strerror:
+        return words_of(error)
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.files import read_text, refuse_special
+from data_pipeline.files import read_text, refuse_special, words_of
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -59,7 +59,8 @@ def read_pickled(path: Path) -> Foreign:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        said = words_of(error) if isinstance(error, OSError) else str(error)
+        reason = said.splitlines()[0] if said else type(error).__name__
         raise ValueError(
             f"{path} cannot be read as a file of plain tensors ({reason}): convert it to .safetensors or fetch it "
             "again."

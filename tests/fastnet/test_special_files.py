@@ -159,3 +159,22 @@ def test_an_export_of_a_run_passes_over_its_checkpoint(special: Callable[[str], 
     assert run_id(load_trained(tmp_path / "run")) == "run"
     assert _images_per_step(FOOD101, special("run/last.json").parent) == FOOD101.images_per_step
     assert user_cache_folder()
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.pt2"])
+def test_a_file_that_may_not_be_read_is_no_damaged_one(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors says that there is no such file."""
+    path = tmp_path / name
+    path.write_bytes(b"secret")
+    inner = os.open
+
+    def refuse(of: Any, *rest: Any, **options: Any) -> int:
+        if str(of) == str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return inner(of, *rest, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises((UserError, ValueError), match="permission denied"):
+        (read_program if name.endswith("pt2") else load_weights)(path)
