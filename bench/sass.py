@@ -17,6 +17,7 @@ _FILE = re.compile(r'//## File "([^"]+)", line (\d+)')
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);\s+/\* 0x[0-9a-f]{16} \*/")
 _UPPER_HALF = re.compile(r"^\s+/\* (0x[0-9a-f]{16}) \*/")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
+_UNIFORM = re.compile(r"BRA\.U\S* (!?UP\d),")  # a branch by a predicate of the whole warp, which is an operand
 _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 NO_BARRIER = 7
@@ -114,6 +115,8 @@ def parse(text: str) -> list[Instruction]:
             if body.startswith("@"):
                 predicate, _, body = body.partition(" ")
                 body = body.strip()
+            elif u := _UNIFORM.match(body):
+                predicate = u[1]
             if t := _TARGET.search(body):
                 targets[len(found)] = t[1]
             found.append(Instruction(len(found), body, predicate, file, line))

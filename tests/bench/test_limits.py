@@ -13,7 +13,7 @@ import torch
 import kernels
 from bench.limits import __main__ as limits
 from bench.limits import simulate
-from bench.limits.cost import CARDS, pipe_cycles, pipe_of
+from bench.limits.cost import CARDS, flow, pipe_cycles, pipe_of
 from bench.limits.loops import TRIPS, source_loops, trips
 from bench.limits.simulate import Kind, Machine, Op, Pipe
 from bench.sass import Instruction, Loop, loops, parse
@@ -49,6 +49,16 @@ def test_instructions_are_read_with_what_they_wait_for() -> None:
     assert (add.predicate, add.line, add.stall, add.waits) == ("@!P0", 217, 5, 0b000100)  # for what the load writes
     assert branch.target == load.index
     assert loops(found) == [Loop(0, 2, "batch_norm.py", 217)]  # the wait behind the end is none
+
+
+def test_a_branch_by_a_uniform_predicate_may_not_be_taken() -> None:
+    """On compute capability 12.0 the way around a loop is one; taken for certain, it leaves the loop out."""
+    text = SASS.replace("@P1  BRA `(.L_x_0)", "BRA.U !UP1, `(.L_x_1)").replace(
+        "0xfffffffc00001947", "0x0000000000001947"
+    )
+    _, _, branch, *_ = found = parse(text)
+    assert (branch.predicate, branch.target) == ("!UP1", 4)
+    assert flow(found, loops(found), {}) == ([1, 1, 1, 1, 0], set())
 
 
 def test_every_kernel_of_a_block_says_how_often_its_loops_run() -> None:
