@@ -101,12 +101,19 @@ def _inline(picture: bytes, kind: str) -> str:
 
 
 def csv_text(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
-    """A table that a spreadsheet takes for values: a text that it would run as a formula starts with an apostrophe."""
+    """A table that a spreadsheet takes for values: a text that it would run as a formula starts with an apostrophe.
+    Rows may be shorter than `heads`."""
     text = StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for row in (heads, *rows):
-        writer.writerow([_harmless(cell) if isinstance(cell, str) else cell for cell in row])
-    return text.getvalue().encode("utf-8", "surrogateescape")
+        cells = [_harmless(cell) if isinstance(cell, str) else cell for cell in row]
+        writer.writerow(cells + [""] * (len(heads) - len(cells)))
+    return as_utf8(text.getvalue())
+
+
+def as_utf8(text: str) -> bytes:
+    """Readable as UTF-8 by whoever opens it: a file's name that is none has escapes, as on a terminal."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _harmless(text: str) -> str:

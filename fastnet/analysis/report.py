@@ -15,7 +15,7 @@ import torch
 from data_pipeline import Index
 from fastnet.analysis import figures
 from fastnet.analysis.gradcam import grad_cam, heat, overlay
-from fastnet.analysis.page import card, csv_text, document, is_ours, plot, table
+from fastnet.analysis.page import as_utf8, card, csv_text, document, is_ours, plot, table
 from fastnet.analysis.predictions import Predictions, as_pictures, index_files, load_views, subset
 from fastnet.analysis.scores import Scores, most_confused, precision_recall_curves, reliability, roc_curves
 from fastnet.config import RECIPES, TrainConfig
@@ -104,7 +104,7 @@ def write_report(
     page = document(f"efficientnet_{trained.model.config.variant} on {index.root.name}", parts)
     write_atomically(folder / "scores.json", (json.dumps(scores.as_dict(), indent=2) + "\n").encode())
     write_atomically(folder / "predictions.csv", _csv(index, found))
-    write_atomically(folder / "report.html", page.encode("utf-8", "surrogateescape"))
+    write_atomically(folder / "report.html", as_utf8(page))
     return folder / "report.html"
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from data_pipeline import Index
 from fastnet import DISTRIBUTION
-from fastnet.analysis.page import csv_text, document, is_ours
+from fastnet.analysis.page import as_utf8, csv_text, document, is_ours
 from fastnet.analysis.predictions import Predictions
 from fastnet.analysis.report import cards
 from fastnet.errors import UserError
@@ -95,7 +95,7 @@ def write_suspects(
     ]
     write_atomically(folder / "suspects.csv", csv_text(("path", "label", "predicted", "quality", "suspected"), lines))
     page = document(f"Doubtful labels of {index.root.name}", parts)
-    write_atomically(folder / "suspects.html", page.encode("utf-8", "surrogateescape"))
+    write_atomically(folder / "suspects.html", as_utf8(page))
     return folder / "suspects.html", suspects.flagged
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from data_pipeline import build_index
 from fastnet.analysis.predictions import Predictions
 from fastnet.analysis.suspects import find_suspects, write_suspects
 from fastnet.errors import UserError
 from fastnet.evaluate import evaluate
 from fastnet.loading.options import InferenceOptions
 from fastnet.loading.trained import data_of, load_trained
+from fastnet.predict import _write_csv, predict_files
 from tests.runs import CLASSES, make_pictures, make_run
 
 pytest.importorskip("cleanlab", reason="cleanlab is not installed: pip install '.[suspects]'")
@@ -58,6 +61,23 @@ def test_planted_labels_come_first_and_are_shown(run: Path, tmp_path: Path) -> N
     assert (count, shown.count("<figure>")) == (0, 8)
     assert f"0 of 12 labels of {index.root} (train) are suspected" in shown
     assert "shown are the least certain ones" in shown
+
+
+def test_a_name_that_is_no_text_leaves_pages_and_tables_readable(run: Path, tmp_path: Path) -> None:
+    data, trained = make_pictures(tmp_path / "data"), load_trained(run)
+    os.rename(data / "val" / "bread" / "0.jpg", os.fsencode(data / "val" / "bread" / "caf") + b"\xe9.jpg")
+    index = build_index(data)
+    rows = [row for row, path in enumerate(index.splits["val"].paths) if "caf" in path]
+    page, _ = write_suspects(trained, index, predictions({rows[0]: 0}), tmp_path / "out")
+    assert "bread/caf\\udce9.jpg" in page.read_text(encoding="utf-8")
+    with open(tmp_path / "out" / "suspects.csv", newline="", encoding="utf-8") as file:
+        assert next(csv.DictReader(file))["path"].endswith("bread/caf\\udce9.jpg")
+    found = predict_files(trained, [index.splits["val"].paths[rows[0]], tmp_path / "absent.jpg"], top=2)
+    _write_csv(found, tmp_path / "out.csv")
+    with open(tmp_path / "out.csv", newline="", encoding="utf-8") as file:
+        table = list(csv.reader(file))
+    assert table[1][0].endswith("caf\\udce9.jpg")
+    assert [len(row) for row in table] == [6, 6, 6]
 
 
 def test_nothing_is_suspected_where_the_model_agrees() -> None:
