@@ -135,7 +135,7 @@ def run(case: Case, data: Path, out: Path, cache: Path, seen: Seen, kill: Kill |
     from fastnet.training.reporting import messages as words
 
     os.environ["XDG_CACHE_HOME"] = str(cache)
-    words.draw_curves = lambda folder: folder  # of the metrics, which are compared
+    words.draw_curves = lambda folder, kept=None: folder  # of the metrics, which are compared
 
     def in_phase(owner: Any, name: str, phase: int) -> None:
         inner = getattr(owner, name)

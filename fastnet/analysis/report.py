@@ -22,7 +22,7 @@ from fastnet.config import RECIPES, TrainConfig
 from fastnet.errors import UserError
 from fastnet.loading.checkpoint import notes_of, write_atomically
 from fastnet.loading.trained import Trained
-from fastnet.training.reporting.curves import CURVES, best_of, curve, read_metrics
+from fastnet.training.reporting.curves import CURVES, best_line, curve, read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -140,7 +140,7 @@ def _learning(trained: Trained) -> list[Section]:
     if trained.run is None or not (trained.run / "metrics.jsonl").is_file():
         return []
     lines = read_metrics(trained.run / "metrics.jsonl")
-    best = best_of(lines, notes_of(trained.path))
+    best = best_line(lines, notes_of(trained.path))
     noted = (
         f"<p class='note'>The best, which is kept: epoch {best['epoch']}, top-1 {best['top1']:.2f} %.</p>"
         if best and "epoch" in best

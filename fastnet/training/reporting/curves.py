@@ -31,7 +31,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def best_of(lines: Sequence[Line], kept: Mapping[str, Any] | None = None) -> Line | None:
+def best_line(lines: Sequence[Line], kept: Mapping[str, Any] | None = None) -> Line | None:
     """The evaluation whose weights are kept: that of the epoch and the weights which `kept`, of their file, names, else
     that of the highest top-1; None without any."""
     rated = [line for line in lines if line.get("kind") == "eval" and "top1" in line]
@@ -39,9 +39,9 @@ def best_of(lines: Sequence[Line], kept: Mapping[str, Any] | None = None) -> Lin
     return named[-1] if named else max(rated, key=lambda line: line["top1"], default=None)
 
 
-def draw_curves(folder: Path) -> Path:
+def draw_curves(folder: Path, kept: Mapping[str, Any] | None = None) -> Path:
     """Write loss, top-1 and learning rate over the steps of the run's `metrics.jsonl` to its `curves.png`; return its
-    path.
+    path. kept: as in `best_line`, which is marked.
 
     Raises UserError where it can't be written.
     """
@@ -50,7 +50,7 @@ def draw_curves(folder: Path) -> Path:
     lines = read_metrics(folder / "metrics.jsonl")
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     for axes, key in zip(figure.subplots(1, len(CURVES)), CURVES, strict=True):
-        _draw(axes, lines, key, best_of(lines))
+        _draw(axes, lines, key, best_line(lines, kept))
     path = folder / "curves.png"
     write_atomically(path, _png(figure, 120))
     return path

@@ -156,7 +156,7 @@ def log_summary(trainer: Run) -> None:
         "excluded files": str(len(trainer.excluded)),
     }
     show_table(trainer.console, f"efficientnet_{trainer.config.model.variant} at {trainer.resolution} px", rows)
-    trainer.log(f"learning curves: {draw_curves(trainer.folder)}")
+    trainer.log(f"learning curves: {draw_curves(trainer.folder, best)}")
     trainer.log(f"evaluate: python -m fastnet.evaluate {trainer.folder}")
     if trainer.config.optimizer.sched == "cosine":  # which has ended: more epochs would begin with a jump
         trainer.log(f"train on: {fresh_run_command(trainer.config, trainer.folder)}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastnet.training.reporting.curves import best_of, curve, draw_curves
+from fastnet.training.reporting.curves import best_line, curve, draw_curves
 
 
 def test_every_curve_is_drawn(tmp_path: Path) -> None:
@@ -36,6 +36,14 @@ def test_every_curve_is_drawn(tmp_path: Path) -> None:
     assert colors(drawn(evaluations)) == 3
 
 
+def test_the_run_marks_the_epoch_that_it_kept(tmp_path: Path) -> None:
+    """--best-by may have chosen another one than the highest top-1."""
+    rows = [dict(kind="eval", loss=1.0, step=n, epoch=n, weights="model", top1=50.0 - n) for n in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pictures = [draw_curves(tmp_path, kept).read_bytes() for kept in (None, rows[0], rows[1])]
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
 def test_the_best_is_what_the_weights_say_else_the_highest_top1() -> None:
     common: dict[str, object] = dict(kind="eval", loss=1.0)
     lines = [
@@ -43,10 +51,10 @@ def test_the_best_is_what_the_weights_say_else_the_highest_top1() -> None:
         for step in (1, 2)
         for weights in ("model", "ema")
     ]
-    assert best_of(lines) == lines[2]
-    assert best_of(lines, {"epoch": 1, "weights": "ema", "top1": 1.0}) == lines[1]
-    assert best_of(lines, {"epoch": 7, "weights": "ema"}) == lines[2]
-    assert best_of([dict(kind="train", step=1)]) is None
+    assert best_line(lines) == lines[2]
+    assert best_line(lines, {"epoch": 1, "weights": "ema", "top1": 1.0}) == lines[1]
+    assert best_line(lines, {"epoch": 7, "weights": "ema"}) == lines[2]
+    assert best_line([dict(kind="train", step=1)]) is None
 
     def image(best: dict[str, object] | None) -> bytes:
         return curve(lines, "top1", best)
