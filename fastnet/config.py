@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_type_hints
@@ -17,6 +16,7 @@ from data_pipeline.loaders.augment import Augmentation
 from data_pipeline.loaders.dali_options import Backend, DaliOptions
 from fastnet.arch import EFFICIENTNET, Kernels, Padding, Scaling, Style, Variant
 from fastnet.errors import UserError
+from fastnet.typed import torchrun_number
 
 BestBy = Literal["top1", "macro-f1", "loss"]
 
@@ -313,10 +313,7 @@ class TrainConfig:
 
 def processes() -> int:
     """How many processes train together, as torchrun says; UserError where that is no number."""
-    said = os.environ.get("WORLD_SIZE", "1")
-    if not said.isascii() or not said.isdigit() or not 1 <= int(said[:9]) < 1e6:
-        raise UserError(f"WORLD_SIZE is {said!r}, and torchrun sets a number: start with torchrun, or unset it.")
-    return int(said)
+    return torchrun_number("WORLD_SIZE", 1)
 
 
 def flag_types() -> dict[str, Any]:

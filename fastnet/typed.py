@@ -1,15 +1,17 @@
-"""Values from JSON held against the annotations of the dataclass that they are for."""
+"""Values from JSON held against the annotations of the dataclass that they are for; numbers of the environment."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from data_pipeline.files import read_text
+from fastnet.errors import UserError
 
 
 def parse_object(text: str) -> dict[str, Any]:
@@ -34,6 +36,14 @@ def read_object(path: Path) -> dict[str, Any]:
         ValueError: as `parse_object`, or it is no text.
     """
     return parse_object(read_text(path))
+
+
+def torchrun_number(name: str, least: int) -> int:
+    """A variable of torchrun's, `least` where it is not set; UserError where it is no number from there on."""
+    said = os.environ.get(name, str(least))
+    if not (said.isascii() and said.isdigit() and least <= int(said[:9]) < 1e6):
+        raise UserError(f"{name} is {said!r}, and torchrun sets a number: start with torchrun, or unset it.")
+    return int(said)
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -14,8 +14,13 @@ from data_pipeline.files import read_text
 _CACHE_VERSION = 4
 
 
+def key_of(root: Path) -> str:
+    """What stands for a data folder in the names of what is remembered of it."""
+    return hashlib.sha256(os.fsencode(root)).hexdigest()[:24]
+
+
 def cache_file(root: Path, cache: Path, of: str = "") -> Path:
-    return cache / "index" / f"{hashlib.sha256(os.fsencode(root)).hexdigest()[:24]}{of}.json"
+    return cache / "index" / f"{key_of(root)}{of}.json"
 
 
 def read_cache(file: Path) -> dict[str, list]:

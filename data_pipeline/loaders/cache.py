@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.dataset.index import Index
+from data_pipeline.dataset.index_cache import key_of
 from data_pipeline.dataset.synthetic import user_cache_folder
 from data_pipeline.errors import DataError
 from data_pipeline.files import open_lock, read_text, refuse_special
@@ -271,8 +272,7 @@ def gpu_memory(device: torch.device) -> int:
 def cache_folder(index: Index, split: str, content: Content, cache_dir: str | Path | None = None) -> Path:
     """Where the pixels of a split lie: one place for each data folder, split and kind of content, whatever photos."""
     base = Path(cache_dir) if cache_dir is not None else user_cache_folder()
-    key = hashlib.sha256(os.fsencode(index.root)).hexdigest()[:24]
-    return base / "pixels" / f"{key}-{split}-{content.name}"
+    return base / "pixels" / f"{key_of(index.root)}-{split}-{content.name}"
 
 
 def _signature(index: Index, split: str, content: Content) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from data_pipeline import DataError, Shard
 from fastnet.config import processes
 from fastnet.errors import UserError
 from fastnet.training.peers import Peers
+from fastnet.typed import torchrun_number
 
 T = TypeVar("T")
 
@@ -246,9 +247,7 @@ def init_process_group() -> Ranks:
         return ALONE
     names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
     for name in names:
-        said = os.environ.get(name, "0")
-        if not (said.isascii() and said.isdigit()):
-            raise UserError(f"{name} is {said!r}, and torchrun sets a number: start with torchrun, or unset it.")
+        torchrun_number(name, 0)
     said = os.environ.get("RANK", "")
     if said.isascii() and said.isdigit() and int(said[:9]) >= processes():  # it would wait for others for an hour
         raise UserError(

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline import Index, Loader
+from data_pipeline.dataset.index_cache import key_of
 from data_pipeline.dataset.synthetic import user_cache_folder
 from data_pipeline.errors import BadFiles
 from data_pipeline.loaders.loader import Batch, Plan
@@ -36,6 +37,7 @@ from fastnet.loading.checkpoint import write_atomically
 from fastnet.model import EfficientNet
 from fastnet.training.step import autocast
 from fastnet.training.validate import Interrupted
+from fastnet.typed import read_object
 
 VERSION = 1  # of the files: raise it when a change alters a feature or its place
 TRAINING_DTYPE = torch.float16
@@ -104,7 +106,8 @@ class FeatureViews(Loader):
 
     def _produce(self, epoch: int, numbers: Sequence[int]) -> Iterator[Batch]:
         if self._features is None:
-            self._features = self._read() or self._filled()
+            file = self._file()  # by a hash of all weights: asked for once
+            self._features = self._read(file) or self._filled(file)
             self.source.close()
         if bad := {at: why for at, why in self._features.bad.items() if at not in self.plan.quarantined}:
             raise BadFiles(bad)
@@ -123,20 +126,19 @@ class FeatureViews(Loader):
         super().close()
         self.source.close()
 
-    def _read(self) -> Features | None:
+    def _read(self, file: Path) -> Features | None:
         """None where they are not kept, or damaged."""
-        file = self._file()
         try:
-            known = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+            known = read_object(file.with_suffix(".json"))
             values = np.memmap(file.with_suffix(".bin"), known["dtype"], "r", shape=tuple(known["shape"]))
             if zlib.crc32(values.data) != known["crc"]:
                 return None
             return Features(values, {int(at): str(why) for at, why in known["bad"].items()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
-    def _filled(self) -> Features:
-        file, plan = self._file(), self.source.plan
+    def _filled(self, file: Path) -> Features:
+        plan = self.source.plan
         scratch = file.with_suffix(f".{os.getpid()}.tmp")
         what = "training" if plan.train else "validation"
         try:
@@ -217,8 +219,12 @@ def on_features(
         views = config.data.feature_views if own.train else 1
 
         def file(split: str = split, source: Loader = source, views: int = views) -> Path:
-            folder = hashlib.sha256(os.fsencode(index.root)).hexdigest()[:24]
-            return user_cache_folder() / "features" / f"{folder}-{split}" / _key(model, index, source, amp, views)
+            return (
+                user_cache_folder()
+                / "features"
+                / f"{key_of(index.root)}-{split}"
+                / _key(model, index, source, amp, views)
+            )
 
         made.append(FeatureViews(source, own, compute, views, file, log, stop))
     model.trunk = MethodType(_features_as_they_are, model)  # type: ignore[method-assign]
